@@ -1,0 +1,158 @@
+"""Schema, checks, fake and CPU implementation of ``tpfuse::all_reduce_add_rms_norm``.
+
+The op is functional: it never writes its inputs and never returns one of them. The choice of algorithm happens inside
+it, so a compiled graph is the same whatever path the group takes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .flavour import LLAMA, Flavour
+
+SCHEMA = (
+    "all_reduce_add_rms_norm(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, float scale, "
+    "str flavour, bool post_norm, str group_name) -> (Tensor normed, Tensor residual_out)"
+)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+library = torch.library.Library("tpfuse", "DEF")
+library.define(SCHEMA, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
+
+
+def check(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, flavour: Flavour, post_norm: bool
+) -> None:
+    """Raise ``ValueError`` naming the argument, what it is and what the op takes."""
+    if x.dim() < 1:
+        raise ValueError("all_reduce_add_rms_norm: x is a scalar; expected a tensor of shape (..., H)")
+    if x.dtype not in DTYPES:
+        raise ValueError(f"all_reduce_add_rms_norm: x has dtype {x.dtype}; expected one of {DTYPES}")
+    hidden = x.shape[-1]
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        raise ValueError(
+            f"all_reduce_add_rms_norm: residual is {residual.dtype} {tuple(residual.shape)}; expected the dtype and "
+            f"shape of x, {x.dtype} {tuple(x.shape)}"
+        )
+    if post_norm and residual is None:
+        raise ValueError("all_reduce_add_rms_norm: post_norm=True needs a residual to add to; residual is None")
+    if (weight is None) != (flavour.gain == "none"):
+        given = "None" if weight is None else f"{weight.dtype} {tuple(weight.shape)}"
+        raise ValueError(
+            f"all_reduce_add_rms_norm: weight is {given}, but the flavour's gain is {flavour.gain!r}; pass a weight of "
+            "shape (H,) exactly when the gain is not 'none'"
+        )
+    if weight is not None and tuple(weight.shape) != (hidden,):
+        raise ValueError(f"all_reduce_add_rms_norm: weight has shape {tuple(weight.shape)}; expected ({hidden},)")
+    if bias is not None and (
+        bias.dtype != x.dtype or (tuple(bias.shape) != (hidden,) and tuple(bias.shape) != tuple(x.shape))
+    ):
+        raise ValueError(
+            f"all_reduce_add_rms_norm: bias is {bias.dtype} {tuple(bias.shape)}; expected {x.dtype} of shape "
+            f"({hidden},) or {tuple(x.shape)}"
+        )
+
+
+def _cpu(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    scale: float,
+    flavour: str,
+    post_norm: bool,
+    group_name: str,
+) -> tuple[Tensor, Tensor]:
+    parsed = Flavour.parse(flavour)
+    check(x, residual, weight, bias, parsed, post_norm)
+    return reference_all_reduce_add_rms_norm(x, residual, weight, bias, eps, scale, parsed, post_norm, group_name)
+
+
+def reference_all_reduce_add_rms_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    scale: float,
+    flavour: Flavour,
+    post_norm: bool,
+    group_name: str,
+) -> tuple[Tensor, Tensor]:
+    """The op on any device: the group's own all-reduce, then the exact reference."""
+    if x.numel() == 0:
+        # Every rank of the group has the same (zero) number of rows, so all of them skip the collective.
+        reduced = x.clone()
+    else:
+        reduced = torch.ops._c10d_functional.all_reduce(x.contiguous(), "sum", group_name)
+        reduced = torch.ops._c10d_functional.wait_tensor(reduced)
+    normed, residual_out = reference.add_rms_norm(reduced, residual, weight, bias, eps, scale, flavour, post_norm)
+    return normed.contiguous(), residual_out.contiguous()
+
+
+def _fake(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    scale: float,
+    flavour: str,
+    post_norm: bool,
+    group_name: str,
+) -> tuple[Tensor, Tensor]:
+    parsed = Flavour.parse(flavour)
+    check(x, residual, weight, bias, parsed, post_norm)
+    normed_dtype = reference.output_dtype(x.dtype, None if weight is None else weight.dtype, parsed)
+    residual_dtype = torch.promote_types(x.dtype, normed_dtype) if post_norm else x.dtype
+    return x.new_empty(x.shape, dtype=normed_dtype), x.new_empty(x.shape, dtype=residual_dtype)
+
+
+library.impl("all_reduce_add_rms_norm", _cpu, "CPU")
+torch.library.register_fake("tpfuse::all_reduce_add_rms_norm", _fake, lib=library)
+
+
+def all_reduce_add_rms_norm(
+    x: Tensor,
+    residual: Tensor | None = None,
+    weight: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    flavour: Flavour | str = LLAMA,
+    post_norm: bool = False,
+    group: torch.distributed.ProcessGroup | str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Sum ``x`` over the ranks of ``group``, add the residual and normalise, in one op.
+
+    Args:
+        x: ``(..., H)`` fp32, bf16, fp16 or fp64: this rank's partial sum. Every rank passes the same shape and dtype.
+        residual: ``x``'s shape and dtype, or None for the variant without a residual.
+        weight: ``(H,)``, or None with a flavour whose gain is ``"none"``.
+        eps: added to the mean of squares.
+        bias: ``(H,)`` or ``x``'s shape, added to the sum before scale and residual, or None.
+        scale: multiplied into the sum after the bias (Granite's residual multiplier).
+        flavour: the rounding order of the norm; see :class:`tpfuse.ops.Flavour`.
+        post_norm: normalise the sum and add the residual after it (Gemma2, OLMo2).
+        group: a process group or its name; None is the default group.
+    Returns:
+        ``(normed, residual_out)``: with ``post_norm=False`` ``(norm(h), h)`` where ``h = residual + scale * (sum + bias)``;
+        with ``post_norm=True`` ``(norm(y), residual + norm(y))`` where ``y = scale * (sum + bias)``.
+    Raises:
+        ValueError: a shape or dtype does not fit; the message names the argument.
+    """
+    if group is None:
+        group = torch.distributed.group.WORLD
+        if group is None:
+            raise ValueError(
+                "all_reduce_add_rms_norm: no process group is initialised; call torch.distributed.init_process_group "
+                "first or pass group="
+            )
+    name = group if isinstance(group, str) else group.group_name
+    return torch.ops.tpfuse.all_reduce_add_rms_norm(
+        x, residual, weight, bias, eps, scale, str(flavour), post_norm, name
+    )

@@ -1,0 +1,102 @@
+"""The exact reference: what ``tpfuse::all_reduce_add_rms_norm`` computes, written with the ATen ops that models use.
+
+On a CPU this is the implementation, and its result equals the unfused graph bit for bit; elsewhere it is what the
+kernels are compared with. Every op below is the one that eager mode would run for the same step, in the same order.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .flavour import Flavour
+
+
+def rms_norm(h: Tensor, weight: Tensor | None, eps: float, flavour: Flavour) -> Tensor:
+    """RMSNorm of ``h`` over its last dimension in the rounding order of ``flavour``.
+
+    Args:
+        h: ``(..., H)``, any floating dtype.
+        weight: ``(H,)``, or None exactly when ``flavour.gain`` is ``"none"``.
+        eps: added to the mean of squares.
+    Returns:
+        ``(..., H)`` in the dtype that ``flavour.out`` names.
+    """
+    compute = torch.float32 if flavour.compute == "float32" else h.dtype
+    c = h.to(compute)
+    squares = c * c
+    if flavour.mean == "mean":
+        v = squares.mean(-1, keepdim=True) + eps
+    else:
+        v = squares.sum(-1, keepdim=True) / h.shape[-1] + eps
+    if flavour.root == "rsqrt":
+        normed = c * torch.rsqrt(v)
+    elif flavour.root == "div_sqrt":
+        normed = c / torch.sqrt(v)
+    elif flavour.root == "mul_recip_sqrt":
+        normed = c * torch.reciprocal(torch.sqrt(v))
+    else:
+        normed = c * torch.pow(v, -0.5)
+    normed = normed.to(torch.float32 if flavour.normed == "float32" else h.dtype)
+    if flavour.gain != "none":
+        if weight is None:
+            raise ValueError(f"flavour {flavour} multiplies by a weight, but weight is None; pass weight of shape (H,)")
+        if flavour.gain_dtype == "float32":
+            weight = weight.to(torch.float32)
+        elif flavour.gain_dtype == "input":
+            weight = weight.to(h.dtype)
+        normed = normed * (weight + 1.0 if flavour.gain == "one_plus_weight" else weight)
+    if flavour.out == "input":
+        normed = normed.to(h.dtype)
+    elif flavour.out == "float32":
+        normed = normed.to(torch.float32)
+    return normed
+
+
+def add_rms_norm(
+    reduced: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    scale: float,
+    flavour: Flavour,
+    post_norm: bool,
+) -> tuple[Tensor, Tensor]:
+    """Everything after the all-reduce: bias, scale, residual add and norm. See ``docs/op.md`` for the contract.
+
+    Args:
+        reduced: ``(..., H)``, the sum over ranks, rounded to its dtype.
+        residual: the shape and dtype of ``reduced``, or None.
+        weight: ``(H,)`` or None.
+        bias: ``(H,)`` or the shape of ``reduced``, added before the scale; or None.
+        eps: of the norm.
+        scale: multiplied in after the bias (1.0 is no multiplication).
+        flavour: the rounding order of the norm.
+        post_norm: False: ``h = residual + y``, returns ``(norm(h), h)``. True: returns ``(norm(y), residual + norm(y))``.
+    """
+    y = reduced
+    if bias is not None:
+        y = y + bias
+    if scale != 1.0:
+        y = y * scale
+    if post_norm:
+        if residual is None:
+            raise ValueError("post_norm=True adds the residual after the norm, but residual is None; pass a residual")
+        normed = rms_norm(y, weight, eps, flavour)
+        return normed, residual + normed
+    h = y if residual is None else residual + y
+    return rms_norm(h, weight, eps, flavour), h
+
+
+def output_dtype(input_dtype: torch.dtype, weight_dtype: torch.dtype | None, flavour: Flavour) -> torch.dtype:
+    """The dtype of the normed output, as the steps of :func:`rms_norm` give it."""
+    if flavour.out == "input":
+        return input_dtype
+    if flavour.out == "float32":
+        return torch.float32
+    normed = torch.float32 if flavour.normed == "float32" else input_dtype
+    if flavour.gain == "none" or weight_dtype is None:
+        return normed
+    gain = {"own": weight_dtype, "float32": torch.float32, "input": input_dtype}[flavour.gain_dtype]
+    return torch.promote_types(normed, gain)

@@ -1,0 +1,110 @@
+"""Reason codes: why an all-reduce was not fused, and what its owner can do about it.
+
+One enum for the whole product. A code is stable: reports, docs and other people's scripts rely on it. Each has a remedy
+here and an entry in ``docs/troubleshooting.md``; a test fails when either is missing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Reason(str, Enum):
+    """A stable code for a refusal; its value is what reports print."""
+
+    # What the reduction is
+    REDUCE_OP = "reduce-op"
+    UNKNOWN_GROUP = "unknown-group"
+    GROUP_SIZE = "group-size"
+    DTYPE = "dtype"
+    TRAINING = "training"
+    # Who reads the sum
+    NO_NORM = "no-norm"
+    RETURNED = "returned"
+    EXTRA_READER = "extra-reader"
+    ROWS_MOVE = "rows-move"
+    SUM_OF_REDUCTIONS = "sum-of-reductions"
+    RESIDUAL_SHAPE = "residual-shape"
+    RESIDUAL_DERIVED = "residual-derived"
+    MUTATION = "mutation"
+    ORDER = "collective-order"
+    # What the norm is
+    UNKNOWN_NORM = "unknown-norm"
+    LAYER_NORM = "layer-norm"
+    EPS_OUTSIDE_ROOT = "eps-outside-root"
+    MEAN_DIM = "mean-dim"
+    PARTIAL_WIDTH = "partial-width"
+    WEIGHT_INSIDE_MEAN = "weight-inside-mean"
+    WEIGHT_SHAPE = "weight-shape"
+    EPS_NOT_CONSTANT = "eps-not-constant"
+    UNKNOWN_FLAVOUR = "unknown-flavour"
+    DYNAMIC_WIDTH = "dynamic-width"
+    # What the user asked for
+    GROUP_MISMATCH = "group-mismatch"
+    POLICY = "policy"
+    FUEL = "fuel"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+REMEDIES: dict[Reason, str] = {
+    Reason.REDUCE_OP: "Only a sum can be fused. Use all_reduce(op=SUM); divide afterwards if a mean is meant.",
+    Reason.UNKNOWN_GROUP: "The group's name could not be resolved to ranks in this process. Compile after the group is "
+    "created and before it is destroyed, on a rank that is a member.",
+    Reason.GROUP_SIZE: "The group has one rank, so there is nothing to reduce. Use a larger tensor-parallel size or "
+    "remove the collective.",
+    Reason.DTYPE: "Sum, residual and norm must share one dtype out of fp32, bf16, fp16, fp64. Cast the residual to the "
+    "dtype of the sum, or keep both in it.",
+    Reason.TRAINING: "tpfuse rewrites inference graphs only. Compile under torch.no_grad() or torch.inference_mode().",
+    Reason.NO_NORM: "No RMSNorm reads this sum. If the norm lies in another graph, compile the whole model instead of "
+    "single layers, and remove the graph break.",
+    Reason.RETURNED: "The sum itself is an output of the graph, so it has to exist. Return the residual sum instead.",
+    Reason.EXTRA_READER: "Another operation reads the sum before the residual is added. Let it read the residual sum, or "
+    "compute it from the normed value.",
+    Reason.ROWS_MOVE: "Rows are selected, gathered or re-ordered between the all-reduce and the norm. Move the selection "
+    "after the norm.",
+    Reason.SUM_OF_REDUCTIONS: "Two reductions over one group are added. Add the partial sums first and reduce once; or "
+    "use numerics='relaxed', which does that.",
+    Reason.RESIDUAL_SHAPE: "The residual is broadcast. Expand it to the shape of the sum outside the layer.",
+    Reason.RESIDUAL_DERIVED: "The residual is computed from the same sum, so it cannot be an input of the fused op.",
+    Reason.MUTATION: "The residual or the sum is written in place between the all-reduce and the norm. Use out-of-place "
+    "operations there.",
+    Reason.ORDER: "Moving the all-reduce to its norm would carry it past another collective of the same group. Issue the "
+    "collectives in the order in which their results are used.",
+    Reason.UNKNOWN_NORM: "What reads the sum is not an RMSNorm: s * g(w) / sqrt(mean(s**2) + eps), g in {1, w, 1 + w}.",
+    Reason.LAYER_NORM: "The norm subtracts the mean (LayerNorm). Only RMSNorm is fused.",
+    Reason.EPS_OUTSIDE_ROOT: "eps is added outside the square root. Add it to the mean of squares.",
+    Reason.MEAN_DIM: "The mean is not over the last dimension. Normalise over the hidden dimension, kept last.",
+    Reason.PARTIAL_WIDTH: "The mean covers only part of the hidden dimension (partial or grouped RMSNorm).",
+    Reason.WEIGHT_INSIDE_MEAN: "The weight is multiplied in before the mean. Apply it to the normalised value.",
+    Reason.WEIGHT_SHAPE: "The weight is not a vector of the hidden size.",
+    Reason.EPS_NOT_CONSTANT: "eps is computed in the graph or is a graph input. Make it a Python float of the module.",
+    Reason.UNKNOWN_FLAVOUR: "It is an RMSNorm, but it casts or rounds in an order that the fused op does not repeat. Use "
+    "numerics='relaxed' to accept a different rounding, or a standard spelling.",
+    Reason.DYNAMIC_WIDTH: "The hidden size is symbolic. Mark only the row dimensions as dynamic.",
+    Reason.GROUP_MISMATCH: "Attention and MLP of this layer reduce over different ranks, so the group is not shared. Set "
+    "moe_dense_tp_size equal to attn_tp_size, or use policy='all'.",
+    Reason.POLICY: "Legal, but not selected by the policy. Use policy='all' to fuse every legal site.",
+    Reason.FUEL: "The limit of tpfuse.fuel was reached. Raise or unset it.",
+}
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A reason with what was seen in this place.
+
+    Attributes:
+        reason: the stable code.
+        detail: one sentence about this site: what was found and what was expected.
+        matched: the steps that did match before this one failed, nearest miss first to last.
+    """
+
+    reason: Reason
+    detail: str
+    matched: tuple[str, ...] = ()
+
+    @property
+    def remedy(self) -> str:
+        return REMEDIES[self.reason]

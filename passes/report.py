@@ -1,0 +1,170 @@
+"""The report: one :class:`Site` per all-reduce, fused or not, and one :class:`GraphReport` per compiled graph.
+
+The dump, the command line, the HTML page and ``tpfuse.reports()`` print these objects and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from .reasons import REMEDIES, Reason
+
+SCHEMA_VERSION = 1
+
+
+class ReportFormatError(ValueError):
+    """The text is not a report, or a newer version of tpfuse wrote it."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """What happened to one all-reduce.
+
+    Attributes:
+        fused: whether it was rewritten.
+        reason: None when fused, else a code of :class:`tpfuse.passes.Reason`.
+        detail: one sentence: what was seen here (for a fused site, what it became).
+        pattern: e.g. ``all_reduce+add+rms_norm``; for an unfused site the part that was found.
+        role: ``attention | mlp | embedding | other``.
+        layer: index of the decoder layer, or None where the graph does not say.
+        group: global ranks of the reduction, ascending as the group lists them; empty when unknown.
+        shared: whether attention and MLP of this layer reduce over just these ranks; None where the graph does not say.
+        source: ``file:line`` of the model code that issued the all-reduce, or ``""``.
+        nodes: names of the graph nodes of the region, the all-reduce first.
+        shape: of the sum; symbolic sizes are strings.
+        dtype: of the sum, e.g. ``bfloat16``.
+        eps: of the norm, or None.
+        flavour: the norm's rounding order as ``str(Flavour)``, or None.
+        matched: the steps that matched before the refusal, in order (the nearest miss).
+        replaced_by: name of the fused node, or None.
+    """
+
+    fused: bool
+    reason: str | None
+    detail: str
+    pattern: str
+    role: str
+    layer: int | None
+    group: tuple[int, ...]
+    shared: bool | None
+    source: str
+    nodes: list[str]
+    shape: tuple[int | str, ...] = ()
+    dtype: str = ""
+    eps: float | None = None
+    flavour: str | None = None
+    matched: tuple[str, ...] = ()
+    replaced_by: str | None = None
+
+    @property
+    def remedy(self) -> str:
+        """What to do about the reason; empty when fused."""
+        return "" if self.reason is None else REMEDIES[Reason(self.reason)]
+
+
+@dataclass(frozen=True)
+class LayerAudit:
+    """The sharing proof of one layer: the ranks its attention and its MLP reduce over.
+
+    ``shared`` is True only when both are known, equal and larger than one; None when one is unknown.
+    """
+
+    layer: int
+    attention: tuple[int, ...] | None
+    mlp: tuple[int, ...] | None
+    shared: bool | None
+    detail: str = ""
+
+
+@dataclass
+class GraphReport:
+    """What the pass did to one graph on one rank.
+
+    Attributes:
+        graph_id: stable name of the graph within the process, e.g. ``graph-0``.
+        rank: global rank of this process (0 without a process group).
+        world_size: of the default group (1 without one).
+        sites: one per all-reduce, in graph order.
+        layers: the sharing audit, one per layer that the graph shows.
+        policy: the policy in force.
+        numerics: ``exact`` or ``relaxed``.
+        inner: the inner compiler.
+        seconds: time the pass took.
+        from_cache: True when a compile cache supplied the graph, so the pass did not run in this process.
+        notes: warnings about the graph as a whole, e.g. norms hidden inside Hub kernels.
+    """
+
+    graph_id: str
+    rank: int
+    world_size: int
+    sites: list[Site]
+    layers: list[LayerAudit] = field(default_factory=list)
+    policy: str = "shared"
+    numerics: str = "exact"
+    inner: str = ""
+    seconds: float = 0.0
+    from_cache: bool = False
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def fused(self) -> list[Site]:
+        return [site for site in self.sites if site.fused]
+
+    @property
+    def kept(self) -> list[Site]:
+        return [site for site in self.sites if not site.fused]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"schema": SCHEMA_VERSION, **asdict(self)}
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """The report as JSON; :meth:`from_json` reads it back equal."""
+        return json.dumps(self.to_dict(), indent=indent)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> GraphReport:
+        version = data.get("schema") if isinstance(data, dict) else None
+        if not isinstance(version, int):
+            raise ReportFormatError("not a tpfuse report: it has no integer 'schema' field")
+        if version > SCHEMA_VERSION:
+            raise ReportFormatError(
+                f"the report has schema {version}, this tpfuse reads up to {SCHEMA_VERSION}; upgrade tpfuse to read it"
+            )
+        try:
+            values = {f.name: data[f.name] for f in fields(cls)}
+            values["sites"] = [_site(s) for s in values["sites"]]
+            values["layers"] = [_layer(a) for a in values["layers"]]
+            return cls(**values)
+        except (KeyError, TypeError) as error:
+            raise ReportFormatError(f"not a tpfuse report of schema {version}: {error!r}") from error
+
+    @classmethod
+    def from_json(cls, text: str) -> GraphReport:
+        """Read a report. Raises :class:`ReportFormatError` when it is none, or of a newer schema."""
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ReportFormatError(f"not a tpfuse report: not JSON ({error})") from error
+        return cls.from_dict(data)
+
+    def summary(self) -> str:
+        """One line, e.g. ``graph-0: 61 all-reduces, 60 fused, 1 kept (no-norm 1)``."""
+        counts: dict[str, int] = {}
+        for site in self.kept:
+            counts[str(site.reason)] = counts.get(str(site.reason), 0) + 1
+        why = ", ".join(f"{code} {n}" for code, n in sorted(counts.items()))
+        kept = f"{len(self.kept)} kept" + (f" ({why})" if why else "")
+        return f"{self.graph_id}: {len(self.sites)} all-reduces, {len(self.fused)} fused, {kept}"
+
+
+def _site(data: dict[str, Any]) -> Site:
+    return Site(
+        **{**data, "group": tuple(data["group"]), "shape": tuple(data["shape"]), "matched": tuple(data["matched"])}
+    )
+
+
+def _layer(data: dict[str, Any]) -> LayerAudit:
+    ranks = {k: None if data[k] is None else tuple(data[k]) for k in ("attention", "mlp")}
+    return LayerAudit(**{**data, **ranks})
