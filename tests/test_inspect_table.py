@@ -1,0 +1,104 @@
+"""A report reads the same in a terminal, without rich, and in a notebook."""
+
+from __future__ import annotations
+
+import builtins
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+from browser.sample import report
+from tpfuse.passes.report import GraphReport
+
+from tpfuse.inspect import estimate, table, words
+
+
+@pytest.fixture
+def without_rich(monkeypatch):
+    real = builtins.__import__
+
+    def blocked(name, *arguments, **named):
+        if name.split(".")[0] == "rich":
+            raise ImportError(name)
+        return real(name, *arguments, **named)
+
+    monkeypatch.setattr(builtins, "__import__", blocked)
+
+
+def test_sites_that_differ_only_in_their_layer_share_a_row():
+    made = report(layers=80)
+    shown = table.rows(made)
+    assert sum(len(row.sites) for row in shown) == len(made.sites) == 161
+    assert len(shown) < 10
+    assert [row.cells()[1] for row in shown if row.fused] == ["-", "0,2-79", "0,2-78"]
+    assert len(table.rows(made, each=True)) == 161
+
+
+def test_the_table_says_what_was_kept_why_and_what_to_do(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    shown = table.text(report())
+    assert "9 all-reduces, 6 fused, 3 kept" in shown
+    assert "kept: mean-dim" in shown
+    assert "matched up to square; the mean is over dim 1, expected the last" in " ".join(shown.split())
+    assert "Normalise over the hidden dimension" in shown
+    assert "note: use_kernels=True hides 2 norms" in shown
+    assert "saves an estimated 6 launches and 768.0 KiB" in shown
+    assert "\x1b" not in shown
+
+
+def test_it_prints_without_rich(without_rich):
+    shown = table.text(report())
+    assert shown == table.plain(report())
+    assert "kept: group-mismatch" in shown
+
+
+def test_an_empty_report_is_one_line():
+    empty = GraphReport("graph-0", 0, 1, [])
+    assert table.plain(empty) == table.text(empty) == "graph-0: 0 all-reduces, 0 fused, 0 kept, rank 0 of 1"
+
+
+def test_the_notebook_form_is_closed_and_escaped_html():
+    made = report()
+    made.sites[3] = replace(made.sites[3], detail="<script>alert(1)</script>")
+
+    class Balance(HTMLParser):
+        open: list[str] = []  # noqa: RUF012
+
+        def handle_starttag(self, tag, attrs):
+            self.open.append(tag)
+
+        def handle_endtag(self, tag):
+            assert self.open.pop() == tag
+
+    shown = table.html(made)
+    checker = Balance()
+    checker.feed(shown)
+    assert checker.open == []
+    assert "<script" not in shown
+    assert "&lt;script&gt;" in shown
+
+
+def test_a_symbolic_row_count_gives_an_estimate_per_row():
+    made = report(layers=1, rows="s0")
+    saved = estimate.saving(made.sites[0])
+    assert (saved.launches, saved.bytes, saved.bytes_per_row) == (1, None, 2 * 4096 * 2)
+    assert estimate.saving(made.sites[0], rows=32).bytes == 32 * 2 * 4096 * 2
+    assert estimate.saving(made.sites[0], rows=32, path="library") == estimate.NOTHING
+    assert "16.0 KiB a row" in table.in_all(saved)
+
+
+def test_short_forms():
+    assert words.ranks([0, 1, 2, 3]) == "0-3"
+    assert words.ranks([0, 2, 4]) == "0,2,4"
+    assert words.ranks([]) == "unknown"
+    assert words.layers([3, 0, 1, None]) == "0-1,3"
+    assert words.layers([None]) == "-"
+    assert [estimate.in_units(n) for n in (None, 12, 2048, 3 << 20, 5 << 30)] == [
+        "unknown", "12 B", "2.0 KiB", "3.0 MiB", "5.0 GiB",
+    ]  # fmt: skip
+
+
+def test_a_reason_of_a_newer_version_still_prints():
+    made = report(layers=1)
+    made.sites[0] = replace(made.sites[0], fused=False, reason="from-the-future", replaced_by=None)
+    assert "from-the-future (1)" in table.plain(made)
