@@ -1,0 +1,22 @@
+"""The pass: collectives -> norms -> sites -> sharing -> rewrite -> report. Graph in, rewritten graph and report out."""
+
+from .collectives import register_collective, unregister_collective
+from .fuse import VerificationError, fuse
+from .options import PassOptions
+from .reasons import REMEDIES, Reason, Refusal
+from .report import GraphReport, LayerAudit, ReportFormatError, Site
+
+__all__ = [
+    "REMEDIES",
+    "GraphReport",
+    "LayerAudit",
+    "PassOptions",
+    "Reason",
+    "Refusal",
+    "ReportFormatError",
+    "Site",
+    "VerificationError",
+    "fuse",
+    "register_collective",
+    "unregister_collective",
+]

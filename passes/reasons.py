@@ -25,6 +25,7 @@ class Reason(str, Enum):
     EXTRA_READER = "extra-reader"
     ROWS_MOVE = "rows-move"
     SUM_OF_REDUCTIONS = "sum-of-reductions"
+    ADD_CHAIN = "add-chain"
     RESIDUAL_SHAPE = "residual-shape"
     RESIDUAL_DERIVED = "residual-derived"
     MUTATION = "mutation"
@@ -67,6 +68,8 @@ REMEDIES: dict[Reason, str] = {
     "after the norm.",
     Reason.SUM_OF_REDUCTIONS: "Two reductions over one group are added. Add the partial sums first and reduce once; or "
     "use numerics='relaxed', which does that.",
+    Reason.ADD_CHAIN: "Several tensors are added between the sum and the norm. Add them to each other first, so that one addend "
+    "and one residual are left.",
     Reason.RESIDUAL_SHAPE: "The residual is broadcast. Expand it to the shape of the sum outside the layer.",
     Reason.RESIDUAL_DERIVED: "The residual is computed from the same sum, so it cannot be an input of the fused op.",
     Reason.MUTATION: "The residual or the sum is written in place between the all-reduce and the norm. Use out-of-place "

@@ -1,0 +1,195 @@
+"""Which ranks does each layer's attention reduce over, and which its MLP? Sharing is proved by comparing those lists.
+
+Never by a group's name, size or a flag: the recurring bug of this field is a group chosen by size or boolean, which then
+sums the wrong ranks and says nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch.fx import Node
+
+from . import values
+from .collectives import Collective, spelling_of
+from .report import LayerAudit
+
+ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+MLP = re.compile(r"mlp|feed_?forward|\bffn?\b|experts?\b|moe", re.IGNORECASE)
+EMBEDDING = re.compile(r"embed|\bwte\b", re.IGNORECASE)
+LAYER = re.compile(r"(?:layers?|blocks?|\bh)\.(\d+)(?:\.|$)")
+NUMBER = re.compile(r"\.(\d+)(?:\.|$)")
+
+ATTENTION_OPS = re.compile(r"scaled_dot_product|flash_attention|flex_attention|_attention")
+ACTIVATIONS = values.overloads(
+    "silu.default",
+    "gelu.default",
+    "relu.default",
+    "tanh.default",
+    "sigmoid.default",
+    "leaky_relu.default",
+    "erf.default",
+)
+EMBEDDINGS = values.overloads("embedding.default")
+SOFTMAX = values.overloads(
+    "_softmax.default", "softmax.int", "_safe_softmax.default", "prims::exp.default", "exp.default"
+)
+MATMULS = values.overloads("bmm.default", "baddbmm.default", "matmul.default")
+
+# Frames of the machinery that wraps a model; the line of interest is the caller's.
+MACHINERY = re.compile(
+    r"/torch/|/functorch/|/tpfuse/|/transformers/(?:distributed|integrations|utils|generation|modeling_layers|"
+    r"modeling_utils|tensor_parallel)|/accelerate/|/contextlib\.py|<eval_with_key>"
+)
+FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+SEARCH_LIMIT = 400  # nodes looked at behind one all-reduce
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in the model an all-reduce stands.
+
+    Attributes:
+        role: ``attention | mlp | embedding | other``.
+        layer: index of the decoder layer, or None.
+        source: ``file:line``, or an empty string.
+    """
+
+    role: str
+    layer: int | None
+    source: str
+
+
+def place(collective: Collective, order: dict[Node, int]) -> Place:
+    """Role and layer from the module stack, else from the dataflow; unknown stays unknown."""
+    paths = [_module_path(collective.node)]
+    producers = _producers(collective, order)
+    paths += [_module_path(n) for n in producers[:12]]
+    role = next((r for r in map(_role_of_path, paths) if r is not None), None)
+    layer = next((n for n in map(_layer_of_path, paths) if n is not None), None)
+    if role is None:
+        role = _role_of_dataflow(producers)
+    return Place(role or "other", layer, source_line(collective.node))
+
+
+def _module_path(node: Node) -> str:
+    """The module stack of a node as one dotted path, with class names of the inner modules appended."""
+    stack = node.meta.get("nn_module_stack") or {}
+    if not stack:
+        return ""
+    last = list(stack.values())[-1]
+    path = last[0] if isinstance(last, tuple) else str(last)
+    path = re.sub(r"_modules\['([^']+)'\]|\['([^']+)'\]", r".\1\2", str(path))
+    path = re.sub(r"\.\.+", ".", path)
+    return re.sub(r"\[(\d+)\]", r".\1", path.split(".args.0", 1)[-1].removeprefix("L.self").removeprefix("L['self']"))
+
+
+def _role_of_path(path: str) -> str | None:
+    """The innermost path component that tells a role: ``layers.0.self_attn.o_proj`` is attention."""
+    for part in reversed(path.split(".")):
+        for role, pattern in (("attention", ATTENTION), ("mlp", MLP), ("embedding", EMBEDDING)):
+            if pattern.search(part) and "norm" not in part:
+                return role
+    return None
+
+
+def _layer_of_path(path: str) -> int | None:
+    found = LAYER.search(path) or NUMBER.search(path)
+    return int(found.group(1)) if found else None
+
+
+def _producers(collective: Collective, order: dict[Node, int]) -> list[Node]:
+    """Nodes behind the partial sum, nearest first, not beyond the previous reductions."""
+    found: list[Node] = []
+    queue, seen = [collective.x], set()
+    while queue and len(found) < SEARCH_LIMIT:
+        queue.sort(key=lambda n: -order[n])
+        node = queue.pop(0)
+        if node in seen or node.op != "call_function":
+            continue
+        seen.add(node)
+        if spelling_of(node) is not None or "tpfuse" in str(node.target):
+            continue
+        found.append(node)
+        queue.extend(node.all_input_nodes)
+    return found
+
+
+def _role_of_dataflow(producers: list[Node]) -> str | None:
+    """Attention has an attention kernel or a softmax between two batched products; an MLP an activation; else unknown."""
+    softmax = bmm = False
+    activation = embedding = False
+    for node in producers:
+        if ATTENTION_OPS.search(str(node.target)):
+            return "attention"
+        softmax = softmax or node.target in SOFTMAX
+        bmm = bmm or node.target in MATMULS
+        activation = activation or node.target in ACTIVATIONS
+        embedding = embedding or node.target in EMBEDDINGS
+    if softmax and bmm and not activation:
+        return "attention"
+    if activation:
+        return "mlp"
+    return "embedding" if embedding else None
+
+
+def source_line(node: Node) -> str:
+    """``file:line`` of the innermost frame that belongs to a model, shortened below site-packages."""
+    frames = FRAME.findall(node.meta.get("stack_trace") or "")
+    if not frames:
+        return ""
+    mine = [f for f in frames if not MACHINERY.search(f[0])]
+    path, line = (mine or frames)[-1]
+    return f"{path.split('site-packages/')[-1]}:{line}"
+
+
+def order_layers(places: Sequence[Place]) -> list[Place]:
+    """Give layers to a graph without module names: each attention reduction starts a new one."""
+    if any(p.layer is not None for p in places):
+        return list(places)
+    numbered, current = [], -1
+    for p in places:
+        if p.role == "attention":
+            current += 1
+        known = p.role in ("attention", "mlp") and current >= 0
+        numbered.append(Place(p.role, current if known else None, p.source))
+    return numbered
+
+
+def audit(collectives: Sequence[Collective], places: Sequence[Place]) -> list[LayerAudit]:
+    """One entry per layer: the rank lists of its attention and of its MLP, and whether they are equal."""
+    ranks: dict[int, dict[str, set[tuple[int, ...]]]] = {}
+    for c, p in zip(collectives, places, strict=True):
+        if p.layer is not None and p.role in ("attention", "mlp"):
+            ranks.setdefault(p.layer, {}).setdefault(p.role, set()).add(c.ranks)
+    audits = []
+    for layer in sorted(ranks):
+        attention, attention_note = _one(ranks[layer].get("attention"), "attention")
+        mlp, mlp_note = _one(ranks[layer].get("mlp"), "MLP")
+        notes = [n for n in (attention_note, mlp_note) if n]
+        if any("several" in n for n in notes):
+            shared: bool | None = False
+        elif attention is None or mlp is None:
+            shared = None
+        else:
+            shared = attention == mlp and len(attention) > 1
+            if not shared:
+                notes.append(f"attention reduces over {list(attention)}, the MLP over {list(mlp)}")
+        audits.append(LayerAudit(layer, attention, mlp, shared, "; ".join(notes)))
+    return audits
+
+
+def _one(found: set[tuple[int, ...]] | None, name: str) -> tuple[tuple[int, ...] | None, str]:
+    if not found:
+        return None, f"no reduction of the {name} seen"
+    if len(found) > 1:
+        return None, f"the {name} reduces over several groups: {', '.join(str(list(r)) for r in sorted(found))}"
+    ranks = next(iter(found))
+    return (ranks, "") if ranks else (None, f"the group of the {name} is unknown")
+
+
+def shared_groups(audits: Sequence[LayerAudit]) -> set[tuple[int, ...]]:
+    """Rank lists that some layer proves to be shared."""
+    return {a.attention for a in audits if a.shared and a.attention is not None}

@@ -1,0 +1,207 @@
+"""Small questions about graph nodes that every step of the pass asks: shapes, dtypes, aliases, order.
+
+An *alias* of a value is another node that holds the same numbers in the same rows: a view that keeps the last dimension,
+a clone, a detach, a copy into another buffer, a cast to the dtype it already has.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from tpfuse import compat
+
+aten = torch.ops.aten
+prims = torch.ops.prims
+
+
+def overloads(*names: str) -> frozenset[Any]:
+    """The ATen or prims overloads that exist in this torch, by ``packet.overload``."""
+    found = []
+    for name in names:
+        packet_name, overload = name.split(".")
+        space = prims if packet_name.startswith("prims::") else aten
+        packet = getattr(space, packet_name.removeprefix("prims::"), None)
+        if packet is not None and overload in packet.overloads():
+            found.append(getattr(packet, overload))
+    return frozenset(found)
+
+
+RESHAPES = overloads(
+    "view.default",
+    "_unsafe_view.default",
+    "reshape.default",
+    "unsqueeze.default",
+    "squeeze.dim",
+    "squeeze.dims",
+    "squeeze.default",
+    "expand.default",
+    "flatten.using_ints",
+)
+IDENTITIES = overloads(
+    "clone.default",
+    "detach.default",
+    "alias.default",
+    "contiguous.default",
+    "lift_fresh.default",
+    "lift_fresh_copy.default",
+)
+COPIES = overloads("copy.default")
+CASTS = overloads("_to_copy.default", "to.dtype", "prims::convert_element_type.default")
+ROW_MOVERS = overloads(
+    "slice.Tensor",
+    "select.int",
+    "index.Tensor",
+    "index_select.default",
+    "gather.default",
+    "permute.default",
+    "transpose.int",
+    "t.default",
+    "cat.default",
+    "split.Tensor",
+    "split_with_sizes.default",
+    "narrow.default",
+    "roll.default",
+    "flip.default",
+    "index_put.default",
+    "slice_scatter.default",
+    "index_add.default",
+    "scatter.src",
+    "unbind.int",
+    "chunk.default",
+)
+
+
+def value(node: Any) -> torch.Tensor | None:
+    """The fake tensor of a node, or None when the node holds something else."""
+    found = node.meta.get("val", node.meta.get("example_value")) if isinstance(node, Node) else None
+    return found if isinstance(found, torch.Tensor) else None
+
+
+def dtype(node: Node) -> torch.dtype | None:
+    tensor = value(node)
+    return None if tensor is None else tensor.dtype
+
+
+def width(node: Node) -> Any:
+    """Size of the last dimension (an int, or symbolic), or None without one."""
+    tensor = value(node)
+    return tensor.shape[-1] if tensor is not None and tensor.dim() > 0 else None
+
+
+def same_shape(a: Node, b: Node) -> bool:
+    """Whether two nodes provably have one shape; adds no guard."""
+    x, y = value(a), value(b)
+    if x is None or y is None or x.dim() != y.dim():
+        return False
+    return all(compat.statically_true(m == n) for m, n in zip(x.shape, y.shape, strict=True))
+
+
+def is_vector(node: Node, hidden: int) -> bool:
+    """Whether the node is one value per column: shape ``(H,)`` or ``(1, ..., 1, H)``."""
+    tensor = value(node)
+    if tensor is None or tensor.dim() == 0:
+        return False
+    return all(compat.statically_true(size == 1) for size in tensor.shape[:-1]) and compat.statically_true(
+        tensor.shape[-1] == hidden
+    )
+
+
+def is_alias(node: Node, source: Node) -> bool:
+    """Whether ``node`` holds the numbers of ``source`` in the same rows."""
+    if node.op != "call_function":
+        return False
+    new, old = value(node), value(source)
+    if new is None or old is None or new.dtype != old.dtype:
+        return False
+    if node.target in IDENTITIES or node.target in CASTS:
+        return node.args[0] is source
+    if node.target in COPIES:
+        return node.args[1] is source and node.args[0] is not source and same_shape(node, source)
+    if node.target not in RESHAPES or node.args[0] is not source:
+        return False
+    if old.dim() == 0 or new.dim() == 0 or not compat.statically_true(new.shape[-1] == old.shape[-1]):
+        return False
+    # expand() keeps the last dimension too, but repeats rows unless the number of rows stays.
+    return node.target not in overloads("expand.default") or same_shape(node, source)
+
+
+@dataclass
+class Aliases:
+    """A value under all its names.
+
+    Attributes:
+        root: the node that computes it.
+        parent: for every other name, the name it was made from.
+        readers: nodes outside the class that read one of its names, in graph order, without duplicates.
+    """
+
+    root: Node
+    parent: dict[Node, Node] = field(default_factory=dict)
+    readers: list[Node] = field(default_factory=list)
+
+    @property
+    def names(self) -> list[Node]:
+        return [self.root, *self.parent]
+
+    def __contains__(self, node: object) -> bool:
+        return node is self.root or node in self.parent
+
+    def path(self, name: Node) -> list[Node]:
+        """The alias nodes that lead from the root to ``name``, in order, without the root."""
+        steps: list[Node] = []
+        while name is not self.root:
+            steps.append(name)
+            name = self.parent[name]
+        return steps[::-1]
+
+
+def aliases(root: Node, order: dict[Node, int], also: tuple[Node, ...] = ()) -> Aliases:
+    """All names of ``root`` and their readers. ``also`` are further nodes known to hold the same value."""
+    found = Aliases(root)
+    for other in also:
+        if other is not root:
+            found.parent[other] = root
+    queue = list(found.names)
+    readers: set[Node] = set()
+    while queue:
+        name = queue.pop()
+        for user in name.users:
+            if user in found:
+                continue
+            if is_alias(user, name):
+                found.parent[user] = name
+                readers.discard(user)
+                queue.append(user)
+            elif not is_dead(user):
+                readers.add(user)
+    found.readers = sorted((r for r in readers if r not in found), key=order.__getitem__)
+    return found
+
+
+def is_dead(node: Node) -> bool:
+    """A node without readers and without effects: dead code that some mounts have not yet removed."""
+    return not node.users and node.op == "call_function" and not node.is_impure()
+
+
+def positions(graph: Graph) -> dict[Node, int]:
+    """Every node's position in the graph."""
+    return {node: index for index, node in enumerate(graph.nodes)}
+
+
+def depends_on(node: Node, source: Node, order: dict[Node, int]) -> bool:
+    """Whether ``node`` is computed from ``source``. Looks only at nodes between the two."""
+    start = order[source]
+    stack, seen = [node], set()
+    while stack:
+        current = stack.pop()
+        if current is source:
+            return True
+        if current in seen or order[current] < start:
+            continue
+        seen.add(current)
+        stack.extend(current.all_input_nodes)
+    return False

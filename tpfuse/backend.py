@@ -1,0 +1,259 @@
+"""The ``torch.compile`` backend: options in, inner compiler out.
+
+``torch.compile(model, backend="tpfuse")`` finds :func:`tpfuse` through the entry point group ``torch_dynamo_backends``. The
+pass is mounted where each inner compiler has a functional ATen graph in hand; one rewriter serves them all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.fx import Graph, GraphModule
+
+import tpfuse as package
+from tpfuse import compat, store
+from tpfuse.options import OptionError, Options, parse
+from tpfuse.passes import GraphReport, fuse
+
+log = logging.getLogger("tpfuse")
+
+PRE_PASS = "post_grad_custom_pre_pass"
+
+
+def tpfuse(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+    **unknown: Any,
+) -> Callable[..., Any]:
+    """Compile one Dynamo graph.
+
+    Args:
+        gm: the captured graph.
+        example_inputs: its fake inputs.
+        mode: as in ``torch.compile``; with the Inductor inner it sets the same options as there.
+        options: ``tpfuse.*`` keys for tpfuse, all others for the inner compiler.
+    Returns:
+        A callable with the signature of ``gm``.
+    Raises:
+        OptionError: an unknown option or value.
+        ImportError: the inner compiler needs an extra that is not installed.
+    """
+    parsed = parse(options)
+    if unknown:
+        raise OptionError(f"tpfuse takes mode= and options=; it was given {', '.join(sorted(unknown))}")
+    specialise_floats(gm, example_inputs)
+    training = torch.is_grad_enabled() and any(
+        isinstance(x, torch.Tensor) and x.requires_grad for x in (*example_inputs, *gm.parameters())
+    )
+    mount = _MOUNTS[parsed.inner]
+    return mount(gm, example_inputs, parsed, mode, training)
+
+
+def specialise_floats(gm: GraphModule, example_inputs: Sequence[Any]) -> None:
+    """Guard every symbolic float input to its value.
+
+    With ``dynamic=True`` Dynamo makes a module's eps a graph input; a norm whose eps is unknown cannot be proved, and every
+    match would be lost. The guard keeps this right when the value changes: Dynamo compiles again.
+    """
+    for value in example_inputs:
+        if isinstance(value, torch.SymFloat):
+            value.node.guard_float(__file__, 0)
+    for node in gm.graph.nodes:
+        example = node.meta.get("example_value")
+        if node.op == "placeholder" and isinstance(example, torch.SymFloat):
+            example.node.guard_float(__file__, 0)
+
+
+# -- mounts ---------------------------------------------------------------------------------------------------------
+
+
+def _run_pass(
+    graph: GraphModule | Graph, parsed: Options, training: bool, log_to: list[GraphReport] | None = None
+) -> GraphReport:
+    """The pass with everything around it: fuel, dump, store."""
+    before = _private_copy(graph) if parsed.dump else None
+    report = fuse(graph, parsed.for_pass(store.fuel_left(parsed.fuel)), training=training, inner=parsed.inner)
+    report.notes.extend(_notes())
+    if before is not None and parsed.dump is not None:
+        from tpfuse.inspect import dump
+
+        after = graph if isinstance(graph, GraphModule) else GraphModule(torch.nn.Module(), graph)
+        dump.write(parsed.dump, report, before, after)
+    if log_to is not None:
+        log_to.append(report)
+    store.add(report)
+    return report
+
+
+def _private_copy(graph: GraphModule | Graph) -> GraphModule:
+    original = graph.graph if isinstance(graph, GraphModule) else graph
+    return GraphModule(torch.nn.Module(), _copy_graph(original))
+
+
+def _copy_graph(graph: Graph) -> Graph:
+    new = Graph()
+    mapping: dict[Any, Any] = {}
+    output = new.graph_copy(graph, mapping)
+    new.output(output)
+    for old, copied in mapping.items():
+        copied.meta = dict(old.meta)
+    return new
+
+
+def _notes() -> list[str]:
+    return []
+
+
+def _aot(
+    gm: GraphModule, inputs: Sequence[Any], parsed: Options, mode: str | None, training: bool
+) -> Callable[..., Any]:
+    """``aot_eager`` and ``eager``: the rewritten ATen graph runs as it is."""
+    if parsed.inner_options:
+        raise OptionError(
+            f"inner {parsed.inner!r} takes no options of its own; given {', '.join(sorted(parsed.inner_options))}"
+        )
+
+    def run(graph: GraphModule) -> Callable[..., Any]:
+        if parsed.inner == "eager":
+            # Node by node, so that an exception names the node it came from.
+            return compat.boxed(torch.fx.Interpreter(graph).run)
+        return compat.boxed(graph.forward)
+
+    def inference(graph: GraphModule, _: Any) -> Callable[..., Any]:
+        _run_pass(graph, parsed, training=False)
+        return run(graph)
+
+    def forward(graph: GraphModule, _: Any) -> Callable[..., Any]:
+        _run_pass(graph, parsed, training=True)
+        return run(graph)
+
+    def backward(graph: GraphModule, _: Any) -> Callable[..., Any]:
+        return run(graph)
+
+    compiler = compat.aot_autograd(fw_compiler=forward, bw_compiler=backward, inference_compiler=inference)
+    return compiler(gm, inputs)
+
+
+@lru_cache(maxsize=1)
+def sources_digest() -> str:
+    """A digest of tpfuse's own sources: a changed pass must not reuse what another version compiled."""
+    digest = hashlib.sha256(package.__version__.encode())
+    from tpfuse import ops, passes
+
+    for part in (passes, ops):
+        for path in sorted(Path(str(part.__file__)).parent.rglob("*.py")):
+            digest.update(path.name.encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def group_shapes() -> list[tuple[int, int]]:
+    """(size, index of the first group with the same ranks) of this process's groups in creation order.
+
+    Enough to tell layouts apart that would be judged differently, without anything that differs between ranks: group names
+    and rank numbers do.
+    """
+    groups = compat.known_groups()
+    first: dict[tuple[int, ...], int] = {}
+    return [(len(ranks), first.setdefault(ranks, index)) for index, (_, ranks) in enumerate(groups)]
+
+
+class _InductorPass(compat.custom_graph_pass()):  # type: ignore[misc]
+    """Runs the user's own pre-pass, then ours, on Inductor's post-grad graph."""
+
+    def __init__(self, parsed: Options, training: bool, previous: Any) -> None:
+        super().__init__()
+        self.parsed, self.training, self.previous = parsed, training, previous
+        self.reports: list[GraphReport] = []
+        self.identity = self._identity()
+
+    def __call__(self, graph: Graph) -> None:
+        if self.previous is not None:
+            self.previous(graph)
+        _run_pass(graph, self.parsed, self.training, self.reports)
+
+    def uuid(self) -> Any:
+        return self.identity
+
+    def _identity(self) -> Any:
+        """Equal for equal work on every rank: sources, options, versions, group shapes; nothing rank-specific."""
+        previous = None
+        if self.previous is not None:
+            uuid = getattr(self.previous, "uuid", None)
+            previous = uuid() if uuid is not None else None
+            if previous is None:
+                return None  # their pass has no identity: Inductor then does not cache, as without us
+        p = self.parsed
+        left = store.fuel_left(p.fuel)
+        parts = (sources_digest(), torch.__version__, p.policy, p.numerics, p.verify, left, self.training, previous)
+        return store.key([*parts, *group_shapes()])
+
+
+def _inductor(
+    gm: GraphModule, inputs: Sequence[Any], parsed: Options, mode: str | None, training: bool
+) -> Callable[..., Any]:
+    """Mounted as Inductor's ``post_grad_custom_pre_pass``, which runs before Inductor lowers the all-reduce itself."""
+    patches = dict(compat.inductor_mode_options(mode))
+    patches.update({key.replace("-", "_"): value for key, value in parsed.inner_options.items()})
+    known = compat.inductor_settings()
+    for name in patches:
+        if name not in known:
+            raise OptionError(
+                f"{name!r} is neither a tpfuse option (those start with 'tpfuse.') nor a setting of torch._inductor.config"
+            )
+    previous = patches.get(PRE_PASS, compat.inductor_config(PRE_PASS))
+    mounted = _InductorPass(parsed, training, previous)
+    patches[PRE_PASS] = mounted
+    digest = _report_key(gm, inputs, mounted.identity, patches)
+    compiled = compat.compile_fx(gm, inputs, patches)
+    if mounted.reports:
+        store.save(digest, mounted.reports)
+        return compiled
+    kept = store.load(digest)
+    if kept is not None:
+        for report in kept:
+            store.add(report)
+        return compiled
+    # A cache supplied the graph, but the report of the compile that filled it is gone: compile once more without caches.
+    log.info("compile cache hit without a kept report; compiling again to make one")
+    with compat.without_compile_caches():
+        compiled = compat.compile_fx(gm, inputs, patches)
+    store.save(digest, mounted.reports)
+    return compiled
+
+
+def _report_key(gm: GraphModule, inputs: Sequence[Any], identity: Any, patches: dict[str, Any]) -> str:
+    """What a report depends on: the graph, its inputs, our identity, and this rank's view of the groups."""
+    shapes = [
+        (tuple(str(n) for n in x.shape), str(x.dtype), str(x.device)) if isinstance(x, torch.Tensor) else str(type(x))
+        for x in inputs
+    ]
+    rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    settings = sorted((k, str(v)) for k, v in patches.items() if k != PRE_PASS)
+    return store.key([gm.code, shapes, identity, settings, rank, compat.known_groups()])
+
+
+def _tensorrt(
+    gm: GraphModule, inputs: Sequence[Any], parsed: Options, mode: str | None, training: bool
+) -> Callable[..., Any]:
+    from tpfuse import tensorrt  # lazily: torch-tensorrt is an extra
+
+    return tensorrt.compile(gm, inputs, parsed, _run_pass)
+
+
+_MOUNTS: dict[str, Callable[..., Callable[..., Any]]] = {
+    "inductor": _inductor,
+    "aot_eager": _aot,
+    "eager": _aot,
+    "tensorrt": _tensorrt,
+}

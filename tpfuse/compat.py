@@ -1,0 +1,168 @@
+"""Every private torch API that tpfuse touches, in one place, each with the reason.
+
+``tests/test_compat.py`` has one canary for each name: when a torch release moves one, that test says so by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+TORCH_VERSION = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2] if part.isdigit())
+
+
+def resolve_group(name: Any) -> dist.ProcessGroup:
+    """The process group that a functional collective's ``group_name`` argument stands for.
+
+    Why private: the mapping from name to group has no public reader; the name is all that a graph holds.
+    Raises whatever torch raises for an unknown name.
+    """
+    if isinstance(name, dist.ProcessGroup):
+        return name
+    from torch.distributed.distributed_c10d import _resolve_process_group
+
+    return _resolve_process_group(name)
+
+
+def known_groups() -> list[tuple[str, tuple[int, ...]]]:
+    """(name, global ranks) of this process's groups in creation order; empty without a default group.
+
+    Why private: torch keeps the list of groups in ``distributed_c10d._world``. Creation order is the same on every rank
+    of a correct program, names are not.
+    """
+    if not dist.is_available() or not dist.is_initialized():
+        return []
+    from torch.distributed.distributed_c10d import _world
+
+    groups = []
+    for group in list(_world.pg_map):
+        try:
+            groups.append((group.group_name, tuple(dist.get_process_group_ranks(group))))
+        except (RuntimeError, KeyError):  # a group that is being destroyed
+            continue
+    return groups
+
+
+def statically_true(condition: Any) -> bool:
+    """Whether a possibly symbolic condition is known to hold, without adding a guard.
+
+    Why semi-private: a plain ``bool()`` of a symbolic comparison would specialise the graph to the sizes of one call.
+    """
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)
+
+
+def size_hint(value: Any) -> int | str:
+    """A size for reports: the number when it is known, else the symbol's text."""
+    return int(value) if isinstance(value, int) else str(value)
+
+
+def is_erased(node: torch.fx.Node) -> bool:
+    """Whether a node was erased from its graph. Why private: fx keeps the mark in ``Node._erased`` only."""
+    return node._erased
+
+
+def without_fake_mode() -> AbstractContextManager[Any]:
+    """A context in which tensors are real although a compile is under way.
+
+    Why private: the pass runs inside AOTAutograd's fake tensor mode, and its proof of a rounding order needs real numbers.
+    """
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    return unset_fake_temporarily()
+
+
+def custom_graph_pass() -> type:
+    """Inductor's base class for passes with a uuid, so that its compile caches stay usable.
+
+    Why private: there is no public way to give a pass an identity.
+    """
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    return CustomGraphPass
+
+
+def inductor_config(name: str) -> Any:
+    """The current value of one Inductor setting, e.g. a pass that the user installed."""
+    from torch._inductor import config
+
+    return getattr(config, name)
+
+
+def inductor_settings() -> list[str]:
+    """The names of all Inductor settings, to judge a user's options before compiling."""
+    from torch._inductor import config
+
+    return list(config.get_config_copy())
+
+
+def compile_fx(gm: torch.fx.GraphModule, inputs: Sequence[Any], patches: dict[str, Any]) -> Callable[..., Any]:
+    """Inductor on a Dynamo graph. Why private: ``torch.compile`` cannot pass a pass for one compile to its backend."""
+    from torch._inductor.compile_fx import compile_fx as inductor
+
+    return inductor(gm, inputs, config_patches=patches)
+
+
+def inductor_mode_options(mode: str | None) -> dict[str, Any]:
+    """The Inductor settings that a ``torch.compile`` mode stands for."""
+    from torch._inductor import list_mode_options
+
+    return list_mode_options(mode) if mode else {}
+
+
+def without_compile_caches() -> AbstractContextManager[Any]:
+    """A context in which AOTAutograd's and FX's graph caches are neither read nor written.
+
+    Why private: the switches are settings of ``torch._functorch`` and ``torch._inductor``.
+    """
+    from contextlib import ExitStack
+
+    import torch._functorch.config as functorch
+    import torch._inductor.config as inductor
+
+    stack = ExitStack()
+    stack.enter_context(functorch.patch(enable_autograd_cache=False))
+    stack.enter_context(inductor.patch(fx_graph_cache=False))
+    return stack
+
+
+def cache_folder() -> str:
+    """The folder of Inductor's caches, beside which reports are kept."""
+    try:
+        from torch._inductor.runtime.cache_dir_utils import cache_dir
+    except ImportError:  # before that module was split off
+        from torch._inductor.codecache import cache_dir
+    return cache_dir()
+
+
+def aot_autograd(**compilers: Any) -> Callable[..., Any]:
+    """AOTAutograd with our compilers. Why private: the only public entry is the experimental functorch one."""
+    from torch._dynamo.backends.common import aot_autograd as aot
+
+    return aot(**compilers)
+
+
+def boxed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Mark a callable as taking one list that it may empty, which AOTAutograd's runtime expects of a compiler."""
+    from functorch.compile import make_boxed_func
+
+    return make_boxed_func(function)
+
+
+def dynamo_backend_names() -> list[str]:
+    """Names of the compile backends that torch knows in this process."""
+    import torch._dynamo
+
+    return torch._dynamo.list_backends(exclude_tags=())
+
+
+def decomposition_overrides(ops: Sequence[Any]) -> dict[Any, Callable[..., Any]]:
+    """Core decompositions for ``ops``, to bring a graph to the level at which the pass matches."""
+    from torch._decomp import get_decompositions
+
+    return get_decompositions(ops)
