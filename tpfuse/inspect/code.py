@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 _DTYPES = {
     torch.float64: "f64",
@@ -54,17 +54,23 @@ def source_line(node: Node) -> SourceLine | None:
     return None
 
 
-def python(gm: GraphModule, marks: Mapping[str, str] | None = None) -> str:
+def graph_of(graph: GraphModule | Graph) -> Graph:
+    """The graph itself; the module around it is only needed for nested graphs."""
+    return graph.graph if isinstance(graph, GraphModule) else graph
+
+
+def python(graph: GraphModule | Graph, marks: Mapping[str, str] | None = None) -> str:
     """The graph as Python that parses.
 
     Args:
-        gm: the graph; nested graphs become functions of their own.
+        graph: what to print; nested graphs become functions of their own.
         marks: a comment for some nodes, by node name: which reduction starts here and what happened to it.
     """
-    parts = [_function(gm, "forward", marks or {})]
-    for name, child in gm.named_children():
+    parts = [_function(graph_of(graph), "forward", marks or {})]
+    owner = graph if isinstance(graph, GraphModule) else graph.owning_module
+    for name, child in () if owner is None else owner.named_children():
         if isinstance(child, GraphModule):
-            parts.append(_function(child, _identifier(name), {}))
+            parts.append(_function(child.graph, _identifier(name), {}))
     return "import torch\nfrom math import inf, nan\n\n\n" + "\n\n".join(parts)
 
 
@@ -82,9 +88,9 @@ def annotation(node: Node) -> str:
     return _annotation(node.meta.get("val"))
 
 
-def _function(gm: GraphModule, name: str, marks: Mapping[str, str]) -> str:
+def _function(graph: Graph, name: str, marks: Mapping[str, str]) -> str:
     arguments, lines, last = ["self"], [], None
-    for node in gm.graph.nodes:
+    for node in graph.nodes:
         if node.op == "placeholder":
             note = annotation(node)
             arguments.append(f'{_identifier(node.name)}: "{note}"' if note else _identifier(node.name))

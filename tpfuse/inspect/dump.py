@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule
 
 from tpfuse.passes.report import GraphReport
 
@@ -25,7 +25,9 @@ BEFORE, AFTER, REPORT, NODES, PICTURE = "before.py", "after.py", "report.json", 
 _ATTEMPTS = 10_000
 
 
-def write(folder: str | os.PathLike[str], report: GraphReport, before: GraphModule, after: GraphModule) -> None:
+def write(
+    folder: str | os.PathLike[str], report: GraphReport, before: GraphModule | Graph, after: GraphModule | Graph
+) -> None:
     """Write the dump of one graph on one rank.
 
     Args:
@@ -44,7 +46,7 @@ def write(folder: str | os.PathLike[str], report: GraphReport, before: GraphModu
         log.info("tpfuse dumped %s to %s", report.graph_id, written)
 
 
-def _write(folder: Path, report: GraphReport, before: GraphModule, after: GraphModule) -> Path:
+def _write(folder: Path, report: GraphReport, before: GraphModule | Graph, after: GraphModule | Graph) -> Path:
     files = {
         BEFORE: _header(report, "before the rewrite") + code.python(before, _marks(report, fused_node=False)),
         AFTER: _header(report, "after the rewrite") + code.python(after, _marks(report, fused_node=True)),

@@ -8,13 +8,15 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
+from tpfuse.passes import collectives
 from tpfuse.passes.report import GraphReport, ReportFormatError, Site
 
 from . import code
 
 NODES_VERSION = 1
+READERS_SHOWN = 12
 
 
 @dataclass(frozen=True)
@@ -38,16 +40,16 @@ class NodeLine:
 
 @dataclass(frozen=True)
 class Region:
-    """The nodes of one site before and after. An unfused site has the same nodes in both."""
+    """The nodes of one site before and after. An unfused site has the same nodes in both, with what reads the sum."""
 
     before: tuple[NodeLine, ...]
     after: tuple[NodeLine, ...]
 
 
-def regions(report: GraphReport, before: GraphModule, after: GraphModule) -> list[Region]:
+def regions(report: GraphReport, before: GraphModule | Graph, after: GraphModule | Graph) -> list[Region]:
     """One :class:`Region` per site of the report, in its order."""
-    old = {node.name: node for node in before.graph.nodes}
-    new = {node.name: node for node in after.graph.nodes}
+    old = {node.name: node for node in code.graph_of(before).nodes}
+    new = {node.name: node for node in code.graph_of(after).nodes}
     return [_region(site, old, new) for site in report.sites]
 
 
@@ -73,11 +75,27 @@ def from_json(text: str) -> list[Region]:
 def _region(site: Site, old: dict[str, Node], new: dict[str, Node]) -> Region:
     before = [old[name] for name in site.nodes if name in old]
     if not site.fused:
+        before += _readers(before, list(old.values()))
         after = [new[node.name] for node in before if node.name in new]
     else:
         fused = new.get(site.replaced_by or "")
         after = [] if fused is None else [fused, *(user for user in fused.users if _is_item(user))]
     return Region(tuple(map(_line, before)), tuple(map(_line, after)))
+
+
+def _readers(found: list[Node], order: list[Node]) -> list[Node]:
+    """What happens to a sum that was not fused: the nodes that depend on it, up to the next collective or a handful."""
+    place = {node: index for index, node in enumerate(order)}
+    seen, readers = set(found), []
+    waiting = {user for node in found for user in node.users} - seen
+    while waiting and len(seen) < READERS_SHOWN:
+        node = min(waiting, key=lambda n: place.get(n, len(order)))
+        waiting.remove(node)
+        seen.add(node)
+        readers.append(node)
+        if not collectives.is_communication(node):
+            waiting |= set(node.users) - seen
+    return readers
 
 
 def _line(node: Node) -> NodeLine:

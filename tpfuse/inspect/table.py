@@ -68,8 +68,12 @@ def render(report: GraphReport, each: bool = False) -> RenderableType:
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold", expand=False)
     for name in COLUMNS:
-        justify = "right" if name in _NUMBERS else "left"
-        table.add_column(name, justify=justify, overflow="fold", no_wrap=name in ("role", "layers", "sites"))
+        table.add_column(
+            name,
+            justify="right" if name in _NUMBERS else "left",
+            overflow="fold",
+            no_wrap=name in ("role", "layers", "sites"),
+        )
     for row in rows(report, each):
         colour = "green" if row.fused else "yellow"
         table.add_row(*(Text(cell, colour if name == "result" else "") for name, cell in _named(row.cells())))
