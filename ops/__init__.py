@@ -1,6 +1,25 @@
 """The fused op: schema, exact reference, selection, symmetric memory and kernels."""
 
+from .dispatch import forget, raise_if_failed, reset
 from .flavour import GEMMA, GEMMA4, LLAMA, OLMO2, WEIGHTLESS, Flavour
 from .op import all_reduce_add_rms_norm
+from .plane import GroupPath, describe_path, stream_class
+from .select import Selection, select
 
-__all__ = ["GEMMA", "GEMMA4", "LLAMA", "OLMO2", "WEIGHTLESS", "Flavour", "all_reduce_add_rms_norm"]
+__all__ = [
+    "GEMMA",
+    "GEMMA4",
+    "LLAMA",
+    "OLMO2",
+    "WEIGHTLESS",
+    "Flavour",
+    "GroupPath",
+    "Selection",
+    "all_reduce_add_rms_norm",
+    "describe_path",
+    "forget",
+    "raise_if_failed",
+    "reset",
+    "select",
+    "stream_class",
+]

@@ -1,0 +1,265 @@
+"""The CUDA implementation of the op: from arguments to launches, as cheaply as Python can.
+
+Everything that does not change between calls of one site is worked out once and kept in a :class:`Prepared`: the path of
+the group, compile-time constants, compiled kernels. A call then costs one dictionary lookup, the shape checks, two
+allocations and the launch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import library_path, plane, reference
+from .flavour import Flavour
+from .kernels.constants import Constants, constants, supports
+from .launch import Kernel, geometry, most_programs, protocol_constants, register_bound
+from .op import check, library
+from .plane import GroupPath, Plane
+from .select import Selection, select
+
+_ROWS_WARMED = tuple(range(1, 65)) + (96, 128, 192, 256, 512, 1024, 2048, 4096)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch: rows ``[start, start + rows)`` by ``programs`` programs."""
+
+    kernel: Kernel
+    programs: int
+    start: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a call with a given number of rows does: launches, or the library path when there are none."""
+
+    selection: Selection
+    launches: tuple[Launch, ...]
+
+
+@dataclass
+class Prepared:
+    """Everything about calls of one kind (dtype, H, flavour, optional arguments, group, stream class)."""
+
+    path: GroupPath
+    flavour: Flavour
+    constants: Constants | None  # None: no kernel takes this kind of call
+    why_not: str | None
+    normed_dtype: torch.dtype
+    residual_dtype: torch.dtype
+    plans: dict[int, Plan] = field(default_factory=dict)
+
+
+_prepared: dict[tuple[Any, ...], Prepared] = {}
+_kernels: dict[tuple[Any, ...], Kernel] = {}
+
+
+def kernel_of(algorithm: str, c: Constants, world: int, groups: int, split: int, pdl: bool, wait: bool = True) -> Kernel:
+    """The kernel of a launch, not necessarily compiled yet."""
+    key = (algorithm, c, world, groups, split, pdl, wait)
+    found = _kernels.get(key)
+    if found is None:
+        from .kernels.one_shot import one_shot_kernel
+        from .kernels.two_shot import two_shot_kernel
+        from .launch import Geometry
+
+        function = one_shot_kernel if algorithm == "one_shot" else two_shot_kernel
+        options: dict[str, Any] = {"maxnreg": register_bound(algorithm, groups)}
+        if pdl:
+            options["launch_pdl"] = True
+        constexprs = protocol_constants(c, world, Geometry(0, groups, split), wait=wait, pdl=pdl)
+        found = _kernels[key] = Kernel(function, 4, constexprs, **options)
+    return found
+
+
+def plan_of(p: Plane, settings: plane.Settings, c: Constants, dtype: torch.dtype, rows: int, wait: bool = True) -> Plan:
+    """Selection, geometry and kernels of a call. Pure apart from the cache of kernels."""
+    chosen = select(
+        p.architecture, p.world, dtype, c.hidden, rows, override=settings.algorithm, table=settings.table
+    )
+    if chosen.algorithm == "library":
+        return Plan(chosen, ())
+    processors = torch.cuda.get_device_properties(p.device).multi_processor_count
+    pdl = settings.dependent_launch and torch.cuda.get_device_capability(p.device) >= (9, 0)
+
+    def fits(groups: int) -> int:
+        return most_programs(chosen.algorithm, groups, processors, p.sharers, settings.concurrent_planes)
+
+    launches = []
+    for start in range(0, rows, chosen.rows_per_launch):
+        n = min(chosen.rows_per_launch, rows - start)
+        shape = geometry(n, c.groups, fits)
+        kernel = kernel_of(chosen.algorithm, c, p.world, shape.groups, shape.split, pdl, wait)
+        launches.append(Launch(kernel, shape.programs, start, n))
+    return Plan(chosen, tuple(launches))
+
+
+def _prepare(
+    key: tuple[Any, ...], x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    scale: float, flavour: str, post_norm: bool, group_name: str,
+) -> Prepared:
+    parsed = Flavour.parse(flavour)
+    check(x, residual, weight, bias, parsed, post_norm)
+    weight_dtype = None if weight is None else weight.dtype
+    hidden = x.shape[-1]
+    path = plane.path_of(group_name, x.device)
+    why_not = supports(x.dtype, weight_dtype, hidden, parsed)
+    normed_dtype = reference.output_dtype(x.dtype, weight_dtype, parsed)
+    prepared = Prepared(
+        path=path,
+        flavour=parsed,
+        constants=None
+        if why_not
+        else constants(
+            x.dtype, weight_dtype, hidden, parsed,
+            bias="none" if bias is None else "full" if bias.shape == x.shape and x.dim() > 1 else "row",
+            scaled=scale != 1.0, has_residual=residual is not None, post_norm=post_norm,
+        ),
+        why_not=why_not,
+        normed_dtype=normed_dtype,
+        residual_dtype=torch.promote_types(x.dtype, normed_dtype) if post_norm else x.dtype,
+    )
+    if prepared.constants is not None and path.plane is not None:
+        _load_kernels(prepared, path.plane, x)
+    _prepared[key] = prepared
+    return prepared
+
+
+def _load_kernels(prepared: Prepared, p: Plane, x: Tensor) -> None:
+    """Compile and load the kernels for every row count before any of them runs.
+
+    Loading a kernel may wait for the device, and the device may be busy with a kernel that waits for this rank. So all
+    ranks load first and meet before the first launch. Inside CUDA-graph capture nobody runs, and nobody can meet.
+    """
+    assert prepared.constants is not None
+    c = prepared.constants
+    for rows in _ROWS_WARMED:
+        for launch in plan_of(p, prepared.path.settings, c, x.dtype, rows).launches:
+            if not launch.kernel.ready:
+                launch.kernel.compile(*_arguments(p, prepared, x, x, x, x, x, x, 1, 1e-6, 1.0))
+    if not torch.cuda.is_current_stream_capturing():
+        group = dist.distributed_c10d._resolve_process_group(p.group_name)  # type: ignore[arg-type]
+        plane._everyone(None, group, p.world)
+
+
+def _arguments(
+    p: Plane, prepared: Prepared, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, normed: Tensor,
+    residual_out: Tensor, rows: int, eps: float, scale: float,
+) -> tuple[Any, ...]:
+    return (
+        x, residual, weight, bias, normed, residual_out, p.peers, p.state, p.rank, rows, p.phase_bytes,
+        int(prepared.path.settings.watchdog_seconds * 1e9), eps, scale,
+    )
+
+
+def _aligned(t: Tensor | None) -> Tensor | None:
+    """``t`` contiguous and 16-byte aligned: what 16-byte accesses need."""
+    if t is None:
+        return None
+    if not t.is_contiguous():
+        t = t.contiguous()
+    return t if t.data_ptr() % 16 == 0 else t.clone()
+
+
+def _cuda(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    scale: float,
+    flavour: str,
+    post_norm: bool,
+    group_name: str,
+) -> tuple[Tensor, Tensor]:
+    index = x.device.index
+    key = (
+        group_name, x.dtype, x.shape[-1] if x.dim() else 0, flavour, scale != 1.0, residual is None,
+        None if weight is None else weight.dtype, 0 if bias is None else bias.dim(), x.dim(), post_norm, index,
+        plane.current_stream_class(),
+    )
+    prepared = _prepared.get(key)
+    if prepared is None:
+        prepared = _prepare(key, x, residual, weight, bias, scale, flavour, post_norm, group_name)
+    else:
+        check(x, residual, weight, bias, prepared.flavour, post_norm)
+    normed = torch.empty_like(x, dtype=prepared.normed_dtype, memory_format=torch.contiguous_format)
+    residual_out = torch.empty_like(x, dtype=prepared.residual_dtype, memory_format=torch.contiguous_format)
+    rows = x.numel() // x.shape[-1] if x.numel() else 0
+    if rows == 0:
+        return normed, residual_out  # every rank of the group has zero rows: nothing to exchange
+    c = prepared.constants
+    if c is None:
+        return library_path.exact(x, residual, weight, bias, eps, scale, prepared.flavour, post_norm, group_name)
+    x, residual, weight, bias = _aligned(x), _aligned(residual), _aligned(weight), _aligned(bias)  # type: ignore[assignment]
+    p = prepared.path.plane
+    if p is not None:
+        if p.seen[0]:
+            p.raise_if_failed()
+        plan = prepared.plans.get(rows)
+        if plan is None:
+            plan = prepared.plans[rows] = plan_of(p, prepared.path.settings, c, x.dtype, rows)
+        if plan.launches:
+            stream = torch._C._cuda_getCurrentRawStream(index)
+            if len(plan.launches) == 1:
+                _launch(plan.launches[0], stream, p, prepared, x, residual, weight, bias, normed, residual_out, eps, scale)
+            else:
+                flat = [None if t is None else t.view(rows, -1) for t in (x, residual, normed, residual_out)]
+                full_bias = bias is not None and c.bias == "full"
+                for launch in plan.launches:
+                    part = slice(launch.start, launch.start + launch.rows)
+                    xs, rs, ns, hs = (None if t is None else t[part] for t in flat)
+                    bs = bias.view(rows, -1)[part] if full_bias else bias  # type: ignore[union-attr]
+                    _launch(launch, stream, p, prepared, xs, rs, weight, bs, ns, hs, eps, scale)  # type: ignore[arg-type]
+            return normed, residual_out
+    reduced = library_path.all_reduce(x, group_name)
+    library_path.add_norm(reduced, residual, weight, bias, normed, residual_out, eps, scale, c)
+    return normed, residual_out
+
+
+def _launch(
+    launch: Launch, stream: int, p: Plane, prepared: Prepared, x: Tensor, residual: Tensor | None,
+    weight: Tensor | None, bias: Tensor | None, normed: Tensor, residual_out: Tensor, eps: float, scale: float,
+) -> None:
+    kernel = launch.kernel
+    args = (
+        x, x if residual is None else residual, x if weight is None else weight, x if bias is None else bias, normed,
+        residual_out, p.peers, p.state, p.rank, launch.rows, p.phase_bytes,
+        int(prepared.path.settings.watchdog_seconds * 1e9), eps, scale,
+    )
+    if not kernel.ready:
+        kernel.compile(*args)
+    kernel(launch.programs, stream, *args)
+
+
+def raise_if_failed(group: dist.ProcessGroup | str | None = None) -> None:
+    """Raise ``RuntimeError`` if a poll of the group's kernels has given up: call it after synchronising.
+
+    Eager calls check by themselves, one call late. Replays of a CUDA graph do not pass through Python: check after them.
+    """
+    name = plane.group_name_of(group)
+    for (found, _, _), (path, _) in list(plane._paths.items()):
+        if found == name and path.plane is not None:
+            path.plane.raise_if_failed()
+
+
+def forget(group: dist.ProcessGroup | str) -> None:
+    """Drop planes and plans of a group that is about to be destroyed."""
+    name = plane.group_name_of(group)
+    plane.forget(name)
+    for key in [k for k in _prepared if k[0] == name]:
+        del _prepared[key]
+
+
+def reset(group: dist.ProcessGroup | str | None = None) -> None:
+    """See :func:`tpfuse.ops.plane.reset`."""
+    plane.reset(group)
+
+
+library.impl("all_reduce_add_rms_norm", _cuda, "CUDA")

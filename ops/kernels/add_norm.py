@@ -1,0 +1,44 @@
+"""Add and norm after somebody else's all-reduce: the second half of the library path, in one kernel.
+
+Reads the reduced rows and the residual once and writes both outputs once: 4 * B bytes of traffic instead of the 6 * B of
+separate add and norm kernels.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .epilogue import accept, finish, lane_elements, load_values, prefetch
+
+
+@triton.jit(do_not_specialize=["rows"])
+def add_norm_kernel(
+    reduced_rows,
+    residual,
+    weight,
+    bias,
+    normed,
+    residual_out,
+    rows,
+    eps,
+    scale,
+    C: tl.constexpr,
+    GROUPS: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    """One program a row. Arguments as in ``one_shot_kernel``; ``reduced_rows`` is the all-reduced ``x``."""
+    for row in range(tl.program_id(0), rows, tl.num_programs(0)):
+        loads = ()
+        held = ()
+        for i in tl.static_range(GROUPS):
+            element, active = lane_elements(0, i, C, GROUPS)
+            start = row.to(tl.int64) * C.hidden + element
+            load = prefetch(row, 0, i, residual, weight, bias, C, GROUPS, PTX)
+            reduced = load_values(reduced_rows, start, active, C.dtype, C.values, PTX)
+            loads = loads + (load,)
+            held = held + (accept(reduced, row, 0, i, residual_out, scale, load, C, GROUPS, PTX),)
+        finish(
+            held, row, 0, residual, weight, normed, residual_out, reduced_rows, 0, 0, 0, eps, loads,
+            C, GROUPS, 1, False, PTX,
+        )

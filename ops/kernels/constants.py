@@ -1,0 +1,102 @@
+"""What a kernel is compiled for: the shape-independent half of a call, as one compile-time object."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton.language as tl
+
+from ..flavour import Flavour
+
+_TL = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+LANES = 128
+MAX_GROUPS = 16
+
+
+@dataclass(frozen=True)
+class Constants:
+    """Compile-time facts of one kernel. ``dtype`` is the dtype of ``x``; see :class:`tpfuse.ops.Flavour` for the rest."""
+
+    hidden: int
+    dtype: tl.dtype
+    weight_dtype: tl.dtype
+    gain_dtype: tl.dtype
+    product_dtype: tl.dtype
+    out_dtype: tl.dtype
+    residual_dtype: tl.dtype
+    bias: str  # "none", "row" ((H,)) or "full" ((rows, H))
+    scaled: bool
+    has_residual: bool
+    has_weight: bool
+    one_plus: bool
+    post_norm: bool
+    root: str
+    round_normed: bool
+    item_bytes: int
+    values: int  # values a lane: 16 bytes of x
+    row_bytes: int
+    zero_mark: int  # what a zero word becomes on push: a zero with a sign
+
+    @property
+    def groups(self) -> int:
+        """Groups of ``128 * values`` elements in a row."""
+        return -(-self.hidden // (LANES * self.values))
+
+
+def supports(
+    dtype: torch.dtype, weight_dtype: torch.dtype | None, hidden: int, flavour: Flavour, aligned: bool = True
+) -> str | None:
+    """None if the kernels can compute this call exactly, else why not. Pure: equal on every rank."""
+    if dtype not in _TL:
+        return f"no kernel for {dtype}"
+    if hidden % 8 or hidden == 0:
+        return f"H = {hidden} is not a multiple of 8"
+    if hidden > MAX_GROUPS * LANES * (16 // dtype.itemsize):
+        return f"H = {hidden} is above {MAX_GROUPS * LANES * (16 // dtype.itemsize)} for {dtype}"
+    if weight_dtype is not None and weight_dtype not in (dtype, torch.float32):
+        return f"a {weight_dtype} weight with {dtype} activations"
+    if flavour.compute == "input" and dtype != torch.float32:
+        return "the flavour computes in the input dtype, which rounds inside the mean"
+    return None
+
+
+def constants(
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype | None,
+    hidden: int,
+    flavour: Flavour,
+    *,
+    bias: str,
+    scaled: bool,
+    has_residual: bool,
+    post_norm: bool,
+) -> Constants:
+    """Constants of a supported call (:func:`supports` returned None)."""
+    normed = torch.float32 if flavour.normed == "float32" else dtype
+    own = weight_dtype or dtype
+    gain = {"own": own, "float32": torch.float32, "input": dtype}[flavour.gain_dtype]
+    product = torch.promote_types(normed, gain) if weight_dtype is not None else normed
+    out = {"input": dtype, "float32": torch.float32, "promoted": product}[flavour.out]
+    residual = torch.promote_types(dtype, out) if post_norm else dtype
+    return Constants(
+        hidden=hidden,
+        dtype=_TL[dtype],
+        weight_dtype=_TL[own],
+        gain_dtype=_TL[gain],
+        product_dtype=_TL[product],
+        out_dtype=_TL[out],
+        residual_dtype=_TL[residual],
+        bias=bias,
+        scaled=scaled,
+        has_residual=has_residual,
+        has_weight=weight_dtype is not None,
+        one_plus=flavour.gain == "one_plus_weight",
+        post_norm=post_norm,
+        root=flavour.root,
+        round_normed=normed != torch.float32,
+        item_bytes=dtype.itemsize,
+        values=16 // dtype.itemsize,
+        row_bytes=hidden * dtype.itemsize,
+        zero_mark=-(2**31) if dtype == torch.float32 else 0x8000,
+    )

@@ -1,0 +1,287 @@
+"""What happens to a reduced row: bias, scale, residual add, norm. Shared by every kernel of this folder.
+
+A row is cut into *groups* of 128 lanes x 16 bytes (1024 bf16 values). A program holds ``GROUPS`` consecutive groups of
+one row and ``SPLIT`` programs hold the row. The sum of squares is defined by groups alone: one fixed tree per group,
+then the groups in ascending order. It does not depend on how many programs share a row, on the number of rows or on the
+algorithm, so the same row always gives the same bits.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .memory import LANES, load16, poll, store16
+from .words import (
+    over_scalar,
+    pack,
+    plus,
+    plus_scalar,
+    rounded,
+    sum_of_squares,
+    times,
+    times_scalar,
+    unpack,
+)
+
+MAX_GROUPS: tl.constexpr = tl.constexpr(16)  # groups of a row: H <= 16384 for 16-bit dtypes, 8192 for fp32
+# The state of a plane that only its own rank touches, as int32 words.
+MAX_PROGRAMS: tl.constexpr = tl.constexpr(1024)
+EPOCHS: tl.constexpr = tl.constexpr(0)  # one word a program: calls so far, modulo 2
+RECORD: tl.constexpr = tl.constexpr(1024)  # what a poll that gave up was waiting for; word 0 is 0 while all is well
+PARTIALS: tl.constexpr = tl.constexpr(1040)  # per program: MAX_GROUPS sums of squares, from the programs of its row
+STATE_WORDS = 1040 + 1024 * 16
+
+
+@triton.jit
+def load_values(pointer, element, active, DTYPE: tl.constexpr, VALUES: tl.constexpr, PTX: tl.constexpr):
+    """``VALUES`` consecutive values a lane, as fp32, starting at ``element`` (an int64 offset in values)."""
+    if DTYPE == tl.float32:
+        address = pointer.to(tl.int64) + element * 4
+        values = unpack(load16(address, active, PTX), DTYPE)
+        if VALUES == 8:
+            values = values + unpack(load16(address + 16, active, PTX), DTYPE)
+        return values
+    else:
+        return unpack(load16(pointer.to(tl.int64) + element * 2, active, PTX), DTYPE)
+
+
+@triton.jit
+def store_values(pointer, element, values, active, DTYPE: tl.constexpr, PTX: tl.constexpr):
+    """Round fp32 values to ``DTYPE`` and store them from ``element`` on."""
+    if DTYPE == tl.float32:
+        address = pointer.to(tl.int64) + element * 4
+        store16(address, pack(values, DTYPE, PTX), active, PTX)
+        if len(values) == 8:
+            rest = (values[4], values[5], values[6], values[7])
+            store16(address + 16, pack(rest, DTYPE, PTX), active, PTX)
+    else:
+        store16(pointer.to(tl.int64) + element * 2, pack(values, DTYPE, PTX), active, PTX)
+
+
+@triton.jit
+def affine(values, shift, scale, C: tl.constexpr, PTX: tl.constexpr):
+    """Bias, then scale, each rounded to the dtype as eager mode does."""
+    if C.bias != "none":
+        values = rounded(plus(values, shift), C.dtype, PTX)
+    if C.scaled:
+        values = rounded(times_scalar(values, scale), C.dtype, PTX)
+    return values
+
+
+@triton.jit
+def gain_of(weight, C: tl.constexpr, PTX: tl.constexpr):
+    """The gain of the norm in the flavour's gain dtype."""
+    if C.gain_dtype != C.weight_dtype:
+        weight = rounded(weight, C.gain_dtype, PTX)
+    if C.one_plus:
+        weight = rounded(plus_scalar(weight, 1.0), C.gain_dtype, PTX)
+    return weight
+
+
+@triton.jit
+def normalised(values, mean, weight, eps, C: tl.constexpr, PTX: tl.constexpr):
+    """The normed output of one group as fp32 values, in the flavour's rounding order."""
+    v = mean + eps
+    if C.root == "rsqrt" or C.root == "pow":
+        out = times_scalar(values, tl.rsqrt(v))
+    elif C.root == "div_sqrt":
+        out = over_scalar(values, tl.math.sqrt_rn(v))
+    else:
+        out = times_scalar(values, tl.math.div_rn(1.0, tl.math.sqrt_rn(v)))
+    if C.round_normed:
+        out = rounded(out, C.dtype, PTX)
+    if C.has_weight:
+        out = times(out, gain_of(weight, C, PTX))
+        if C.product_dtype != C.out_dtype:
+            out = rounded(out, C.product_dtype, PTX)
+    return out
+
+
+@triton.jit
+def exchange(
+    partials,
+    state,
+    part,
+    row,
+    phase,
+    host_record,
+    limit,
+    C: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    WAIT: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    """The sum of squares of a row whose groups are held by ``SPLIT`` neighbouring programs, one item each.
+
+    Every program writes its partial sums into the area of every program of the row, polls its own area and restores
+    its zeros: push and poll again, within one GPU. A partial sum is not negative, so its sign bit marks it as written.
+    The kernel boundary orders the zeros before the next call's writes: one phase is enough.
+    """
+    first = tl.program_id(0) - part
+    readers = tl.arange(0, MAX_GROUPS)
+    for i in tl.static_range(GROUPS):
+        word = partials[i].to(tl.int32, bitcast=True) | (-2147483648)
+        areas = state + PARTIALS + (first + readers) * MAX_GROUPS + part * GROUPS + i
+        # A masked tl.store, not push: with fewer elements than threads inline PTX would store again from the replicas,
+        # perhaps after the reader restored its zeros.
+        tl.store(areas, tl.zeros((MAX_GROUPS,), tl.int32) + word, mask=readers < SPLIT)
+    mine = state + PARTIALS + tl.program_id(0) * MAX_GROUPS
+    words = poll(
+        mine.to(tl.int64),
+        mine.to(tl.int64),
+        -1,
+        1,
+        row,
+        phase + 2,
+        (state + RECORD).to(tl.int64),
+        host_record,
+        limit,
+        SLOTS=(SPLIT * GROUPS + 3) // 4,
+        STRIDE=16,
+        WORDS=SPLIT * GROUPS,
+        WAIT=WAIT,
+        PTX=PTX,
+    )
+    tl.debug_barrier()  # every warp polls the same words: none may restore them before all have seen them
+    tl.store(mine + readers, tl.zeros((MAX_GROUPS,), tl.int32))
+    total = (words[0] & 0x7FFFFFFF).to(tl.float32, bitcast=True)
+    for i in tl.static_range(1, SPLIT * GROUPS):
+        total += (words[i] & 0x7FFFFFFF).to(tl.float32, bitcast=True)
+    return total
+
+
+@triton.jit
+def mean_of_squares(
+    held,
+    state,
+    part,
+    row,
+    phase,
+    host_record,
+    limit,
+    C: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    WAIT: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    """Mean of squares of a row from the words of the groups that this program holds."""
+    partials = ()
+    for i in tl.static_range(GROUPS):
+        partials = partials + (sum_of_squares(unpack(held[i], C.dtype)),)
+    if SPLIT > 1:
+        total = exchange(partials, state, part, row, phase, host_record, limit, C, GROUPS, SPLIT, WAIT, PTX)
+    else:
+        total = partials[0]
+        for i in tl.static_range(1, GROUPS):
+            total += partials[i]
+    return tl.math.div_rn(total, C.hidden * 1.0)
+
+
+@triton.jit
+def lane_elements(part, i: tl.constexpr, C: tl.constexpr, GROUPS: tl.constexpr):
+    """First element of each lane in group ``i`` of this program, and whether it lies within the row."""
+    element = ((part * GROUPS + i) * LANES + tl.arange(0, LANES)) * C.values
+    return element, (element < C.hidden).to(tl.int32)
+
+
+@triton.jit
+def prefetch(
+    row,
+    part,
+    i: tl.constexpr,
+    residual,
+    weight,
+    bias,
+    C: tl.constexpr,
+    GROUPS: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    """Residual, bias and (for short programs) weight of one group, loaded before the poll so that the wait hides them."""
+    element, active = lane_elements(part, i, C, GROUPS)
+    row_start = row.to(tl.int64) * C.hidden
+    r = ()
+    b = ()
+    w = ()
+    if C.has_residual and (GROUPS <= 2 or not C.post_norm):
+        r = load_values(residual, row_start + element, active, C.dtype, C.values, PTX)
+    if C.bias == "row":
+        b = load_values(bias, element.to(tl.int64), active, C.dtype, C.values, PTX)
+    if C.bias == "full":
+        b = load_values(bias, row_start + element, active, C.dtype, C.values, PTX)
+    if C.has_weight and GROUPS <= 2:
+        w = load_values(weight, element.to(tl.int64), active, C.weight_dtype, C.values, PTX)
+    return (r, b, w)
+
+
+@triton.jit
+def accept(
+    reduced, row, part, i: tl.constexpr, residual_out, scale, loads, C: tl.constexpr, GROUPS: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    """Bias, scale and residual add of one group; returns the words of what will be normalised.
+
+    Args:
+        reduced: fp32 values: the sum over ranks, rounded to the dtype.
+        loads: what :func:`prefetch` returned for this group.
+    """
+    element, active = lane_elements(part, i, C, GROUPS)
+    values = affine(reduced, loads[1], scale, C, PTX)
+    if C.has_residual and not C.post_norm:
+        values = plus(loads[0], values)
+    words = pack(values, C.dtype, PTX)
+    if not C.post_norm:
+        address = residual_out.to(tl.int64) + (row.to(tl.int64) * C.hidden + element) * C.item_bytes
+        store16(address, words, active, PTX)
+    return words
+
+
+@triton.jit
+def finish(
+    held,
+    row,
+    part,
+    residual,
+    weight,
+    normed,
+    residual_out,
+    state,
+    phase,
+    host_record,
+    limit,
+    eps,
+    loads,
+    C: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    WAIT: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    """Norm of the groups of one row that this program holds, and the stores that are left.
+
+    Args:
+        held: for each group what :func:`accept` returned.
+        loads: for each group what :func:`prefetch` returned; looked at only by programs of one or two groups.
+    """
+    row_start = row.to(tl.int64) * C.hidden
+    mean = mean_of_squares(held, state, part, row, phase, host_record, limit, C, GROUPS, SPLIT, WAIT, PTX)
+    for i in tl.static_range(GROUPS):
+        element, active = lane_elements(part, i, C, GROUPS)
+        gain = ()
+        if C.has_weight:
+            if GROUPS <= 2:
+                gain = loads[i][2]
+            else:
+                gain = load_values(weight, element.to(tl.int64), active, C.weight_dtype, C.values, PTX)
+        out = normalised(unpack(held[i], C.dtype), mean, gain, eps, C, PTX)
+        store_values(normed, row_start + element, out, active, C.out_dtype, PTX)
+        if C.post_norm:
+            r = ()
+            if GROUPS <= 2:
+                r = loads[i][0]
+            else:
+                r = load_values(residual, row_start + element, active, C.dtype, C.values, PTX)
+            total = plus(r, rounded(out, C.out_dtype, PTX))
+            store_values(residual_out, row_start + element, total, active, C.residual_dtype, PTX)

@@ -1,0 +1,247 @@
+"""The memory primitives of the kernels: 16-byte loads and stores, push to a peer, poll for peers.
+
+Every access moves four 32-bit words a lane (16 bytes, the widest a thread has); 128 lanes make one *group* of a row. The
+words travel as data and flag in one:
+
+- A slot of a plane is all zeros while it is empty. A word that *is* zero is replaced on push by a word of equal value
+  whose bits are not zero (-0.0 in its low half; -0.0 as a whole for fp32). Sums start from +0.0, so the sign of a
+  pushed zero never reaches the result.
+- ``push`` writes words with relaxed, system-scope stores: memory order does not matter, because each word carries its
+  own flag and no word vouches for another.
+- ``poll`` reads the slots of all ranks at once, with relaxed, system-scope loads, until no word is zero. All loads of
+  one attempt are in flight together: one L2 round trip however many ranks there are.
+- The lane that polled a slot is the lane that restores its zeros (``clear``). Same lane, same address: program order.
+
+Order across calls comes from the kernel boundary, see :mod:`tpfuse.ops.plane`.
+
+``push`` and ``poll`` have two bodies, chosen by the ``PTX`` switch: inline PTX for NVIDIA GPUs, and plain Triton for
+every other target and for the interpreter. Plain loads and stores have the same two bodies only because Triton does
+not join four 4-byte accesses into one of 16.
+
+A poll that waits longer than ``limit`` nanoseconds gives up, writes a record (1, missing rank, row, phase) to both
+record addresses (device memory for the next kernels, pinned host memory for the next call) and lets the kernel end.
+The portable body has no clock and counts a poll as one microsecond.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LANES: tl.constexpr = tl.constexpr(128)  # four warps of 32: one element a thread, so no thread ever repeats an access
+CHECK_CLOCK_EVERY = 256  # polls between two looks at the clock; a poll takes at least 0.3 us
+
+
+@triton.jit
+def load16(address, active, PTX: tl.constexpr):
+    """Four words a lane from ``address`` (int64, 16-byte aligned); zeros where ``active`` is 0."""
+    if PTX:
+        a, b, c, d = tl.inline_asm_elementwise(
+            """
+            {
+            .reg .pred %p;
+            setp.ne.u32 %p, $5, 0;
+            mov.u32 $0, 0; mov.u32 $1, 0; mov.u32 $2, 0; mov.u32 $3, 0;
+            @%p ld.global.v4.u32 {$0, $1, $2, $3}, [$4];
+            }
+            """,
+            "=&r,=&r,=&r,=&r,l,r",
+            [address, active],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+            is_pure=False,  # keeps its place before the poll, so that the wait hides its latency
+            pack=1,
+        )
+        words = (a, b, c, d)
+    else:
+        pointer = address.to(tl.pointer_type(tl.int32))
+        words = ()
+        for i in tl.static_range(4):
+            words = words + (tl.load(pointer + i, mask=active != 0, other=0),)
+    return words
+
+
+@triton.jit
+def store16(address, words, active, PTX: tl.constexpr):
+    """Store four words a lane where ``active`` is not 0. Weak: for memory that only this rank reads, later."""
+    if PTX:
+        tl.inline_asm_elementwise(
+            """
+            {
+            .reg .pred %p;
+            setp.ne.u32 %p, $6, 0;
+            @%p st.global.v4.u32 [$1], {$2, $3, $4, $5};
+            mov.u32 $0, 0;
+            }
+            """,
+            "=r,l,r,r,r,r,r",
+            [address, words[0], words[1], words[2], words[3], active],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        pointer = address.to(tl.pointer_type(tl.int32))
+        for i in tl.static_range(4):
+            tl.store(pointer + i, words[i], mask=active != 0)
+
+
+@triton.jit
+def marked(words, EMPTY_LOW: tl.constexpr):
+    """``words`` with every zero word replaced by ``EMPTY_LOW``: the bits of a zero with a sign."""
+    out = ()
+    for i in tl.static_range(4):
+        out = out + (tl.where(words[i] == 0, EMPTY_LOW, words[i]),)
+    return out
+
+
+@triton.jit
+def push(address, words, active, PTX: tl.constexpr):
+    """Store four marked words a lane into a slot of a plane. Relaxed, system scope."""
+    if PTX:
+        tl.inline_asm_elementwise(
+            """
+            {
+            .reg .pred %p;
+            setp.ne.u32 %p, $6, 0;
+            @%p st.relaxed.sys.global.v4.u32 [$1], {$2, $3, $4, $5};
+            mov.u32 $0, 0;
+            }
+            """,
+            "=r,l,r,r,r,r,r",
+            [address, words[0], words[1], words[2], words[3], active],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        pointer = address.to(tl.pointer_type(tl.int32))
+        for i in tl.static_range(4):
+            tl.store(pointer + i, words[i], mask=active != 0)
+
+
+@triton.jit
+def clear(address, active, PTX: tl.constexpr):
+    """Restore the zeros of a slot that this lane has polled."""
+    zero = tl.zeros((LANES,), tl.int32)
+    push(address, (zero, zero, zero, zero), active, PTX)
+
+
+@triton.constexpr_function
+def poll_asm(slots, stride, words, wait):
+    """PTX that reads ``slots`` slots of 4 words, ``stride`` bytes apart, until their first ``words`` words are not zero.
+
+    Operands after the outputs: base, own address, own slot (or -1), active, row, phase, device record, host record,
+    limit. The own slot is read from the own address instead and may hold zeros: nobody pushes to itself.
+    """
+    n = 4 * slots
+    base, own, rank, active, row, phase, device_record, host_record, limit = (f"${n + i}" for i in range(9))
+
+    def quad(s):
+        return "{" + ", ".join(f"${4 * s + i}" for i in range(4)) + "}"
+
+    used = [(s, 4 * s + i) for s in range(slots) for i in range(4) if 4 * s + i < words]
+    lines = ["{", ".reg .pred %pin, %pz;", ".reg .u32 %m, %i, %q, %one;", ".reg .u64 %t0, %t1;"]
+    lines += [f".reg .pred %own{s};" for s in range(slots)]
+    lines += [f"setp.eq.s32 %own{s}, {rank}, {s};" for s in range(slots)]
+    lines += [f"mov.u32 ${i}, 0;" for i in range(n)]
+    lines += [f"setp.eq.u32 %pin, {active}, 0;", "@%pin bra DONE;", "mov.u32 %i, 0;", "mov.u64 %t0, 0;"]
+    lines += [f"@%own{s} ld.global.v4.u32 {quad(s)}, [{own}];" for s in range(slots)]
+    lines += ["SPIN:"]
+    lines += [f"@!%own{s} ld.relaxed.sys.global.v4.u32 {quad(s)}, [{base}+{s * stride}];" for s in range(slots)]
+    if wait:
+        lines += ["mov.u32 %m, 0xffffffff;"]
+        lines += [f"@!%own{s} min.u32 %m, %m, ${i};" for s, i in used]
+        lines += ["setp.ne.u32 %pz, %m, 0;", "@%pz bra DONE;"]
+        lines += ["add.u32 %i, %i, 1;", f"and.b32 %q, %i, {CHECK_CLOCK_EVERY - 1};", "setp.ne.u32 %pz, %q, 0;"]
+        lines += ["@%pz bra SPIN;", "mov.u64 %t1, %globaltimer;", "setp.eq.u64 %pz, %t0, 0;", "@%pz mov.u64 %t0, %t1;"]
+        lines += ["sub.u64 %t1, %t1, %t0;", f"setp.lt.u64 %pz, %t1, {limit};", "@%pz bra SPIN;"]
+        lines += ["mov.u32 %q, 0;"]
+        for s in reversed(range(slots)):
+            mine = [i for t, i in used if t == s]
+            lines += ["mov.u32 %m, 0xffffffff;"] + [f"@!%own{s} min.u32 %m, %m, ${i};" for i in mine]
+            lines += ["setp.eq.u32 %pz, %m, 0;", f"@%pz mov.u32 %q, {s};"]
+        lines += ["mov.u32 %one, 1;"]
+        for record in (device_record, host_record):
+            lines += [f"st.relaxed.sys.global.v4.u32 [{record}], {{%one, %q, {row}, {phase}}};"]
+    lines += ["DONE:", "}"]
+    return "\n".join(lines)
+
+
+@triton.constexpr_function
+def poll_constraints(slots):
+    return ",".join(["=&r"] * (4 * slots) + ["l", "l", "r", "r", "r", "r", "l", "l", "l"])
+
+
+@triton.jit
+def _record(address, missing, row, phase):
+    record = address.to(tl.pointer_type(tl.int32))
+    tl.store(record + 1, missing)
+    tl.store(record + 2, row)
+    tl.store(record + 3, phase)
+    tl.store(record, 1)
+
+
+@triton.jit
+def poll(
+    base,
+    own,
+    rank,
+    active,
+    row,
+    phase,
+    device_record,
+    host_record,
+    limit,
+    SLOTS: tl.constexpr,
+    STRIDE: tl.constexpr,
+    WORDS: tl.constexpr,
+    WAIT: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    """Wait until ``SLOTS`` slots of four words, ``STRIDE`` bytes apart from ``base``, are full; return their words.
+
+    Args:
+        base: int64 address of slot 0, a tensor over lanes or a scalar.
+        own: int64 address that stands in for slot ``rank``; it may hold zeros.
+        rank: the slot that nobody pushes to, or -1.
+        active: lanes with 0 get zeros and do not wait.
+        row, phase: for the record of a failure.
+        device_record, host_record: int64 addresses of the two records.
+        limit: nanoseconds before giving up.
+        WORDS: how many of the 4 * SLOTS words are ever pushed.
+        WAIT: False reads once and never spins: the floor that benchmarks compare with.
+    """
+    if PTX:
+        words = tl.inline_asm_elementwise(
+            poll_asm(SLOTS, STRIDE, WORDS, WAIT),
+            poll_constraints(SLOTS),
+            [base, own, rank, active, row, phase, device_record, host_record, limit],
+            dtype=(tl.int32,) * (4 * SLOTS),
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        pending = 1
+        polls = 0
+        while pending != 0:
+            pending = 0
+            missing = 0
+            for i in tl.static_range(WORDS):
+                waits = (active != 0) & (rank != i // 4)
+                pointer = (base + (i // 4) * STRIDE).to(tl.pointer_type(tl.int32)) + i % 4
+                empty = tl.sum(((tl.load(pointer, volatile=True) == 0) & waits).to(tl.int32))
+                missing = tl.where(empty != 0, i // 4, missing)
+                pending += empty
+            if not WAIT:
+                pending = 0
+            polls += 1
+            if (pending != 0) & (polls * 1000 > limit):
+                _record(device_record, missing, row, phase)
+                _record(host_record, missing, row, phase)
+                pending = 0
+        words = ()
+        for i in tl.static_range(4 * SLOTS):
+            address = tl.where(rank == i // 4, own, base + (i // 4) * STRIDE)
+            pointer = address.to(tl.pointer_type(tl.int32)) + i % 4
+            words = words + (tl.load(pointer, mask=active != 0, other=0, volatile=True),)
+    return words

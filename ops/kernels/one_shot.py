@@ -1,0 +1,147 @@
+"""One-shot: every rank pushes its rows to every other rank, and every rank reduces everything itself.
+
+One store-to-visible latency and ``(W - 1) * B`` bytes out of each rank, where ``B`` is the size of ``x``: best while the
+latency dominates. On one H200 shared by all ranks see the table in ``docs/measuring.md``; over NVLink4 the model of
+``ops/select.py`` puts the crossing to two-shot at 370 KB for W = 4 and 106 KB for W = 8, and never for W = 2.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .epilogue import EPOCHS, MAX_PROGRAMS, RECORD, accept, finish, lane_elements, prefetch
+from .memory import clear, load16, marked, poll, push
+from .words import plus, plus_scalar, rounded, unpack
+
+
+@triton.jit
+def sum_over_ranks(words, C: tl.constexpr, W: tl.constexpr, PTX: tl.constexpr):
+    """fp32 sum in rank order from +0.0, rounded once to the dtype; a zero is +0.0 even if rounding made it -0.0."""
+    total = plus_scalar(unpack((words[0], words[1], words[2], words[3]), C.dtype), 0.0)
+    for r in tl.static_range(1, W):
+        total = plus(total, unpack((words[4 * r], words[4 * r + 1], words[4 * r + 2], words[4 * r + 3]), C.dtype))
+    return plus_scalar(rounded(total, C.dtype, PTX), 0.0)
+
+
+@triton.jit
+def begin(state):
+    """This call's phase."""
+    return tl.load(state + EPOCHS + tl.program_id(0))
+
+
+@triton.jit
+def give_up_limit(state, limit):
+    """The watchdog's limit: 0 once a poll has given up, so that the calls queued behind it end at once."""
+    return tl.where(tl.load(state + RECORD) != 0, 0, limit)
+
+
+@triton.jit
+def end(state, phase):
+    """Flip the phase for the next call. Program 0 also flips the words of programs that this grid does not have.
+
+    A word a program instead of one for all: no program may flip a word that another has yet to read, and waiting for the
+    last program would cost an atomic at the end of every call.
+    """
+    tl.store(state + EPOCHS + tl.program_id(0), phase ^ 1)
+    if tl.program_id(0) == 0:
+        others = tl.arange(0, MAX_PROGRAMS)
+        tl.store(state + EPOCHS + others, tl.zeros((MAX_PROGRAMS,), tl.int32) + (phase ^ 1),
+                 mask=others >= tl.num_programs(0))
+
+
+@triton.jit(do_not_specialize=["rank", "rows", "phase_bytes", "limit"])
+def one_shot_kernel(
+    x,
+    residual,
+    weight,
+    bias,
+    normed,
+    residual_out,
+    peers,
+    state,
+    rank,
+    rows,
+    phase_bytes,
+    limit,
+    eps,
+    scale,
+    C: tl.constexpr,
+    W: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    WAIT: tl.constexpr,
+    PTX: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Slot of (row, rank) in a phase: ``(row * W + rank) * row_bytes``.
+
+    Args:
+        x, residual, weight, bias, normed, residual_out: contiguous, 16-byte aligned; unused ones are any pointer.
+        peers: int64 ``(W + 1,)``: the address of each rank's plane, then the address of the host's failure record.
+        state: the plane's local int32 state, see ``epilogue.py``.
+        phase_bytes: size of one of the two phases.
+        limit: watchdog in nanoseconds.
+    """
+    if PDL:
+        # Before anything is read: the previous kernel in the stream has ended and its writes are visible.
+        tl.extra.cuda.gdc_wait()
+    phase = begin(state)
+    limit = give_up_limit(state, limit)
+    own_plane = tl.load(peers + rank) + phase.to(tl.int64) * phase_bytes
+    host_record = tl.load(peers + W)
+    items = rows * SPLIT
+    # All pushes first: the later ones travel while the first rows are being reduced.
+    for item in range(tl.program_id(0), items, tl.num_programs(0)):
+        row = item // SPLIT
+        for i in tl.static_range(GROUPS):
+            element, active = lane_elements(item % SPLIT, i, C, GROUPS)
+            source = x.to(tl.int64) + (row.to(tl.int64) * C.hidden + element) * C.item_bytes
+            words = marked(load16(source, active, PTX), C.zero_mark)
+            slot = (row.to(tl.int64) * W + rank) * C.row_bytes + element * C.item_bytes
+            for r in tl.static_range(W):
+                peer = tl.load(peers + r) + phase.to(tl.int64) * phase_bytes
+                push(peer + slot, words, active & (r != rank).to(tl.int32), PTX)
+    for item in range(tl.program_id(0), items, tl.num_programs(0)):
+        row = item // SPLIT
+        part = item % SPLIT
+        loads = ()
+        held = ()
+        if GROUPS <= 2:
+            for i in tl.static_range(GROUPS):
+                loads = loads + (prefetch(row, part, i, residual, weight, bias, C, GROUPS, PTX),)
+        for i in tl.static_range(GROUPS):
+            element, active = lane_elements(part, i, C, GROUPS)
+            source = x.to(tl.int64) + (row.to(tl.int64) * C.hidden + element) * C.item_bytes
+            slots = own_plane + row.to(tl.int64) * (W * C.row_bytes) + element * C.item_bytes
+            if GROUPS > 2:
+                load = prefetch(row, part, i, residual, weight, bias, C, GROUPS, PTX)
+            else:
+                load = loads[i]
+            words = poll(
+                slots,
+                source,
+                rank,
+                active,
+                row,
+                phase,
+                (state + RECORD).to(tl.int64),
+                host_record,
+                limit,
+                SLOTS=W,
+                STRIDE=C.row_bytes,
+                WORDS=4 * W,
+                WAIT=WAIT,
+                PTX=PTX,
+            )
+            for r in tl.static_range(W):
+                clear(slots + r * C.row_bytes, active & (r != rank).to(tl.int32), PTX)
+            reduced = sum_over_ranks(words, C, W, PTX)
+            held = held + (accept(reduced, row, part, i, residual_out, scale, load, C, GROUPS, PTX),)
+        finish(
+            held, row, part, residual, weight, normed, residual_out, state, phase, host_record, limit, eps, loads,
+            C, GROUPS, SPLIT, WAIT, PTX,
+        )
+    end(state, phase)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()  # after the last store

@@ -1,0 +1,119 @@
+"""From a call to a launch: how many programs, how many groups of a row each, and a cheap way to start a kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from .kernels.constants import Constants
+
+GROUPS_A_PROGRAM = (1, 2, 4)  # fewer is faster while all programs of a row fit at once; see docs/measuring.md
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """``programs`` programs of four warps; a row is shared by ``split`` of them, ``groups`` groups each."""
+
+    programs: int
+    groups: int
+    split: int
+
+
+def geometry(rows: int, groups: int, fits: Callable[[int], int]) -> Geometry:
+    """Split rows over programs while every program gets at most one part of one row, else one program a row.
+
+    Programs that share a row wait for one another, so they must all be resident.
+
+    Args:
+        groups: groups of a row.
+        fits: how many programs are resident when each holds this many groups.
+    """
+    for held in GROUPS_A_PROGRAM:
+        split = -(-groups // held)
+        if held < groups and rows * split <= fits(held):
+            return Geometry(rows * split, held, split)
+    return Geometry(min(rows, fits(groups)), groups, 1)
+
+
+class Kernel:
+    """A compiled kernel and the shortest way to launch it.
+
+    Triton's own launch binds and specialises every argument on each call. Every argument here has one specialisation
+    for good (pointers are 16-byte aligned, integers are not specialised), so after the first launch the compiled kernel
+    is started directly.
+    """
+
+    def __init__(self, function: Any, num_warps: int, constexprs: tuple[Any, ...], **options: Any) -> None:
+        self.function = function
+        self.num_warps = num_warps
+        self.constexprs = constexprs
+        self.options = options
+        self._compiled: Any = None
+        self._run: Callable[..., None] | None = None
+
+    def compile(self, *args: Any) -> None:
+        """Compile and load without launching, so that no rank compiles while another one already waits for it."""
+        self._compiled = self.function.warmup(
+            *args, *self.constexprs, grid=(1,), num_warps=self.num_warps, enable_fp_fusion=False, **self.options
+        )
+        if hasattr(self._compiled, "_init_handles"):
+            self._compiled._init_handles()
+            self._run = self._compiled.run
+
+    @property
+    def ready(self) -> bool:
+        return self._compiled is not None
+
+    @property
+    def registers(self) -> int:
+        return int(self._compiled.n_regs)
+
+    def __call__(self, programs: int, stream: int, *args: Any) -> None:
+        compiled = self._compiled
+        assert self._run is not None
+        self._run(
+            programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *args,
+            *self.constexprs,
+        )
+
+
+def launch_plain(function: Any, programs: int, args: tuple[Any, ...], constexprs: tuple[Any, ...]) -> None:
+    """Launch through Triton itself: the interpreter, and targets whose compiled kernels have another interface."""
+    function[(programs,)](*args, *constexprs)
+
+
+def protocol_constants(
+    constants: Constants, world: int, shape: Geometry, *, wait: bool = True, ptx: bool = True, pdl: bool = False
+) -> tuple[Any, ...]:
+    """The compile-time arguments of ``one_shot_kernel`` and ``two_shot_kernel``, in their order."""
+    return (constants, world, shape.groups, shape.split, wait, ptx, pdl)
+
+
+# Registers that each kernel may use, by algorithm and groups a program; enforced when compiling (.maxnreg), and checked
+# ahead of time for spills in tests/test_kernel_aot.py. They decide how many programs are resident on one SM.
+REGISTERS: dict[str, dict[int, int]] = {
+    "one_shot": {1: 80, 2: 112, 4: 128, 8: 168, 16: 255},
+    "two_shot": {1: 64, 2: 80, 4: 96, 8: 128, 16: 255},
+}
+REGISTERS_OF_AN_SM = 65536
+THREADS = 128
+MAX_PROGRAMS = 1024  # phase words in a plane
+
+
+def register_bound(algorithm: str, groups: int) -> int:
+    """The bound for the smallest listed number of groups that is not below ``groups``."""
+    bounds = REGISTERS[algorithm]
+    return bounds[min(g for g in bounds if g >= groups)]
+
+
+def most_programs(algorithm: str, groups: int, multiprocessors: int, sharers: int, concurrent: int) -> int:
+    """How many programs of this rank may be in flight so that all programs of all ranks on the GPU are resident.
+
+    With a GPU to itself a rank takes at most half of it: more programs do not help, and other kernels, or another
+    plane on another stream, find room.
+    """
+    resident = min(16, REGISTERS_OF_AN_SM // (register_bound(algorithm, groups) * THREADS))
+    if sharers == 1:
+        return min(MAX_PROGRAMS, multiprocessors * max(1, resident // 2) // concurrent)
+    return max(1, min(MAX_PROGRAMS, multiprocessors * resident // sharers // concurrent))

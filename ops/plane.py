@@ -1,0 +1,432 @@
+"""Planes: the symmetric memory that a group's kernels talk through, and the vote that enables them.
+
+A plane belongs to one (group, device, stream class). It holds two *phases* of slots in symmetric memory, all zeros while
+nothing travels, and a local state: a phase word for each program, partial sums of split rows, and a failure record.
+The rendezvous is the group's own, never that of the default group. Nothing is allocated after the plane is built.
+
+Why two phases are enough
+-------------------------
+Call n uses phase n mod 2. Take a rank A that starts call n + 1 and pushes into phase (n + 1) mod 2 of a peer B. That
+phase was last used by call n - 1, and every word pushed then was zeroed again by the lane of B that polled it. So it
+must be shown that B's kernel of call n - 1 has ended before A's call n + 1 begins:
+
+1. A's call n has ended (stream order). It could end only because it consumed words that depend on every rank having
+   started call n: in one-shot A polled a slot of every peer; in two-shot A polled a row's sum, which its owner pushed
+   after polling a slot of every peer, or owns every row itself and polled all peers directly.
+2. B started call n, so B's kernel of call n - 1 had ended (stream order), with all its zeros written.
+
+Hence a rank is never more than one call ahead of a peer, and its pushes meet zeros. The argument uses neither the shape
+of a call nor its algorithm: *every word that a call pushes is polled and zeroed within the same call*, at whatever
+address the layout of that call gives it, so a finished call leaves its phase all zeros for any other layout. Rows, H,
+dtype and algorithm may change from call to call, as long as all ranks make the same sequence of calls. A call without
+rows pushes nothing and takes part in nothing: all ranks skip it and no phase flips.
+
+In memory order: B's zeros are followed by a kernel boundary, then by B's pushes of call n; A observed words that depend
+on those pushes, then passed a kernel boundary before it pushed again. Each step orders what is before it with what is
+after it at system scope. CUDA-graph replay keeps stream order, and phase words live on the device, so replays and eager
+calls mix freely. With programmatic dependent launch the next kernel waits (``griddepcontrol.wait``) for the end of the
+previous one before its first read: the same boundary.
+
+Two streams may not use one plane at once: their kernels are not ordered. Use a :func:`stream_class` for each.
+
+Why nothing waits for a program that is not running
+---------------------------------------------------
+Programs wait for peers' programs and, in a split row, for their neighbours. The grid is capped so that all programs of
+all ranks that share a GPU are resident together (``launch.most_programs``), so every awaited program runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import select as selection
+
+WATCHDOG_SECONDS = 60.0
+MIN_WORLD, MAX_WORLD = 2, 8
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the environment asks for; equal on all ranks of a group or the group refuses to start.
+
+    Attributes:
+        algorithm: ``TPFUSE_ALGORITHM``: ``auto`` or an algorithm for every call.
+        table: ``TPFUSE_TABLE``: a tuned selection table.
+        watchdog_seconds: ``TPFUSE_WATCHDOG_SECONDS``: how long a poll waits for a peer.
+        dependent_launch: ``TPFUSE_PDL``: programmatic dependent launch (NVIDIA sm_90 and newer).
+        concurrent_planes: ``TPFUSE_CONCURRENT_PLANES``: how many planes of one process may be in use at the same time.
+    """
+
+    algorithm: str = "auto"
+    table: tuple[selection.Entry, ...] = selection.TABLE
+    watchdog_seconds: float = WATCHDOG_SECONDS
+    dependent_launch: bool = True
+    concurrent_planes: int = 1
+
+    @classmethod
+    def from_environment(cls) -> Settings:
+        """Raises ``ValueError`` naming the variable, its value and the valid ones."""
+        env = os.environ
+        algorithm = env.get("TPFUSE_ALGORITHM", "auto")
+        if algorithm not in ("auto", *selection.ALGORITHMS):
+            raise ValueError(
+                f"TPFUSE_ALGORITHM={algorithm!r} is not valid; valid values are auto, {', '.join(selection.ALGORITHMS)}"
+            )
+        table = env.get("TPFUSE_TABLE")
+        return cls(
+            algorithm=algorithm,
+            table=selection.load_table(Path(table)) if table else selection.TABLE,
+            watchdog_seconds=_number("TPFUSE_WATCHDOG_SECONDS", WATCHDOG_SECONDS, 0.001),
+            dependent_launch=env.get("TPFUSE_PDL", "1") not in ("0", "false", "off"),
+            concurrent_planes=int(_number("TPFUSE_CONCURRENT_PLANES", 1, 1)),
+        )
+
+    def fingerprint(self) -> str:
+        return (
+            f"algorithm={self.algorithm} table={selection.fingerprint(self.table)} "
+            f"watchdog={self.watchdog_seconds} pdl={self.dependent_launch} planes={self.concurrent_planes}"
+        )
+
+
+def _number(name: str, default: float, least: float) -> float:
+    text = os.environ.get(name)
+    if text is None:
+        return default
+    try:
+        value = float(text)
+    except ValueError:
+        value = least - 1
+    if value < least:
+        raise ValueError(f"{name}={text!r} is not valid; expected a number of at least {least}")
+    return value
+
+
+@dataclass(frozen=True)
+class Ballot:
+    """What one rank tells the others before anybody allocates. ``problem`` is None when it could use the kernels."""
+
+    problem: str | None
+    host: str
+    device: str
+    architecture: str
+    versions: str
+    settings: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The outcome of a vote, the same on every rank."""
+
+    cause: str | None  # why the group takes the library path; None if it takes the kernels
+    architecture: str
+    sharers: int  # most ranks of the group on one GPU
+
+
+def judge(ballots: Sequence[Ballot]) -> Verdict:
+    """Count the votes. Pure: every rank has the same ballots and reaches the same verdict.
+
+    Raises ``RuntimeError`` when ranks were started with different settings: no path would be right for all.
+    """
+    for name in ("settings", "versions"):
+        values = [getattr(b, name) for b in ballots]
+        if len(set(values)) > 1:
+            said = "; ".join(f"rank {r}: {v}" for r, v in enumerate(values))
+            if name == "settings":
+                raise RuntimeError(f"tpfuse: the ranks of a group have different settings ({said}); set them alike")
+            return Verdict(f"ranks run different versions ({said})", ballots[0].architecture, 1)
+    for rank, ballot in enumerate(ballots):
+        if ballot.problem is not None:
+            return Verdict(f"rank {rank}: {ballot.problem}", ballots[0].architecture, 1)
+    architecture = ballots[0].architecture
+    if len({b.architecture for b in ballots}) > 1:
+        return Verdict(f"different GPUs ({', '.join(sorted({b.architecture for b in ballots}))})", architecture, 1)
+    if len({b.host for b in ballots}) > 1:
+        return Verdict("the group spans several hosts", architecture, 1)
+    devices = [b.device for b in ballots]
+    sharers = max(devices.count(d) for d in devices)
+    if sharers > 1 and len(set(devices)) > 1:
+        return Verdict("some ranks share a GPU and others do not", architecture, sharers)
+    return Verdict(None, architecture + ("-shared" if sharers > 1 else ""), sharers)
+
+
+@dataclass(frozen=True)
+class Plane:
+    """One plane. All tensors stay alive with it; captured graphs hold their addresses.
+
+    Attributes:
+        peers: int64 ``(W + 1,)`` on the device: each rank's plane, then the host's failure record.
+        state: int32 local state, laid out in ``kernels/epilogue.py``.
+        record: int32 ``(4,)`` in pinned host memory: (1, missing rank, row, phase) once a poll has given up.
+        seen: numpy view of ``record``.
+    """
+
+    group_name: str
+    rank: int
+    world: int
+    device: torch.device
+    stream_class: str
+    architecture: str
+    sharers: int
+    phase_bytes: int
+    memory: Tensor = field(repr=False)
+    peers: Tensor = field(repr=False)
+    state: Tensor = field(repr=False)
+    record: Tensor = field(repr=False)
+    seen: np.ndarray = field(repr=False)
+    handle: object = field(repr=False)
+    ranks: tuple[int, ...] = ()
+
+    def raise_if_failed(self) -> None:
+        """Raise ``RuntimeError`` if a poll on this plane has given up."""
+        if self.seen[0]:
+            _, missing, row, phase = (int(v) for v in self.seen)
+            waited = {0: "its rows", 1: "a program of the same rank (split row)", 2: "the sum of a row from its owner"}
+            source = f"rank {self.ranks[missing]}" if phase // 2 == 0 else f"the owner, rank {self.ranks[row % self.world]}"
+            if phase // 2 == 1:
+                source = "a sibling program"
+            raise RuntimeError(
+                f"tpfuse: rank {self.ranks[self.rank]} of group {self.group_name!r} (ranks {list(self.ranks)}) gave up "
+                f"waiting for {source}: {waited[phase // 2]}, row {row}, phase {phase % 2}. A peer has died, or the "
+                "ranks made different calls. Results since then are invalid. Restart the group, or call "
+                "tpfuse.ops.reset(group) on every rank; TPFUSE_WATCHDOG_SECONDS sets how long a poll waits."
+            )
+
+
+@dataclass(frozen=True)
+class GroupPath:
+    """Which path a group takes and why.
+
+    Attributes:
+        kind: ``"fused"`` or ``"library"``.
+        cause: for ``"library"``, what stands in the way; ``""`` for ``"fused"``.
+        plane: the plane of a fused group.
+    """
+
+    kind: str
+    cause: str
+    settings: Settings
+    plane: Plane | None = None
+
+
+_lock = threading.RLock()
+_paths: dict[tuple[str, int, str], tuple[GroupPath, object]] = {}
+_classes = threading.local()
+
+
+@contextlib.contextmanager
+def stream_class(name: str) -> Iterator[None]:
+    """Use planes of their own for the calls inside, so that they may overlap with calls on other streams.
+
+    Collective in effect: all ranks must enter the same class for the same calls. Set ``TPFUSE_CONCURRENT_PLANES`` to the
+    number of classes that run at the same time, so that the kernels leave room for each other.
+    """
+    before = current_stream_class()
+    _classes.name = name
+    try:
+        yield
+    finally:
+        _classes.name = before
+
+
+def current_stream_class() -> str:
+    return getattr(_classes, "name", "")
+
+
+def host_identity() -> str:
+    """Equal on two ranks exactly when they run under one kernel."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return os.uname().nodename
+
+
+def _problem(world: int, device: torch.device) -> str | None:
+    if not MIN_WORLD <= world <= MAX_WORLD:
+        return f"the kernels take world sizes {MIN_WORLD} to {MAX_WORLD}, not {world}"
+    if torch.version.hip is not None:
+        return "ROCm: the kernels compile but have not been run there"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "the GPU is older than sm_80"
+    try:
+        import torch.distributed._symmetric_memory as _  # noqa: F401
+    except ImportError as error:
+        return f"torch has no symmetric memory ({error})"
+    return None
+
+
+def _ballot(world: int, device: torch.device, settings: Settings) -> Ballot:
+    import triton
+
+    from tpfuse import __version__
+
+    properties = torch.cuda.get_device_properties(device)
+    return Ballot(
+        problem=_problem(world, device),
+        host=host_identity(),
+        device=str(getattr(properties, "uuid", device.index)),
+        architecture=f"sm_{properties.major}{properties.minor}",
+        versions=f"torch {torch.__version__}, triton {triton.__version__}, tpfuse {__version__}",
+        settings=settings.fingerprint(),
+    )
+
+
+def _everyone(mine: object, group: dist.ProcessGroup, world: int) -> list:
+    everyone: list = [None] * world
+    dist.all_gather_object(everyone, mine, group=group)
+    return everyone
+
+
+def path_of(group_name: str, device: torch.device) -> GroupPath:
+    """The path of a group on this device, voted on at its first call.
+
+    Collective at the first call of a (group, device, stream class), which must not be inside CUDA-graph capture.
+    """
+    key = (group_name, device.index, current_stream_class())
+    found = _paths.get(key)
+    if found is not None:
+        return found[0]
+    with _lock:
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"tpfuse: group {group_name!r} is used for the first time inside CUDA-graph capture, where nothing may be "
+                "allocated; make one call on every rank before capturing (a warm-up step does)"
+            )
+        group = dist.distributed_c10d._resolve_process_group(group_name)  # type: ignore[arg-type]
+        path = _vote(group_name, group, device, key[2])
+        _paths[key] = (path, group)
+        if path.kind == "library":
+            ranks = dist.get_process_group_ranks(group)
+            warnings.warn(
+                f"tpfuse: group {group_name!r} (ranks {ranks}) takes the library path: {path.cause}",
+                stacklevel=2,
+            )
+        return path
+
+
+def _vote(group_name: str, group: dist.ProcessGroup, device: torch.device, klass: str) -> GroupPath:
+    settings = Settings.from_environment()
+    world, rank = group.size(), group.rank()
+    verdict = judge(_everyone(_ballot(world, device, settings), group, world))
+    if verdict.cause is not None:
+        return GroupPath("library", verdict.cause, settings)
+    plane: Plane | None = None
+    problem = None
+    try:
+        plane = _build(group_name, group, device, klass, verdict, settings)
+    except Exception as error:
+        # Whatever went wrong here, the others must hear of it: they are about to vote.
+        problem = f"{type(error).__name__}: {error}"
+    for other, said in enumerate(_everyone(problem, group, world)):
+        if said is not None:
+            return GroupPath("library", f"rank {other}: {said}", settings)
+    del rank
+    return GroupPath("fused", "", settings, plane)
+
+
+def _build(
+    group_name: str,
+    group: dist.ProcessGroup,
+    device: torch.device,
+    klass: str,
+    verdict: Verdict,
+    settings: Settings,
+) -> Plane:
+    import torch.distributed._symmetric_memory as symm_mem
+
+    from .kernels.epilogue import STATE_WORDS
+
+    world, rank = group.size(), group.rank()
+    phase = selection.phase_bytes(selection.entry(verdict.architecture, world, settings.table))
+    memory = symm_mem.empty(2 * phase // 4, dtype=torch.int32, device=device)
+    handle = symm_mem.rendezvous(memory, group_name)
+    memory.zero_()
+    # get_buffer adds the offset of the tensor within its allocation, which buffer_ptrs leaves out.
+    addresses = [handle.get_buffer(r, (1,), torch.int32).data_ptr() for r in range(world)]
+    addresses[rank] = memory.data_ptr()
+    if not all(addresses):
+        raise RuntimeError(f"no peer access: addresses {addresses}")
+    record = torch.zeros(4, dtype=torch.int32, pin_memory=True)
+    peers = torch.tensor([*addresses, record.data_ptr()], dtype=torch.int64, device=device)
+    state = torch.zeros(STATE_WORDS, dtype=torch.int32, device=device)
+    torch.cuda.synchronize(device)  # zeros everywhere before the second vote lets anybody push
+    sharers = verdict.sharers
+    if sharers > 1:
+        # Ranks of other groups may be on this GPU too; all of them together must fit.
+        sharers = max(sharers, dist.get_world_size())
+    return Plane(
+        group_name=group_name,
+        rank=rank,
+        world=world,
+        device=device,
+        stream_class=klass,
+        architecture=verdict.architecture,
+        sharers=sharers,
+        phase_bytes=phase,
+        memory=memory,
+        peers=peers,
+        state=state,
+        record=record,
+        seen=record.numpy(),
+        handle=handle,
+        ranks=tuple(dist.get_process_group_ranks(group)),
+    )
+
+
+def group_name_of(group: dist.ProcessGroup | str | None) -> str:
+    if isinstance(group, str):
+        return group
+    group = group or dist.group.WORLD
+    if group is None:
+        raise ValueError("no process group is initialised; call torch.distributed.init_process_group first or pass group=")
+    return group.group_name
+
+
+def describe_path(group: dist.ProcessGroup | str | None = None, device: torch.device | int | None = None) -> GroupPath:
+    """Which path a group takes and why. Collective at the first use of the group: call it on every rank.
+
+    On a machine without a GPU the answer is the library path, without any communication.
+    """
+    if not torch.cuda.is_available():
+        return GroupPath("library", "no CUDA device", Settings.from_environment())
+    index = torch.cuda.current_device() if device is None else torch.device("cuda", device).index
+    return path_of(group_name_of(group), torch.device("cuda", index))
+
+
+def reset(group: dist.ProcessGroup | str | None = None) -> None:
+    """Bring every plane of a group back to its initial state: zeros, phase 0, no failure.
+
+    Collective: call it on every rank of the group, after an error of the watchdog or when a step was abandoned, outside
+    CUDA-graph capture. Captured graphs stay valid: addresses do not change.
+    """
+    name = group_name_of(group)
+    planes = [path.plane for (n, _, _), (path, _) in sorted(_paths.items()) if n == name and path.plane is not None]
+    if not planes:
+        return
+    owner = dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
+    for step in ("stop", "clear", "done"):
+        for plane in planes:
+            torch.cuda.synchronize(plane.device)
+            if step == "clear":
+                plane.memory.zero_()
+                plane.state.zero_()
+                plane.record.zero_()
+                torch.cuda.synchronize(plane.device)
+        _everyone(step, owner, planes[0].world)
+
+
+def forget(group: dist.ProcessGroup | str) -> None:
+    """Drop the planes of a group that is about to be destroyed. Captured graphs that used them must not run again."""
+    name = group_name_of(group)
+    for key in [k for k in _paths if k[0] == name]:
+        del _paths[key]

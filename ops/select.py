@@ -1,0 +1,162 @@
+"""Selection: which algorithm a call takes.
+
+A pure function of (architecture, world size, dtype, H, rows) over one table, so that ranks cannot disagree. It never
+looks at clocks, free memory or anything else that is local. ``architecture`` is the compute capability of the group's
+GPUs, with ``-shared`` behind it when several ranks share one GPU; the ranks agree on it when their plane is built.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+
+ALGORITHMS = ("one_shot", "two_shot", "library")
+UNBOUNDED = 1 << 60
+ROW_BYTES = 32768  # the widest row that the kernels take: 16 groups of 2 KiB
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a call does.
+
+    Attributes:
+        algorithm: ``"one_shot"``, ``"two_shot"`` or ``"library"``.
+        rows_per_launch: larger calls are cut into launches of this many rows; rows are independent of each other.
+    """
+
+    algorithm: str
+    rows_per_launch: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Thresholds in bytes of ``x`` for one (architecture, world size).
+
+    Attributes:
+        one_shot_bytes: one-shot up to here.
+        two_shot_bytes: two-shot up to here, library above.
+        launch_bytes: bytes of ``x`` that one two-shot launch handles.
+        measured: where the numbers come from.
+    """
+
+    architecture: str
+    world: int
+    one_shot_bytes: int
+    two_shot_bytes: int
+    launch_bytes: int
+    measured: str
+
+
+KIB, MIB = 1 << 10, 1 << 20
+_MODEL = "model of NVLink4 (370 GB/s, 1.25 us a round), not yet measured"
+_SHARED = "one H200 shared by the ranks under MPS, CUDA graphs, torch 2.11, Triton 3.6; docs/measuring.md"
+TABLE: tuple[Entry, ...] = (
+    Entry("any", 2, 16 * MIB, 16 * MIB, 8 * MIB, _MODEL),
+    Entry("any", 3, 768 * KIB, 16 * MIB, 8 * MIB, _MODEL),
+    Entry("any", 4, 384 * KIB, 16 * MIB, 8 * MIB, _MODEL),
+    Entry("any", 5, 256 * KIB, 16 * MIB, 8 * MIB, _MODEL),
+    Entry("any", 6, 192 * KIB, 16 * MIB, 8 * MIB, _MODEL),
+    Entry("any", 7, 128 * KIB, 16 * MIB, 8 * MIB, _MODEL),
+    Entry("any", 8, 104 * KIB, 16 * MIB, 8 * MIB, _MODEL),
+    # Several ranks on one GPU: there is no NCCL behind it, so the kernels take every size.
+    Entry("any-shared", 2, 8 * MIB, UNBOUNDED, 4 * MIB, _SHARED),
+    Entry("any-shared", 3, 512 * KIB, UNBOUNDED, 2 * MIB, _SHARED),
+    Entry("any-shared", 4, 256 * KIB, UNBOUNDED, 2 * MIB, _SHARED),
+    Entry("any-shared", 5, 192 * KIB, UNBOUNDED, 1 * MIB, _SHARED),
+    Entry("any-shared", 6, 128 * KIB, UNBOUNDED, 1 * MIB, _SHARED),
+    Entry("any-shared", 7, 128 * KIB, UNBOUNDED, 1 * MIB, _SHARED),
+    Entry("any-shared", 8, 128 * KIB, UNBOUNDED, 1 * MIB, _SHARED),
+)
+
+
+def entry(architecture: str, world: int, table: Sequence[Entry] = TABLE) -> Entry:
+    """The entry of an architecture: its own, else the one for ``any`` (or ``any-shared``)."""
+    shared = "-shared" if architecture.endswith("-shared") else ""
+    for name in (architecture, "any" + shared):
+        for candidate in table:
+            if candidate.architecture == name and candidate.world == world:
+                return candidate
+    raise ValueError(
+        f"no selection entry for architecture {architecture!r} and world size {world}; the kernels take world sizes 2 to 8"
+    )
+
+
+def select(
+    architecture: str,
+    world: int,
+    dtype: torch.dtype,
+    hidden: int,
+    rows: int,
+    *,
+    override: str = "auto",
+    table: Sequence[Entry] = TABLE,
+) -> Selection:
+    """The algorithm of one call.
+
+    Args:
+        architecture: ``"sm_90"``, ``"sm_90-shared"``, ...
+        world: ranks in the group, 2 to 8.
+        dtype, hidden, rows: of ``x``.
+        override: ``"auto"``, or an algorithm to force (``TPFUSE_ALGORITHM``); equal on all ranks.
+    """
+    thresholds = entry(architecture, world, table)
+    row_bytes = hidden * dtype.itemsize
+    size = rows * row_bytes
+    if override != "auto":
+        algorithm = override
+    elif size <= thresholds.one_shot_bytes:
+        algorithm = "one_shot"
+    elif size <= thresholds.two_shot_bytes:
+        algorithm = "two_shot"
+    else:
+        algorithm = "library"
+    if algorithm == "library":
+        return Selection(algorithm, rows)
+    # What fits a phase bounds a launch whatever was asked for: the capacity is checked here, on every call.
+    phase = phase_bytes(thresholds)
+    most = phase // (world * row_bytes) if algorithm == "one_shot" else two_shot_rows(phase, world, row_bytes)
+    wanted = most if algorithm == "one_shot" else thresholds.launch_bytes // row_bytes
+    return Selection(algorithm, max(1, min(rows, most, wanted)))
+
+
+def phase_bytes(thresholds: Entry) -> int:
+    """Size of one phase of a plane: what the largest launch of the entry needs, in whole MiB."""
+    one_shot = thresholds.world * min(thresholds.one_shot_bytes, 2 * thresholds.launch_bytes)
+    two_shot = 2 * thresholds.launch_bytes + thresholds.world * ROW_BYTES
+    return -(-max(one_shot, two_shot, thresholds.world * ROW_BYTES * 2) // MIB) * MIB
+
+
+def two_shot_rows(phase: int, world: int, row_bytes: int) -> int:
+    """Rows of one two-shot launch that fit a phase: scatter holds ceil(rows / W) * W of them, gather holds rows."""
+    return (phase // row_bytes - (world - 1)) // 2
+
+
+def save_table(path: Path, table: Sequence[Entry]) -> None:
+    """Write a table for ``TPFUSE_TABLE``."""
+    path.write_text(json.dumps([asdict(e) for e in table], indent=1) + "\n")
+
+
+def load_table(path: Path) -> tuple[Entry, ...]:
+    """Read a table that :func:`save_table` wrote; its entries come before the built-in ones.
+
+    Raises ``ValueError`` naming the file and the entry that is wrong.
+    """
+    names = {f.name for f in fields(Entry)}
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"TPFUSE_TABLE={path}: {error}; write a table with `tpfuse bench --tune`") from error
+    for number, item in enumerate(found):
+        if set(item) != names:
+            raise ValueError(f"TPFUSE_TABLE={path}: entry {number} has fields {sorted(item)}; expected {sorted(names)}")
+    return (*(Entry(**item) for item in found), *TABLE)
+
+
+def fingerprint(table: Sequence[Entry]) -> str:
+    """Equal exactly when the tables are: ranks compare it before they use one."""
+    return hashlib.sha256(repr(tuple(table)).encode()).hexdigest()[:16]

@@ -1,0 +1,291 @@
+"""Ranks of the Triton interpreter: the kernels of ``tpfuse.ops`` run by real processes over shared memory.
+
+One process a rank, or, for rows that several programs share, one process for every (rank, program): the interpreter runs
+the programs of a grid one after another, so programs that wait for each other must be processes. Planes, state and
+outputs live in POSIX shared memory; the stores and volatile loads of the interpreter are real across processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import time
+import traceback
+from dataclasses import dataclass, field
+from multiprocessing import get_context, shared_memory
+from typing import Any
+
+import torch
+
+WATCHDOG_NS = 60_000_000  # 60,000 polls of the portable body
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the op as every rank makes it. ``seed`` decides the data, so that each rank can build all ranks' rows."""
+
+    rows: int
+    hidden: int
+    algorithm: str = "one_shot"
+    dtype: torch.dtype = torch.bfloat16
+    flavour: str = "llama"
+    weight_dtype: torch.dtype | None = None  # None: the dtype of x
+    residual: bool = True
+    bias: str = "none"
+    scale: float = 1.0
+    post_norm: bool = False
+    special: str = "none"  # "zeros", "negative_zeros", "nonfinite", "denormals"
+    seed: int = 0
+    programs: int = 2  # grid cap
+    groups: int | None = None  # groups a program; None: the whole row
+    eps: float = 1e-6
+
+
+@dataclass
+class Outcome:
+    """What one rank saw: a digest of each call's outputs, what differed from the reference, what was left in the plane."""
+
+    rank: int
+    digests: list[str] = field(default_factory=list)
+    mistakes: list[str] = field(default_factory=list)
+    leftover: int = 0
+    record: tuple[int, ...] = (0, 0, 0, 0)
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    xs: list[torch.Tensor]
+    residual: torch.Tensor | None
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+
+
+def inputs(call: Call, world: int) -> Inputs:
+    """The tensors of a call, the same on every rank: ``xs[r]`` is what rank r contributes."""
+    g = torch.Generator().manual_seed(call.seed)
+    shape = (call.rows, call.hidden)
+
+    def make(*size: int) -> torch.Tensor:
+        t = torch.randn(*size, generator=g)
+        if call.special == "zeros":
+            t = torch.where(torch.rand(*size, generator=g) < 0.7, torch.zeros(()), t)
+            t[..., : call.hidden // 2] = 0.0
+        elif call.special == "negative_zeros":
+            t = torch.where(torch.rand(*size, generator=g) < 0.8, torch.full((), -0.0), t)
+        elif call.special == "nonfinite":
+            bad = torch.tensor([float("nan"), float("inf"), float("-inf")])
+            t.view(-1)[:: max(1, t.numel() // 7)] = bad[torch.randint(3, (1,), generator=g)]
+        elif call.special == "denormals":
+            t = t * 1e-39 if call.dtype != torch.float16 else t * 1e-7
+        return t.to(call.dtype)
+
+    xs = [make(*shape) for _ in range(world)]
+    weight = None
+    if call.flavour != "weightless":
+        weight = torch.randn(call.hidden, generator=g).to(call.weight_dtype or call.dtype)
+    bias = {"none": None, "row": (call.hidden,), "full": shape}[call.bias]
+    return Inputs(
+        xs, make(*shape) if call.residual else None, weight, None if bias is None else make(*bias)
+    )
+
+
+def expected(call: Call, given: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """The contract: fp32 sum in rank order from +0.0, rounded once, zeros positive; then the exact reference."""
+    from tpfuse.ops import reference
+    from tpfuse.ops.flavour import NAMED
+
+    total = torch.zeros(call.rows, call.hidden)
+    for x in given.xs:
+        total = total + x.float()
+    reduced = total.to(call.dtype) + 0.0
+    return reference.add_rms_norm(
+        reduced, given.residual, given.weight, given.bias, call.eps, call.scale, NAMED[call.flavour], call.post_norm
+    )
+
+
+def digest(*tensors: torch.Tensor) -> str:
+    h = hashlib.sha256()
+    for t in tensors:
+        h.update(t.contiguous().view(torch.uint8).numpy().tobytes())
+    return h.hexdigest()[:16]
+
+
+def ulps_apart(a: torch.Tensor, b: torch.Tensor) -> int:
+    """Largest distance in units in the last place; NaN equals NaN."""
+    kind = {4: torch.int32, 2: torch.int16}[a.element_size()]
+    same = (a == b) | (a.isnan() & b.isnan())
+    if bool((a.isnan() != b.isnan()).any()):
+        return 1 << 30
+    ia, ib = a.contiguous().view(kind).long(), b.contiguous().view(kind).long()
+    top = 1 << (8 * a.element_size() - 1)
+    ia = torch.where(ia < 0, -(ia + top), ia)
+    ib = torch.where(ib < 0, -(ib + top), ib)
+    return int(torch.where(same, torch.zeros((), dtype=torch.long), (ia - ib).abs()).max()) if a.numel() else 0
+
+
+def _attach(name: str) -> tuple[shared_memory.SharedMemory, torch.Tensor]:
+    memory = shared_memory.SharedMemory(name=name)
+    return memory, torch.frombuffer(memory.buf, dtype=torch.int32)
+
+
+def _worker(rank: int, program: int | None, world: int, names: dict[str, list[str]], calls: list[Call], delay: float,
+            dies_at: int, conn: Any) -> None:
+    outcome = Outcome(rank)
+    try:
+        os.environ["TRITON_INTERPRET"] = "1"
+        torch.set_num_threads(1)
+        import triton.language as tl
+        from triton.runtime import interpreter
+
+        from tpfuse.ops.flavour import NAMED
+        from tpfuse.ops.kernels.constants import constants
+        from tpfuse.ops.kernels.epilogue import MAX_PROGRAMS, PARTIALS, RECORD
+        from tpfuse.ops.kernels.one_shot import one_shot_kernel
+        from tpfuse.ops.kernels.two_shot import two_shot_kernel
+        from tpfuse.ops.launch import Geometry, launch_plain, protocol_constants
+
+        if program is not None:
+            # This process is one program of the grid; its siblings are the others.
+            builder = interpreter.interpreter_builder
+            set_grid_dim = builder.set_grid_dim
+            builder.set_grid_idx = lambda x, y, z: setattr(builder, "grid_idx", (program, 0, 0))
+            grid: list[int] = []
+
+            def only_mine(nx: int, ny: int, nz: int) -> None:
+                set_grid_dim(grid[-1], 1, 1)
+
+            builder.set_grid_dim = only_mine
+        held = [_attach(n) for n in names["plane"]]
+        state_memory, state = _attach(names["state"][rank])
+        out_memory, outs = _attach(names["out"][rank])
+        host = state[-4:]
+        peers = torch.tensor([t.data_ptr() for _, t in held] + [host.data_ptr()], dtype=torch.int64)
+        plane = held[rank][1]
+        phase_bytes = plane.numel() * 4 // 2
+        rng = random.Random(rank * 1000 + (program or 0))
+        for number, call in enumerate(calls):
+            if number == dies_at:
+                os._exit(0)
+            given = inputs(call, world)
+            if delay:
+                time.sleep(rng.random() * delay)
+            c = constants(
+                call.dtype, None if given.weight is None else given.weight.dtype, call.hidden, NAMED[call.flavour],
+                bias=call.bias, scaled=call.scale != 1.0, has_residual=call.residual, post_norm=call.post_norm,
+            )
+            held_groups = call.groups or c.groups
+            split = -(-c.groups // held_groups)
+            programs = min(call.rows * split, call.programs) if program is None else call.programs
+            shape = Geometry(programs, held_groups, split)
+            to_torch = {tl.bfloat16: torch.bfloat16, tl.float16: torch.float16, tl.float32: torch.float32}
+            sizes = [call.rows * call.hidden * to_torch[d].itemsize // 4 for d in (c.out_dtype, c.residual_dtype)]
+            # A new offset every other call keeps a sibling that is one call ahead out of what this one still reads.
+            start = (number % 2) * (outs.numel() // 2)
+            views = []
+            for d, n in zip((c.out_dtype, c.residual_dtype), sizes, strict=True):
+                views.append(outs[start : start + n].view(to_torch[d]).view(call.rows, call.hidden))
+                start += n
+            if call.rows:
+                x = given.xs[rank].contiguous()
+                none = x
+                args = (
+                    x, given.residual if given.residual is not None else none,
+                    given.weight if given.weight is not None else none,
+                    given.bias if given.bias is not None else none, views[0], views[1], peers, state, rank, call.rows,
+                    phase_bytes, WATCHDOG_NS, call.eps, call.scale,
+                )
+                function = {"one_shot": one_shot_kernel, "two_shot": two_shot_kernel}[call.algorithm]
+                if program is not None:
+                    grid.append(programs)
+                    launch_plain(function, 1, args, protocol_constants(c, world, shape, ptx=False))
+                    _wait_for_siblings(names, number, programs, program, rank)
+                else:
+                    launch_plain(function, programs, args, protocol_constants(c, world, shape, ptx=False))
+            outcome.record = tuple(host.tolist())
+            if outcome.record[0]:
+                break
+            normed, residual_out = views[0].clone(), views[1].clone()
+            outcome.digests.append(digest(normed, residual_out))
+            want = expected(call, given)
+            apart = (ulps_apart(normed, want[0]), ulps_apart(residual_out, want[1]))
+            # The sum of squares is added in the kernel's order, not in torch's: the root may differ in its last places.
+            allowed = (4, 4 if call.post_norm else 0) if call.dtype == torch.float32 else (1, 1 if call.post_norm else 0)
+            if apart[0] > allowed[0] or apart[1] > allowed[1]:
+                outcome.mistakes.append(f"call {number} {call}: {apart} ulps from the reference, allowed {allowed}")
+        partials = state[PARTIALS.value : PARTIALS.value + MAX_PROGRAMS.value * 16]
+        outcome.leftover = int((plane != 0).sum()) + int((partials != 0).sum()) + int(state[RECORD.value] != 0)
+        del x
+    except Exception:
+        outcome.error = traceback.format_exc()
+    conn.send(outcome)
+    conn.close()
+
+
+def _wait_for_siblings(names: dict[str, list[str]], number: int, programs: int, program: int, rank: int) -> None:
+    """The kernel boundary between the programs of one rank: all have ended before any starts the next call."""
+    memory, done = _attach(names["done"][rank])
+    done[program] = number + 1
+    while int(done[:programs].min()) < number + 1:
+        time.sleep(0.0005)
+    del done
+    memory.close()
+
+
+def run(world: int, calls: list[Call], *, delay: float = 0.0, split: bool = False, dies: tuple[int, int] = (-1, -1),
+        timeout: float = 240.0) -> list[Outcome]:
+    """Make ``calls`` on ``world`` interpreted ranks and return what each saw.
+
+    Args:
+        delay: each rank sleeps up to this many seconds before each call.
+        split: one process for every (rank, program); every call must have the same ``programs`` and fill the grid.
+        dies: (rank, call): that rank exits before that call.
+    """
+    context = get_context("spawn")
+    biggest = max(c.rows * c.hidden * 4 for c in calls)
+    row = max(c.hidden * 4 for c in calls)
+    plane_bytes = 2 * (world * max(biggest, 4) + 2 * world * row)
+    from tpfuse.ops.kernels.epilogue import STATE_WORDS
+
+    sizes = {"plane": plane_bytes, "state": STATE_WORDS * 4 + 64, "out": 2 * 2 * max(biggest, 4) + 4096, "done": 4096}
+    memories = {
+        kind: [shared_memory.SharedMemory(create=True, size=size) for _ in range(world)] for kind, size in sizes.items()
+    }
+    try:
+        for group in memories.values():
+            for memory in group:
+                memory.buf[:] = bytes(memory.size)
+        names = {kind: [m.name for m in group] for kind, group in memories.items()}
+        workers = []
+        programs = range(calls[0].programs) if split else [None]
+        for rank in range(world):
+            for program in programs:
+                receive, send = context.Pipe(duplex=False)
+                dies_at = dies[1] if rank == dies[0] else -1
+                process = context.Process(
+                    target=_worker, args=(rank, program, world, names, calls, delay, dies_at, send), daemon=True
+                )
+                process.start()
+                send.close()
+                workers.append((process, receive))
+        outcomes = []
+        deadline = time.monotonic() + timeout
+        for process, receive in workers:
+            try:
+                if receive.poll(max(0.1, deadline - time.monotonic())):
+                    outcomes.append(receive.recv())
+                else:
+                    outcomes.append(Outcome(-1, error=f"no answer within {timeout} s"))
+            except EOFError:
+                pass  # the rank that was told to die
+            finally:
+                process.join(1)
+                if process.is_alive():
+                    process.kill()
+        return outcomes
+    finally:
+        for group in memories.values():
+            for memory in group:
+                memory.close()
+                memory.unlink()
