@@ -84,6 +84,7 @@ def fuse(
     if changed:
         rewrite.shrink(g, found)
         g.lint()
+        _check_replaced(judged)
         if module is not None:
             module.recompile()
     initialised = dist.is_available() and dist.is_initialized()
@@ -98,6 +99,17 @@ def fuse(
         inner=inner,
         seconds=time.perf_counter() - started,
     )
+
+
+def _check_replaced(judged: list[Found]) -> None:
+    """A reduction that was fused and still runs would be summed twice: slower than no fusion, and silent."""
+    for item in judged:
+        node = item.collective.node
+        if isinstance(item.outcome, Candidate) and item.collective.index is None and not compat.is_erased(node):
+            raise RuntimeError(
+                f"tpfuse: {node.name} was fused, but something still reads it: {', '.join(u.name for u in node.users)}. "
+                "This is a bug in tpfuse; compile with options={'tpfuse.policy': 'off'} meanwhile."
+            )
 
 
 def _alive(point: Node, walk: Walk) -> Node:

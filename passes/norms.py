@@ -419,7 +419,7 @@ class _Meaning:
             eps = sympy.cancel(S**2 * g**2 / squared - Q)
             eps_free = eps.free_symbols
             if eps_free and all(str(x).startswith("c") for x in eps_free):
-                self.notes[Reason.EPS_NOT_CONSTANT] = "eps is a tensor or a symbolic number of the graph"
+                self.notes[Reason.EPS_NOT_CONSTANT] = self._symbolic_eps()
                 continue
             if eps_free or not eps.is_real or eps < 0:
                 continue
@@ -427,6 +427,16 @@ class _Meaning:
             if expr.subs(sample) > 0:  # the square forgets the sign
                 return g, eps
         return None
+
+    def _symbolic_eps(self) -> str:
+        for step in self.steps:
+            refs = [a for a in step.args if isinstance(a, Ref)]
+            scalar = any(r.kind == "leaf" and self.leaves[r.index].shape == "scalar" for r in refs)
+            if step.kind in ("mul", "div") and scalar and any(r.kind == "s" for r in refs):
+                return (
+                    "the sum is multiplied by a scalar tensor before the norm; only a Python number can be part of it"
+                )
+        return "eps is a tensor or a symbolic number of the graph"
 
     def miss(self) -> Refusal | None:
         """Why no step is a norm, most telling reason first; None when nothing here even looks like one."""

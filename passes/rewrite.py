@@ -59,6 +59,7 @@ def fuse(graph: Graph, candidate: Candidate, before: Node) -> Rewritten:
         summed = graph.call_function(operator.getitem, (fused, 1))
         _describe(candidate, fused, normed, summed)
         out = _repeat(graph, candidate.reshapes, normed)
+        total = summed if candidate.post_add is None else _repeat(graph, candidate.reshapes, summed)
     for node in (fused, normed, summed):
         for key in ("stack_trace", "nn_module_stack"):
             if key in c.node.meta:
@@ -75,11 +76,13 @@ def fuse(graph: Graph, candidate: Candidate, before: Node) -> Rewritten:
         for wait in c.waits if candidate.h.root in c.waits else ():
             redirect(wait, summed)
     else:
-        with graph.inserting_after(out):
-            total = _repeat(graph, candidate.reshapes, summed)
         redirect(candidate.post_add, total)
     _erase(graph, candidate)
-    return Rewritten(fused, out, summed if candidate.post_add is None else total)
+    # Steps of the norm that others read too (a cast of the residual sum, say) stay, and read the new sum.
+    if candidate.post_add is None and not compat.is_erased(candidate.h.root):
+        candidate.h.root.replace_all_uses_with(summed, propagate_meta=False)
+        _erase(graph, candidate)
+    return Rewritten(fused, out, total)
 
 
 def _repeat(graph: Graph, steps: tuple[Node, ...], start: Node) -> Node:
@@ -109,16 +112,17 @@ def _describe(candidate: Candidate, fused: Node, normed: Node, summed: Node) -> 
 
 
 def _erase(graph: Graph, candidate: Candidate) -> None:
-    """Erase what nobody reads any more, last first. Waits have side effects, so no dead-code pass would remove them."""
-    for node in reversed(candidate.nodes):
-        if node.users or node.op != "call_function":
-            continue
-        if node is candidate.collective.node and candidate.collective.index is not None:
-            continue  # coalesced: shrink() takes it apart once all sites of the graph are done
-        graph.erase_node(node)
-    for name in reversed(candidate.h.names):
-        if not compat.is_erased(name) and not name.users and name.op == "call_function":
-            graph.erase_node(name)
+    """Erase what nobody reads any more, readers first. Waits have effects, so no dead-code pass would remove them."""
+    left = [n for n in dict.fromkeys([*candidate.nodes, *candidate.h.names]) if not compat.is_erased(n)]
+    if candidate.collective.index is not None and candidate.collective.node in left:
+        left.remove(candidate.collective.node)  # coalesced: shrink() takes it apart once all sites are done
+    progress = True
+    while progress:
+        dead = [n for n in left if not n.users and n.op == "call_function"]
+        for node in dead:
+            graph.erase_node(node)
+            left.remove(node)
+        progress = bool(dead)
 
 
 def shrink(graph: Graph, collectives: list[Collective]) -> None:
@@ -179,11 +183,12 @@ def verify(candidate: Candidate, fused: Node, rows: int = 3) -> str | None:
         r, w, b = random(residual, 2), random(weight, 3), random(bias, 4)
         ours = reference.add_rms_norm(summed, r, w, b, eps, scale, Flavour.parse(flavour), post)
         h = summed
+        last = candidate.terms[-1] if candidate.residual is not None and candidate.post_add is None else None
         for term in candidate.terms:
             if term.kind == "scale":
                 h = h * term.factor
             else:
-                addend = r if term.operand is candidate.residual and term is candidate.terms[-1] else b
+                addend = r if term is last else b
                 assert addend is not None
                 h = h + addend
         normed = candidate.norm.proof.run(h, w)

@@ -71,6 +71,8 @@ def place(collective: Collective, order: dict[Node, int]) -> Place:
     layer = next((n for n in map(_layer_of_path, paths) if n is not None), None)
     if role is None:
         role = _role_of_dataflow(producers)
+    if role == "embedding":
+        layer = None
     return Place(role or "other", layer, source_line(collective.node))
 
 
@@ -82,8 +84,9 @@ def _module_path(node: Node) -> str:
     last = list(stack.values())[-1]
     path = last[0] if isinstance(last, tuple) else str(last)
     path = re.sub(r"_modules\['([^']+)'\]|\['([^']+)'\]", r".\1\2", str(path))
-    path = re.sub(r"\.\.+", ".", path)
-    return re.sub(r"\[(\d+)\]", r".\1", path.split(".args.0", 1)[-1].removeprefix("L.self").removeprefix("L['self']"))
+    path = re.sub(r"\[(\d+)\]", r".\1", re.sub(r"\.\.+", ".", path))
+    # Dynamo names the compiled module L['self'], or L['args'][0] when its forward is wrapped.
+    return re.sub(r"^L\.(?:self|args\.\d+)", "", path)
 
 
 def _role_of_path(path: str) -> str | None:

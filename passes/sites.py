@@ -156,16 +156,18 @@ class Walk:
         pattern = "all_reduce"
         current = values.aliases(c.value, self.order, also=c.waits)
         while True:
-            norm = norms.match(current, self.order, self.relaxed)
+            term = self._term(current)
+            # A scaled sum is normalised after the scale: s and 2 * s have one norm, up to eps and rounding.
+            scaled = isinstance(term, Term) and term.kind == "scale"
+            norm = None if scaled else norms.match(current, self.order, self.relaxed)
             if isinstance(norm, NormForm):
                 return self._candidate(c, chain, terms, current, norm), _pattern(terms, "rms_norm")
-            if isinstance(norm, Refusal) and not (len(current.readers) == 1 and self._term(current) is not None):
+            if isinstance(norm, Refusal) and term is None:
                 return norm, _pattern(terms, "norm?")
             pattern = _pattern(terms, None)
             refusal = self._stop(c, current, terms)
             if refusal is not None:
                 return refusal, pattern
-            term = self._term(current)
             if isinstance(term, Refusal):
                 return term, pattern
             if term is None or len(terms) == MAX_TERMS:
@@ -311,6 +313,7 @@ class Walk:
         # An operand (usually the weight) is computed after the residual sum: go right behind it, before the first use.
         inside = set(candidate.nodes)
         readers = [u for node in produced for u in node.users if u not in inside]
+        readers += [n for n in candidate.norm.steps if any(u not in inside for u in n.users)]  # these stay
         readers += [u for name in candidate.h.names for u in name.users if u not in inside and u not in candidate.h]
         if any(self.order[reader] <= ready for reader in readers):
             return None
@@ -333,11 +336,28 @@ class Walk:
         for node in self.mutations:
             if start < self.order[node] <= self.order[candidate.norm.out] and (_written(node) & stores):
                 return Refusal(Reason.MUTATION, f"{node.name} ({node.target}) writes an operand in place")
+        other = self._later_sum(candidate)
+        if other is not None:
+            return Refusal(
+                Reason.SUM_OF_REDUCTIONS, f"its sum is added to that of {other.name}, which takes it as an addend"
+            )
         for node in self.communication:
             if start < self.order[node] < end and self._same_group(node, candidate.collective):
                 return Refusal(
                     Reason.ORDER, f"{node.name} communicates on the same ranks between the all-reduce and its norm"
                 )
+        return None
+
+    def _later_sum(self, candidate: Candidate) -> Node | None:
+        """The all-reduce behind a full addend, when it comes after ours: that one is nearer to the norm."""
+        node = candidate.bias
+        while node is not None and node.op == "call_function":
+            if collectives.spelling_of(node) is not None:
+                return node if self.order[node] > self.order[candidate.collective.node] else None
+            first = next(
+                (a for a in node.all_input_nodes if node.target is collectives.WAIT or values.is_alias(node, a)), None
+            )
+            node = first
         return None
 
     @staticmethod

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from tpfuse.passes.sharing import MACHINERY
+
 _DTYPES = {
     torch.float64: "f64",
     torch.float32: "f32",
@@ -44,14 +46,14 @@ class SourceLine:
 
 
 def source_line(node: Node) -> SourceLine | None:
-    """The innermost frame of the node's stack trace, or None where the graph holds no trace."""
+    """The line that :func:`tpfuse.passes.sharing.source_line` names, with its text; None where the graph holds no trace."""
     lines = (node.stack_trace or "").strip().splitlines()
-    for index in range(len(lines) - 1, -1, -1):
-        frame = _FRAME.search(lines[index])
-        if frame:
-            text = lines[index + 1].strip() if index + 1 < len(lines) else ""
-            return SourceLine(frame["file"], int(frame["line"]), text)
-    return None
+    frames = [(frame, number) for number, line in enumerate(lines) if (frame := _FRAME.search(line))]
+    if not frames:
+        return None
+    frame, number = ([f for f in frames if not MACHINERY.search(f[0]["file"])] or frames)[-1]
+    text = lines[number + 1].strip() if number + 1 < len(lines) else ""
+    return SourceLine(frame["file"].split("site-packages/")[-1], int(frame["line"]), text)
 
 
 def graph_of(graph: GraphModule | Graph) -> Graph:
@@ -71,7 +73,7 @@ def python(graph: GraphModule | Graph, marks: Mapping[str, str] | None = None) -
     for name, child in () if owner is None else owner.named_children():
         if isinstance(child, GraphModule):
             parts.append(_function(child.graph, _identifier(name), {}))
-    return "import torch\nfrom math import inf, nan\n\n\n" + "\n\n".join(parts)
+    return "import operator\nfrom math import inf, nan\n\nimport torch\n\n\n" + "\n\n".join(parts)
 
 
 def statement(node: Node) -> str:
@@ -102,7 +104,8 @@ def _function(graph: Graph, name: str, marks: Mapping[str, str]) -> str:
             lines.append(f"    # {source}: {_comment(source.text)}")
             last = source
         lines.append(f"    {statement(node)}")
-    return f"def {name}({', '.join(arguments)}):\n" + "\n".join(lines or ["    pass"]) + "\n"
+    signature = "".join(f"    {argument},\n" for argument in arguments)
+    return f"def {name}(\n{signature}):\n" + "\n".join(lines or ["    pass"]) + "\n"
 
 
 def _call(node: Node) -> str:

@@ -113,7 +113,7 @@ def _site(site: Site, region: Region) -> dict[str, Any]:
         "group": list(site.group),
         "shared": site.shared,
         "source": site.source,
-        "line": first.text if first else "",
+        "line": first.text if first and first.source == site.source else "",
         "shape": words.shape(site),
         "bytes": "" if per_row.bytes is None else estimate.in_units(per_row.bytes // estimate.TRIPS_SAVED),
         "eps": site.eps,

@@ -42,7 +42,7 @@ class Row:
             str(len(self.sites)),
             words.ranks(site.group),
             _SHARED[site.shared],
-            site.pattern,
+            " + ".join(site.pattern.split("+")),  # spaces, so that a narrow terminal wraps between the steps
             words.verdict(site),
             _short(site.source),
         )
@@ -66,13 +66,13 @@ def render(report: GraphReport, each: bool = False) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold", expand=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False, header_style="bold")
     for name in COLUMNS:
         table.add_column(
             name,
             justify="right" if name in _NUMBERS else "left",
             overflow="fold",
-            no_wrap=name in ("role", "layers", "sites"),
+            no_wrap=name in ("role", "sites"),
         )
     for row in rows(report, each):
         colour = "green" if row.fused else "yellow"

@@ -1,0 +1,116 @@
+"""Tiny random models of the transformers architectures that the tests run, and how to shard them with transformers' own TP."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class TinyModel:
+    """A tiny configuration of one architecture.
+
+    Attributes:
+        name: transformers' model type.
+        extra: configuration values beyond :data:`COMMON`.
+        plan: additions to transformers' own tensor-parallel plan.
+    """
+
+    name: str
+    extra: dict[str, Any] = field(default_factory=dict)
+    plan: dict[str, str] = field(default_factory=dict)
+
+
+COMMON: dict[str, Any] = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+DEEPSEEK = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+}
+LATENT = {
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "num_key_value_heads": 4,
+}
+
+MODELS: dict[str, TinyModel] = {
+    m.name: m
+    for m in (
+        TinyModel("llama"),
+        TinyModel("mistral"),
+        TinyModel("qwen2"),
+        TinyModel("qwen3", {"head_dim": 16}),
+        TinyModel("qwen3_moe", {**MOE, "head_dim": 16, "decoder_sparse_step": 1, "mlp_only_layers": []}),
+        TinyModel("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+        TinyModel("gemma2", {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 32}),
+        TinyModel("gemma3_text", {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 32}),
+        TinyModel("glm4", {"head_dim": 16}),
+        TinyModel("glm4_moe", {**DEEPSEEK, "head_dim": 16, "first_k_dense_replace": 2}),
+        TinyModel("olmo2"),
+        TinyModel("granite", {"residual_multiplier": 0.22, "attention_multiplier": 0.25}),
+        TinyModel("phi3"),
+        TinyModel("deepseek_v3", {**DEEPSEEK, **LATENT}),
+        TinyModel("gpt_oss", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 32}),
+        TinyModel("cohere2", {"head_dim": 16, "sliding_window": 32, "tie_word_embeddings": True}),
+    )
+}
+
+
+def config(name: str, **changes: Any) -> Any:
+    """The transformers configuration of a tiny model."""
+    from transformers import AutoConfig
+
+    tiny = MODELS[name]
+    return AutoConfig.for_model(name, **{**COMMON, **tiny.extra, **changes})
+
+
+def unsharded(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    """A tiny model with random weights, norm weights included (ones would hide a wrong weight)."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config(name, **changes), dtype=dtype).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for key, value in model.named_parameters():
+            if value.dim() == 1 and "norm" in key:
+                value.copy_(torch.rand(value.shape, generator=generator) + 0.5)
+    return model
+
+
+def save(name: str, folder: str, dtype: torch.dtype = torch.float32, **changes: Any) -> None:
+    """Write a tiny model's checkpoint, for every rank to load its shards from."""
+    unsharded(name, dtype, **changes).save_pretrained(folder)
+
+
+def sharded(folder: str, world_size: int, dtype: torch.dtype = torch.float32, plan: dict[str, str] | None = None) -> Any:
+    """Load a checkpoint under transformers' own tensor parallelism on this rank."""
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    tp_plan: Any = "auto"
+    del plan
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, distributed_config=DistributedConfig(tp_size=world_size, tp_plan=tp_plan)
+    ).eval()
