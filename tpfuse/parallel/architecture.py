@@ -1,0 +1,100 @@
+"""What a model must say about its layers so that they can be sharded: names of submodules, and how their widths split."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from .config import ConfigError
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A linear layer of attention or MLP.
+
+    Attributes:
+        name: attribute of the attention or MLP module. A projection that is absent or None is skipped.
+        units: what its split width consists of: ``heads`` or ``kv_heads`` (whole heads stay on one rank) or ``columns``.
+    """
+
+    name: str
+    units: str = "columns"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Names inside a pre-norm decoder: ``norm -> attention -> residual add -> norm -> MLP -> residual add``.
+
+    Column projections are split by output, row projections by input and leave partial sums. The defaults fit Llama.
+
+    Attributes:
+        layers: path from the model to its list of decoder layers; the module before the last dot runs them.
+        attention: attribute of a layer; ``mlp``, ``attention_norm`` and ``mlp_norm`` likewise.
+        attention_columns: column projections of attention.
+        attention_rows: row projections of attention.
+        mlp_columns: column projections of a dense MLP and of shared experts.
+        mlp_rows: row projections of a dense MLP and of shared experts.
+        experts: attribute of an MoE block that holds the routed experts, called with (rows, expert ids, weights). A layer
+            whose MLP has it is an MoE layer.
+        experts_columns: parameters of shape (experts, 2 * width, hidden): two halves packed along the second dimension.
+        experts_rows: parameters of shape (experts, hidden, width).
+        shared_experts: attribute of an MoE block that is an MLP for all rows, or an empty string.
+    """
+
+    layers: str = "model.layers"
+    attention: str = "self_attn"
+    attention_norm: str = "input_layernorm"
+    attention_columns: tuple[Projection, ...] = (
+        Projection("q_proj", "heads"),
+        Projection("k_proj", "kv_heads"),
+        Projection("v_proj", "kv_heads"),
+    )
+    attention_rows: tuple[Projection, ...] = (Projection("o_proj", "heads"),)
+    mlp: str = "mlp"
+    mlp_norm: str = "post_attention_layernorm"
+    mlp_columns: tuple[Projection, ...] = (Projection("gate_proj"), Projection("up_proj"))
+    mlp_rows: tuple[Projection, ...] = (Projection("down_proj"),)
+    experts: str = "experts"
+    experts_columns: tuple[str, ...] = ("gate_up_proj",)
+    experts_rows: tuple[str, ...] = ("down_proj",)
+    shared_experts: str = "shared_experts"
+
+
+LLAMA = Architecture()
+DEEPSEEK_V3 = Architecture(
+    # The latent projections (q_a_proj, kv_a_proj_with_mqa) serve all heads and stay whole on every rank.
+    attention_columns=(
+        Projection("q_proj", "heads"),
+        Projection("q_b_proj", "heads"),
+        Projection("kv_b_proj", "heads"),
+    ),
+)
+
+# transformers' config.model_type -> names.
+ARCHITECTURES: dict[str, Architecture] = {
+    "deepseek_v3": DEEPSEEK_V3,
+    "glm4_moe": LLAMA,
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "mixtral": LLAMA,
+    "qwen2": LLAMA,
+    "qwen3": LLAMA,
+    "qwen3_moe": LLAMA,
+}
+
+
+def architecture_of(model: Any) -> Architecture:
+    """The names for a transformers model, by ``model.config.model_type``.
+
+    Raises:
+        ConfigError: the type is not in the table; the message says what to pass instead.
+    """
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type not in ARCHITECTURES:
+        raise ConfigError(
+            f"no architecture is known for {type(model).__name__} (model_type={model_type!r}); known are "
+            f"{', '.join(sorted(ARCHITECTURES))}. For another pre-norm decoder pass "
+            "architecture=tpfuse.parallel.Architecture(...) with the names of its layers, attention and MLP projections "
+            "and norms"
+        )
+    return ARCHITECTURES[model_type]

@@ -1,0 +1,66 @@
+"""Decoder layers that follow a plan: the boundary's steps around the model's own norms, attention and MLP."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from .architecture import Architecture
+from .groups import Groups
+from .layout import Boundary, Plan, Step
+from .steps import Batch, BoundStep, bind, run
+
+BATCH = "tpfuse_batch"  # keyword through which the model hands a forward's Batch to its layers
+
+
+def install(layer: nn.Module, number: int, plan: Plan, names: Architecture, groups: Groups) -> None:
+    """Replace the forward of one decoder layer. Its submodules stay as they are and are called as before."""
+    enter, middle, leave = plan.boundaries[2 * number : 2 * number + 3]
+    layer.forward = layer_forward(layer, names, _bound(enter, groups), _bound(middle, groups), _bound(leave, groups))
+
+
+class BoundBoundary:
+    """A boundary's steps before and after its norm, bound to this rank's groups."""
+
+    def __init__(self, before_norm: tuple[BoundStep, ...], after_norm: tuple[BoundStep, ...]):
+        self.before_norm = before_norm
+        self.after_norm = after_norm
+
+
+def _bound(boundary: Boundary, groups: Groups) -> BoundBoundary:
+    def all_of(steps: tuple[Step, ...]) -> tuple[BoundStep, ...]:
+        return tuple(bind(step, groups) for step in steps)
+
+    return BoundBoundary(all_of(boundary.before_norm), all_of(boundary.after_norm))
+
+
+def layer_forward(
+    layer: nn.Module, names: Architecture, enter: BoundBoundary, middle: BoundBoundary, leave: BoundBoundary
+) -> Callable[..., Tensor]:
+    """The forward of a decoder layer.
+
+    It takes and returns the residual, in the layout that the plan gives it, and does the part of the last boundary that
+    comes before the norm: that norm belongs to the next layer.
+    """
+    attention_norm, attention = getattr(layer, names.attention_norm), getattr(layer, names.attention)
+    mlp_norm, mlp = getattr(layer, names.mlp_norm), getattr(layer, names.mlp)
+
+    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        batch: Batch = kwargs.pop(BATCH)
+        residual = hidden_states
+        y, residual = run(enter.after_norm, attention_norm(residual), residual, batch)
+        if batch.rows > 0:  # a replica without rows has nothing to attend to, but its MLP may work for the others
+            y = _first(attention(y, *args, **kwargs))
+        y, residual = run(middle.before_norm, y, residual, batch)
+        y, residual = run(middle.after_norm, mlp_norm(residual), residual, batch)
+        y = _first(mlp(y))
+        y, residual = run(leave.before_norm, y, residual, batch)
+        return residual
+
+    return forward
+
+
+def _first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output

@@ -1,0 +1,193 @@
+"""Shard a model under a config and let its layers follow the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from . import layers as layer_forwards
+from .architecture import Architecture, architecture_of
+from .config import ConfigError, ParallelConfig
+from .groups import Groups, build_groups
+from .layout import Plan
+from .layout import plan as make_plan
+from .pairing import check_shards
+from .shard import Shard, kind_of, shard_layer
+from .steps import Batch
+
+ATTRIBUTE = "tpfuse_parallel"
+
+
+class RowCounts:
+    """How many rows the blocks of this stage bring to the next forward, where layers read the rows of all blocks.
+
+    Attributes:
+        own: rows of this rank's block, as last told.
+        largest: rows of the largest block.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None):
+        self.group = group
+        self.own = -1
+        self.largest = -1
+
+    def exchange(self, rows: int) -> None:
+        """Tell the other blocks. Collective over ``attn_dp``."""
+        device = "cuda" if dist.get_backend(self.group) == "nccl" else "cpu"
+        count = torch.tensor([rows], device=device)
+        dist.all_reduce(count, op=dist.ReduceOp.MAX, group=self.group)
+        self.own, self.largest = rows, int(count.item())
+
+
+@dataclass(frozen=True)
+class Parallelized:
+    """What :func:`parallelize` did to a model; ``layout_of(model)`` returns it.
+
+    Attributes:
+        config: the sizes.
+        groups: this rank's groups.
+        plan: the boundaries that the layers follow.
+        shards: every weight that was cut.
+        counts: row counts of the blocks, or None where blocks never meet.
+    """
+
+    config: ParallelConfig
+    groups: Groups
+    plan: Plan
+    shards: tuple[Shard, ...]
+    counts: RowCounts | None
+
+
+def parallelize(
+    model: nn.Module,
+    config: ParallelConfig,
+    *,
+    architecture: Architecture | None = None,
+    plan: Plan | None = None,
+    ranks: Sequence[int] | None = None,
+) -> nn.Module:
+    """Shard a decoder in place for inference. Collective: all ranks of the default group call it with equal arguments.
+
+    Attention is cut over ``attn_tp``, the dense MLP over ``dense_tp``, experts over ``moe_ep`` and ``moe_tp``, shared
+    experts over ``tp``. Embedding, norms, routers and the output head stay whole. Each attention replica is called with
+    rows of its own; the ranks of one replica are called with the same rows.
+
+    Args:
+        model: a causal language model with whole weights, equal on all ranks.
+        config: the sizes; ``attn_cp_size``, ``moe_dp_size`` and ``pp_size`` must be 1.
+        architecture: names inside the model; None looks ``model.config.model_type`` up.
+        plan: the boundaries; None derives them from the config.
+        ranks: global ranks of the deployment; see :func:`build_groups`.
+    Returns:
+        ``model``, in eval mode, without gradients.
+    Raises:
+        ConfigError: an unknown architecture, a size that the weights do not divide by, or one that is not supported here.
+        PairingError: a weight is cut over other ranks than the plan reduces over.
+    """
+    _check_supported(model, config)
+    names = architecture or architecture_of(model)
+    stack, decoder_layers = _stack(model, names)
+    kinds = [kind_of(layer, names) for layer in decoder_layers]
+    plan = plan or make_plan(config, kinds)
+    groups = build_groups(config, ranks)
+    if groups.rank is None:
+        raise ConfigError(
+            f"global rank {dist.get_rank()} is outside the deployment {list(groups.ranks)}; "
+            "call parallelize on its ranks, and only build_groups elsewhere"
+        )
+    text_config: Any = getattr(model, "config", None)
+    shards: list[Shard] = []
+    for number, layer in enumerate(decoder_layers):
+        shards += shard_layer(layer, number, text_config, names, groups)
+    check_shards(shards, plan, groups)
+    for number, layer in enumerate(decoder_layers):
+        layer_forwards.install(layer, number, plan, names, groups)
+    counts = RowCounts(groups.group("attn_dp")) if plan.gathers_blocks else None
+    stack.register_forward_pre_hook(_batch_hook(counts), with_kwargs=True)
+    setattr(model, ATTRIBUTE, Parallelized(config, groups, plan, tuple(shards), counts))
+    return model.eval().requires_grad_(False)
+
+
+def layout_of(model: nn.Module) -> Parallelized:
+    """What :func:`parallelize` did to this model.
+
+    Raises:
+        ConfigError: it was not parallelized.
+    """
+    found = getattr(model, ATTRIBUTE, None)
+    if found is None:
+        raise ConfigError(
+            f"{type(model).__name__} is not parallelized; call tpfuse.parallel.parallelize(model, config) first"
+        )
+    return found
+
+
+def exchange_rows(model: nn.Module, rows: int) -> None:
+    """Tell all blocks how many rows this one brings to the next forward. Collective over ``attn_dp``.
+
+    Eager forwards do it themselves. A compiled forward cannot (the count would have to leave the graph), so call this
+    before it whenever the row count of any block changes; models from ``tpfuse.hf.compile`` do that on every call. Where
+    blocks never meet, it does nothing.
+
+    Args:
+        model: a parallelized model.
+        rows: sequences times tokens of this rank's block; may be 0.
+    """
+    counts = layout_of(model).counts
+    if counts is not None:
+        counts.exchange(rows)
+
+
+def _check_supported(model: nn.Module, config: ParallelConfig) -> None:
+    for name in ("attn_cp_size", "moe_dp_size", "pp_size"):
+        if getattr(config, name) > 1:
+            raise ConfigError(
+                f"parallelize does not support {name}={getattr(config, name)}; use 1 (plan and groups do support it, for "
+                "an engine that places these itself)"
+            )
+    if getattr(model, ATTRIBUTE, None) is not None:
+        raise ConfigError(f"{type(model).__name__} is parallelized already; load it again to use another config")
+
+
+def _stack(model: nn.Module, names: Architecture) -> tuple[nn.Module, nn.ModuleList]:
+    """The module that runs the layers, and the layers."""
+    path, _, last = names.layers.rpartition(".")
+    try:
+        stack = model.get_submodule(path)
+        decoder_layers = getattr(stack, last)
+    except AttributeError as error:
+        raise ConfigError(
+            f"{type(model).__name__} has no {names.layers!r}; give the path of its decoder layers in "
+            "Architecture(layers=...)"
+        ) from error
+    return stack, decoder_layers
+
+
+def _batch_hook(counts: RowCounts | None) -> Any:
+    """Hand every layer the shape of this forward, by keyword through the module that runs them."""
+
+    def hook(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        tokens = kwargs.get("input_ids")
+        if tokens is None:
+            tokens = kwargs.get("inputs_embeds") if not args else args[0]
+        batch, length = tokens.shape[0], tokens.shape[1]
+        largest = batch * length
+        if counts is not None:
+            if not torch.compiler.is_compiling():
+                counts.exchange(batch * length)
+            elif counts.own != batch * length:
+                raise ConfigError(
+                    f"this forward has {batch} * {length} rows, but the blocks agreed on {counts.own}; call "
+                    "tpfuse.parallel.exchange_rows(model, rows) before it, or use tpfuse.hf.compile"
+                )
+            largest = counts.largest
+        return args, {**kwargs, layer_forwards.BATCH: Batch(batch, length, largest)}
+
+    return hook
