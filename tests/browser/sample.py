@@ -96,7 +96,7 @@ def _graph(
     return GraphModule(torch.nn.Module(), graph)
 
 
-def _unfused(  # noqa: PLR0917
+def _unfused(
     graph: Graph,
     site: Site,
     value: Node,
@@ -132,9 +132,7 @@ def _placeholder(graph: Graph, name: str, value: torch.Tensor) -> Node:
     return node
 
 
-def _call(  # noqa: PLR0917
-    graph: Graph, site: Site, name: str, op: object, arguments: tuple, value: object
-) -> Node:
+def _call(graph: Graph, site: Site, name: str, op: object, arguments: tuple, value: object) -> Node:
     node = graph.create_node("call_function", op, arguments, {}, name)  # type: ignore[arg-type]
     node.meta["val"] = value
     file, line = site.source.rsplit(":", 1)

@@ -163,13 +163,18 @@
   const searchable = (s) => [s.title, s.reason, s.detail, s.miss, s.source, s.line, s.shape, s.flavour, s.steps.join("+"),
     s.group.join(), ...s.before.map((n) => n.code)].join(" ").toLowerCase();
 
+  function matches(cell, word) {
+    const layer = /^layer\s+(\d+)$/.exec(word); // a number alone would match half of all shapes and names
+    return layer ? cell.site.layer === Number(layer[1]) : cell.text.includes(word);
+  }
+
   function filter() {
-    const words = state.query.toLowerCase().split(/\s+/).filter(Boolean);
+    const words = state.query.toLowerCase().match(/layer\s+\d+|\S+/g) || [];
     let shown = 0;
     for (const cell of cells) {
       const ok = (state.verdict === "all" || cell.site.fused === (state.verdict === "fused"))
         && (!state.reasons.size || state.reasons.has(cell.site.reason))
-        && words.every((word) => cell.text.includes(word));
+        && words.every((word) => matches(cell, word));
       cell.button.hidden = !ok;
       if (ok) shown += 1;
     }
@@ -218,7 +223,7 @@
   function detail({ index, site }) {
     const mine = graph().differences.filter((d) => d.site === index);
     const story = make("div", { class: "story" });
-    if (site.detail && !site.miss) story.append(make("p", { text: sentence(site.detail) }));
+    if (site.detail && !site.miss && site.detail !== site.flavour) story.append(make("p", { text: sentence(site.detail) }));
     if (site.miss) story.append(make("p", {}, make("strong", { text: "Nearest miss: " }), site.miss + "."));
     if (!site.fused && data.remedies[site.reason]) story.append(make("p", {}, make("strong", { text: "What to do: " }), data.remedies[site.reason]));
     const facts = make("dl", { class: "facts" },
@@ -227,14 +232,14 @@
       fact("Group shared by attention and MLP", site.shared === null ? "not known" : site.shared ? "yes" : "no"),
       fact("Sum", `${site.shape}${site.bytes ? `, ${site.bytes}` : ""}`),
       fact(site.fused ? "Saved per call (estimate)" : "Would save per call (estimate)", `${site.saved} of memory traffic`),
-      site.eps === null ? null : fact("eps", String(site.eps)),
+      site.eps === null ? null : fact("eps", site.eps.toExponential()),
       site.flavour ? fact("Rounding", site.flavour) : null);
     const panel = make("section", { class: "detail", id: "detail", "aria-label": `Detail of ${site.title}` },
       make("header", {}, make("h3", { text: site.title }),
         make("span", { class: `state ${site.fused ? "fused" : "kept"}`, text: site.fused ? "fused" : `kept: ${site.reason}` }),
         make("span", { class: "dim", text: `site ${index}` }),
         make("button", { type: "button", class: "quiet", text: "Close", onclick: () => close(true) })),
-      story, facts,
+      story.childElementCount ? story : null, facts,
       make("div", { class: "sides" }, side("Before", site.before, ""), side("After", site.after, site.fused ? "" : "unchanged")));
     for (const d of mine) panel.append(make("p", { class: "differs" }, make("strong", { text: "Ranks differ. " }), sentence(d.text)));
     return panel;
@@ -244,6 +249,9 @@
     return make("div", { class: full ? "full" : "" }, make("dt", { text: title }), make("dd", {}, value));
   }
 
+  /* Lines may break after a dot, bracket or underscore rather than anywhere. */
+  const breakable = (text) => text.split(/(?<=[._(])/).flatMap((part, i) => (i ? [make("wbr"), part] : [part]));
+
   function side(title, nodes, remark) {
     const count = nodes.length ? plural(nodes.length, "node") : "";
     const list = make("ol", { class: "nodes" });
@@ -251,7 +259,7 @@
     for (const node of nodes) {
       const match = /^(\w+)(?:: "([^"]*)")? = (.*)$/s.exec(node.code);
       const code = match ? make("code", {}, make("span", { class: "name", text: match[1] }),
-        match[2] ? make("span", { class: "type", text: ` ${match[2]}` }) : null, ` = ${match[3].replace(/torch\.ops\./g, "")}`)
+        match[2] ? make("span", { class: "type", text: ` ${match[2]}` }) : null, ` = `, ...breakable(match[3].replace(/torch\.ops\./g, "")))
         : make("code", { text: node.code });
       list.append(make("li", { title: node.source ? `${node.source}  ${node.text}` : null }, code, make("span", { class: "size", text: node.bytes })));
     }

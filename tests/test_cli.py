@@ -1,0 +1,104 @@
+"""The command line: what it prints, its exit codes, and one clear line for each mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from browser.sample import report, write_dump
+
+from tpfuse.inspect import dump
+
+
+def tpfuse(*arguments, env=None, timeout=120):
+    """Run the command line in a process of its own."""
+    command = [sys.executable, "-m", "tpfuse.cli", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120", **(env or {})}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout, check=False)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_dump(tmp_path_factory.mktemp("dump"), layers=3, world=2)
+
+
+def refused(result, *parts):
+    """One line on stderr with these parts, nothing on stdout, exit code 2."""
+    lines = result.stderr.strip().splitlines()
+    assert result.returncode == 2, result
+    assert result.stdout == ""
+    assert len(lines) == 1, result.stderr
+    for part in parts:
+        assert part in lines[0]
+
+
+def test_view_writes_a_page_into_the_folder_and_prints_its_path(folder):
+    result = tpfuse("view", folder)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == str(folder / "index.html")
+    html = (folder / "index.html").read_text()
+    assert "http://" not in html
+    assert "https://" not in html
+    assert html.count("modeling_sample.py:281") >= 3
+
+
+def test_view_can_write_elsewhere_and_print_tables(folder, tmp_path):
+    target = tmp_path / "page.html"
+    assert tpfuse("view", folder, "-o", target).returncode == 0
+    assert target.stat().st_size > 10_000
+    shown = tpfuse("view", folder, "--table").stdout
+    assert shown.count("all-reduces") == 2
+    assert "kept: mean-dim" in shown
+
+
+def test_a_missing_folder(tmp_path):
+    refused(tpfuse("view", tmp_path / "absent"), "tpfuse view:", "absent does not exist", "TPFUSE_DUMP")
+
+
+def test_a_folder_that_is_no_dump(tmp_path):
+    refused(tpfuse("view", tmp_path), "is not a tpfuse dump", "TPFUSE_DUMP")
+
+
+def test_a_file_instead_of_a_folder(folder):
+    refused(tpfuse("view", folder / "rank-0" / "graph-0" / "report.json"), "is a file")
+
+
+def test_one_graph_of_a_dump(folder):
+    refused(tpfuse("view", folder / "rank-0" / "graph-0"), "give the folder above rank-*")
+
+
+def test_a_report_of_a_newer_schema(tmp_path):
+    graph = tmp_path / "rank-0" / "graph-0"
+    graph.mkdir(parents=True)
+    (graph / dump.REPORT).write_text(json.dumps({**report().to_dict(), "schema": 99}))
+    refused(tpfuse("view", tmp_path), "report.json", "schema 99", "upgrade tpfuse")
+
+
+def test_a_report_that_is_broken(tmp_path):
+    graph = tmp_path / "rank-0" / "graph-0"
+    graph.mkdir(parents=True)
+    (graph / dump.REPORT).write_text("{")
+    refused(tpfuse("view", tmp_path), "not a tpfuse report")
+
+
+def test_a_page_that_cannot_be_written(folder, tmp_path):
+    refused(tpfuse("view", folder, "-o", tmp_path / "absent" / "page.html"), "cannot be written")
+
+
+def test_the_version():
+    import tpfuse as package
+
+    assert tpfuse("--version").stdout.strip() == f"tpfuse {package.__version__}"
+
+
+def test_without_the_extra_it_names_it(tmp_path):
+    (tmp_path / "typer.py").write_text("raise ImportError('No module named typer')")
+    refused(tpfuse("view", tmp_path, env={"PYTHONPATH": str(tmp_path)}), "pip install 'tpfuse[inspect]'")
+
+
+def test_without_jinja2_the_page_names_the_extra(folder, tmp_path):
+    (tmp_path / "jinja2.py").write_text("raise ImportError('No module named jinja2')")
+    refused(tpfuse("view", folder, env={"PYTHONPATH": str(tmp_path)}), "tpfuse view:", "pip install 'tpfuse[inspect]'")

@@ -1,0 +1,76 @@
+"""The doctor works anywhere, tells ranks apart, and its exit code can be used in scripts."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+from test_cli import refused, tpfuse
+
+from tpfuse.inspect import doctor
+from tpfuse.inspect.doctor import FAIL, NOTE, OK, WARN, Check
+
+
+def checks(result):
+    return {check["name"]: check for check in json.loads(result.stdout)}
+
+
+def test_without_a_gpu_or_a_group_it_says_which_path_the_op_takes():
+    result = tpfuse("doctor", "--json")
+    found = checks(result)
+    assert result.returncode == 0, result.stdout
+    assert found["torch"]["status"] == found["entry point"]["status"] == OK
+    assert found["process group"] == {
+        "name": "process group", "status": NOTE, "found": "none: not started by torchrun", "fix": "",
+    }  # fmt: skip
+    assert found["path"]["status"] in (OK, NOTE)
+
+
+def test_the_table_has_the_fix_below_what_is_wrong():
+    shown = doctor.text([Check("torch", OK, "2.13.0"), Check("triton", WARN, "not installed", "pip install triton")])
+    assert [line.split() for line in shown.splitlines() if line.strip()] == [
+        ["ok", "torch", "2.13.0"], ["warn", "triton", "not", "installed"], ["pip", "install", "triton"],
+    ]  # fmt: skip
+
+
+def test_a_wrong_option_in_the_environment_is_found():
+    result = tpfuse("doctor", "--json", env={"TPFUSE_POLICY": "everything"})
+    assert result.returncode == 1
+    assert checks(result)["environment"]["status"] == FAIL
+    assert "shared, all, off" in checks(result)["environment"]["fix"]
+
+
+def test_incomplete_variables_of_torchrun():
+    refused(tpfuse("doctor", env={"WORLD_SIZE": "2", "RANK": "0"}), "MASTER_ADDR", "start with torchrun")
+
+
+def test_a_rank_that_never_comes(tmp_path):
+    env = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    refused(tpfuse("doctor", "--timeout", 2, env=env), "tpfuse doctor: the ranks did not meet at 127.0.0.1")
+
+
+def test_a_check_that_breaks_is_a_finding():
+    def broken():
+        raise RuntimeError("driver gone")
+
+    assert doctor._looked(broken) == [Check("broken", FAIL, "RuntimeError: driver gone")]
+
+
+@pytest.mark.ranks
+def test_ranks_under_torchrun_are_compared():
+    import subprocess
+
+    script = "import os, sys; os.environ['RANK'] == '1' and os.environ.update(TPFUSE_POLICY='all'); "
+    script += "sys.argv[1:] = ['doctor', '--json']; from tpfuse.cli import main; main()"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--no-python"]
+    equal = subprocess.run(
+        [*command, sys.executable, "-m", "tpfuse.cli", "doctor", "--json"], capture_output=True, text=True, check=False
+    )
+    assert equal.returncode == 0, equal.stderr
+    assert checks(equal)["process group"]["found"] == "2 ranks, gloo"
+    assert checks(equal)["ranks agree"]["status"] == OK
+    differ = subprocess.run([*command, sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert differ.returncode != 0
+    found = checks(differ)["TPFUSE_POLICY differs"]
+    assert found["found"] == "unset on rank 0; all on rank 1"
