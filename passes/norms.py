@@ -9,7 +9,7 @@ by running both on random numbers. A model's layers all look alike, so each prog
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -585,7 +585,134 @@ def _reciprocal(chain: list[Step]) -> bool:
     )
 
 
-# -- the proof ------------------------------------------------------------------------------------------------------
+# -- the proof, by structure ------------------------------------------------------------------------------------------
+#
+# Two programs whose trees are equal run the same operations on the same dtypes in the same order, up to rewrites that
+# change no bit: operands of + and * swapped, h * h for h ** 2, 1 / x for reciprocal(x), type promotion spelled as a cast.
+
+
+def _commutes(kind: str, a: Any, b: Any) -> tuple[Any, ...]:
+    return (kind, *sorted((a, b), key=repr))
+
+
+def _cast(tree: Any, have: torch.dtype | None, want: torch.dtype | None) -> Any:
+    return tree if have == want or have is None or want is None else ("cast", want, tree)
+
+
+def _tree(steps: tuple[Step, ...], leaves: tuple[Leaf, ...], out: int, s_dtype: torch.dtype) -> Any:
+    """The program up to ``out`` as nested tuples, or None when it holds a step that no flavour has."""
+    trees: dict[int, Any] = {}
+
+    def operand(arg: Any) -> tuple[Any, torch.dtype | None]:
+        if not isinstance(arg, Ref):
+            return arg, None
+        if arg.kind == "s":
+            return "s", s_dtype
+        if arg.kind == "step":
+            return trees[arg.index], steps[arg.index].dtype
+        leaf = leaves[arg.index]
+        if leaf.shape != "vector":
+            return None, None
+        tree, have = ("w", arg.index), leaf.base
+        for what, to in leaf.chain:
+            if what == "cast":
+                tree, have = _cast(tree, have, to), to
+            else:
+                tree = _commutes("add", tree, 1.0)
+        return tree, leaf.dtype
+
+    for index in sorted(_ancestors(steps, out)):
+        step = steps[index]
+        pairs = [operand(a) for a in step.args]
+        (a, have), b = pairs[0], pairs[1] if len(pairs) > 1 else (None, None)
+        if a is None:
+            return None
+        if step.kind in ("same", "part"):
+            tree = a if step.kept else None
+        elif step.kind == "cast":
+            tree = _cast(a, have, step.dtype)
+        elif step.kind == "square" or (step.kind == "pow" and b[0] == 2):
+            tree = ("mul", a, a)
+        elif step.kind == "pow":
+            tree = ("pow", a, float(b[0]))
+        elif step.kind in ("mean", "sum"):
+            tree = (step.kind, a) if have == step.dtype else None
+        elif step.kind in ("rsqrt", "sqrt", "reciprocal"):
+            tree = (step.kind, a)
+        elif step.kind in ("mul", "add", "div") and b[0] is not None:
+            left = _cast(a, have, step.dtype) if have is not None else float(a)
+            right = _cast(b[0], b[1], step.dtype) if b[1] is not None else float(b[0])
+            if step.kind == "div":
+                tree = ("reciprocal", right) if left == 1.0 else ("div", left, right)
+            elif step.kind == "mul" and 1.0 in (left, right):
+                tree = right if left == 1.0 else left
+            else:
+                tree = _commutes(step.kind, left, right)
+        else:
+            tree = None
+        if tree is None:
+            return None
+        trees[index] = tree
+    return trees[out]
+
+
+def _flavour_tree(
+    flavour: Flavour,
+    eps: float,
+    hidden: int,
+    s_dtype: torch.dtype,
+    weight: int | None,
+    chain: list[tuple[str, Any]],
+    base: Any,
+) -> Any:
+    """What ``reference.rms_norm`` does, as the same kind of tree."""
+    compute = torch.float32 if flavour.compute == "float32" else s_dtype
+    c = _cast("s", s_dtype, compute)
+    mean = ("mean", ("mul", c, c)) if flavour.mean == "mean" else ("div", ("sum", ("mul", c, c)), float(hidden))
+    v = _commutes("add", mean, eps)
+    roots = {
+        "rsqrt": lambda: _commutes("mul", c, ("rsqrt", v)),
+        "div_sqrt": lambda: ("div", c, ("sqrt", v)),
+        "mul_recip_sqrt": lambda: _commutes("mul", c, ("reciprocal", ("sqrt", v))),
+        "pow": lambda: _commutes("mul", c, ("pow", v, -0.5)),
+    }
+    tree, have = roots[flavour.root](), compute
+    want = torch.float32 if flavour.normed == "float32" else s_dtype
+    tree, have = _cast(tree, have, want), want
+    if flavour.gain != "none":
+        gain: Any = ("w", weight)
+        dtype = base
+        for what, to in chain:  # only for a weight that is passed as the operand itself
+            if what == "cast":
+                gain, dtype = _cast(gain, dtype, to), to
+            else:
+                gain = _commutes("add", gain, 1.0)
+        wanted = {"own": dtype, "float32": torch.float32, "input": s_dtype}[flavour.gain_dtype]
+        gain, dtype = _cast(gain, dtype, wanted), wanted
+        if flavour.gain == "one_plus_weight":
+            gain = _commutes("add", gain, 1.0)
+        result = torch.promote_types(have, dtype)
+        tree, have = _commutes("mul", _cast(tree, have, result), _cast(gain, dtype, result)), result
+    final = {"input": s_dtype, "float32": torch.float32, "promoted": have}[flavour.out]
+    return _cast(tree, have, final)
+
+
+def _same_order(
+    steps: tuple[Step, ...], leaves: tuple[Leaf, ...], match: _Match, s_dtype: torch.dtype, hidden: int
+) -> bool:
+    """Whether the flavour runs the model's operations in the model's order."""
+    if any(steps[i].kind == "fused" for i in _ancestors(steps, match.out)):
+        return True  # one ATen operator: its order is its own business, and the numbers decide
+    leaf = None if match.weight is None else leaves[match.weight]
+    chain = [] if leaf is None or match.at_base else list(leaf.chain)
+    base = None if leaf is None else leaf.base
+    model = _tree(steps, leaves, match.out, s_dtype)
+    return model is not None and model == _flavour_tree(
+        match.flavour, match.eps, hidden, s_dtype, match.weight, chain, base
+    )
+
+
+# -- the proof, by numbers ------------------------------------------------------------------------------------------------------
 
 
 def _replay(steps: tuple[Step, ...], out: int, s: torch.Tensor, leaves: list[torch.Tensor]) -> torch.Tensor:
@@ -695,7 +822,9 @@ def _analyse(
     gains = {i: g for i, g in gains.items() if not (steps[i].kind == "fused" and _is_tuple(steps[i]))}
     if not gains:
         return meaning.miss()
-    candidates = [i for i in sorted(gains, reverse=True) if steps[i].kind != "same"]
+    # One norm at a time: where several norms read s, the first one is fused and the others read its residual sum.
+    first = min(gains)
+    candidates = [i for i in sorted(gains, reverse=True) if steps[i].kind != "same" and first in _ancestors(steps, i)]
     closed = [i for i in candidates if _closed(steps, i, _ancestors(steps, i))]
     failed: Flavour | None = None
     close: _Match | None = None
@@ -707,9 +836,9 @@ def _analyse(
                 continue
             flavour, weight = derived
             proof = _prove(steps, leaves, out, s_dtype, hidden, flavour, weight, at_base, float(eps))
-            match = _Match(out, weight, at_base, float(eps), flavour, proof.equal)
-            if proof.equal:
-                return match
+            match = _Match(out, weight, at_base, float(eps), flavour, exact=False)
+            if proof.equal and _same_order(steps, leaves, match, s_dtype, hidden):
+                return replace(match, exact=True)
             failed = failed or flavour
             if proof.close and close is None:
                 close = match

@@ -430,7 +430,8 @@ def _written(node: Node) -> set[Node]:
 def _storage(node: Node) -> Node:
     """The node that owns the memory behind a view."""
     while node.op == "call_function" and (
-        node.target in values.RESHAPES
+        _mutates(node)  # an in-place operation returns what it wrote
+        or node.target in values.RESHAPES
         or node.target
         in values.overloads(
             "detach.default",

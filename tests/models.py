@@ -104,7 +104,9 @@ def save(name: str, folder: str, dtype: torch.dtype = torch.float32, **changes: 
     unsharded(name, dtype, **changes).save_pretrained(folder)
 
 
-def sharded(folder: str, world_size: int, dtype: torch.dtype = torch.float32, plan: dict[str, str] | None = None) -> Any:
+def sharded(
+    folder: str, world_size: int, dtype: torch.dtype = torch.float32, plan: dict[str, str] | None = None
+) -> Any:
     """Load a checkpoint under transformers' own tensor parallelism on this rank."""
     from transformers import AutoModelForCausalLM
     from transformers.distributed import DistributedConfig
