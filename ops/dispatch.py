@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import library_path, plane, reference
 from .flavour import Flavour
-from .kernels.constants import Constants, constants, supports
+from .kernels.constants import Constants, constants, supports, torch_dtype
 from .launch import Kernel, geometry, most_programs, protocol_constants, register_bound
 from .op import check, library
 from .plane import GroupPath, Plane
@@ -53,6 +53,7 @@ class Prepared:
     why_not: str | None
     normed_dtype: torch.dtype
     residual_dtype: torch.dtype
+    limit: int  # of the watchdog, nanoseconds
     plans: dict[int, Plan] = field(default_factory=dict)
 
 
@@ -124,38 +125,49 @@ def _prepare(
         why_not=why_not,
         normed_dtype=normed_dtype,
         residual_dtype=torch.promote_types(x.dtype, normed_dtype) if post_norm else x.dtype,
+        limit=int(path.settings.watchdog_seconds * 1e9),
     )
     if prepared.constants is not None and path.plane is not None:
-        _load_kernels(prepared, path.plane, x)
+        _load_kernels(prepared, path.plane, x.dtype)
     _prepared[key] = prepared
     return prepared
 
 
-def _load_kernels(prepared: Prepared, p: Plane, x: Tensor) -> None:
+def _load_kernels(prepared: Prepared, p: Plane, dtype: torch.dtype) -> None:
     """Compile and load the kernels for every row count before any of them runs.
 
     Loading a kernel may wait for the device, and the device may be busy with a kernel that waits for this rank. So all
     ranks load first and meet before the first launch. Inside CUDA-graph capture nobody runs, and nobody can meet.
     """
     assert prepared.constants is not None
-    c = prepared.constants
+    needed: dict[int, Kernel] = {}
     for rows in _ROWS_WARMED:
-        for launch in plan_of(p, prepared.path.settings, c, x.dtype, rows).launches:
-            if not launch.kernel.ready:
-                launch.kernel.compile(*_arguments(p, prepared, x, x, x, x, x, x, 1, 1e-6, 1.0))
-    if not torch.cuda.is_current_stream_capturing():
-        group = dist.distributed_c10d._resolve_process_group(p.group_name)  # type: ignore[arg-type]
+        for launch in plan_of(p, prepared.path.settings, prepared.constants, dtype, rows).launches:
+            needed[id(launch.kernel)] = launch.kernel
+    load_together(list(needed.values()), p, samples(prepared.constants, p))
+
+
+def load_together(kernels: list[Kernel], p: Plane, args: tuple[Any, ...]) -> None:
+    """Compile and load kernels on all ranks: each compiles its share, then all load everything from Triton's cache."""
+    if torch.cuda.is_current_stream_capturing():
+        for kernel in kernels:
+            kernel.compile(*args)
+        return
+    group = dist.distributed_c10d._resolve_process_group(p.group_name)  # type: ignore[arg-type]
+    for mine in (True, False):
+        for number, kernel in enumerate(kernels):
+            if (number % p.world == p.rank) == mine and not kernel.ready:
+                kernel.compile(*args)
         plane._everyone(None, group, p.world)
 
 
-def _arguments(
-    p: Plane, prepared: Prepared, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, normed: Tensor,
-    residual_out: Tensor, rows: int, eps: float, scale: float,
-) -> tuple[Any, ...]:
-    return (
-        x, residual, weight, bias, normed, residual_out, p.peers, p.state, p.rank, rows, p.phase_bytes,
-        int(prepared.path.settings.watchdog_seconds * 1e9), eps, scale,
+def samples(c: Constants, p: Plane) -> tuple[Any, ...]:
+    """Arguments of the right types to compile a kernel with; nothing is launched with them."""
+    x, weight, normed, residual_out = (
+        torch.empty(8, dtype=torch_dtype(d), device=p.device)
+        for d in (c.dtype, c.weight_dtype, c.out_dtype, c.residual_dtype)
     )
+    return (x, x, weight, x, normed, residual_out, p.peers, p.state, p.rank, 1, p.phase_bytes, 1 << 40, 1e-6, 1.0)
 
 
 def _aligned(t: Tensor | None) -> Tensor | None:
@@ -230,8 +242,7 @@ def _launch(
     kernel = launch.kernel
     args = (
         x, x if residual is None else residual, x if weight is None else weight, x if bias is None else bias, normed,
-        residual_out, p.peers, p.state, p.rank, launch.rows, p.phase_bytes,
-        int(prepared.path.settings.watchdog_seconds * 1e9), eps, scale,
+        residual_out, p.peers, p.state, p.rank, launch.rows, p.phase_bytes, prepared.limit, eps, scale,
     )
     if not kernel.ready:
         kernel.compile(*args)

@@ -69,7 +69,7 @@ class Settings:
     """
 
     algorithm: str = "auto"
-    table: tuple[selection.Entry, ...] = selection.TABLE
+    table: tuple[selection.Entry, ...] = field(default=selection.TABLE, repr=False)
     watchdog_seconds: float = WATCHDOG_SECONDS
     dependent_launch: bool = True
     concurrent_planes: int = 1

@@ -10,8 +10,14 @@ import triton.language as tl
 from ..flavour import Flavour
 
 _TL = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+_TORCH = {ours: theirs for theirs, ours in _TL.items()}
 LANES = 128
 MAX_GROUPS = 16
+
+
+def torch_dtype(dtype: tl.dtype) -> torch.dtype:
+    """The torch dtype of a Triton dtype of :class:`Constants`."""
+    return _TORCH[dtype]
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ A lane holds four words: eight bf16 or fp16 values, or four fp32 values, kept as
 the order of every addition is written in the code and never left to a layout that the compiler picked.
 """
 
+# mypy: ignore-errors  (the kernels are Triton's language: tuples grow while they are traced)
 from __future__ import annotations
 
 import triton

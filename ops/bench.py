@@ -1,0 +1,340 @@
+"""Measure the op against other ways of doing the same, on the ranks of this machine.
+
+    from tpfuse.ops import bench
+    results = bench.run(bench.Plan(worlds=(2, 4), hiddens=(4096,), rows=(1, 8, 64)))
+    print(bench.table(results))
+
+Method: 20 calls in a CUDA graph; each replay's time is the *minimum over ranks*, because the last rank to start waits for
+nobody and so is free of launch skew; the figure is the median of the replays. Every contender gets the same data, its
+result is compared with fp64, and its outputs are hashed on every rank.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import peers
+from .peers import Call, Problem, Unavailable
+
+CALLS_A_GRAPH = 20
+REPLAYS = 15
+EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure. ``contenders`` are names of :data:`CONTENDERS`."""
+
+    worlds: tuple[int, ...] = (2, 4, 8)
+    hiddens: tuple[int, ...] = (4096, 5120, 7168, 8192)
+    rows: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
+    contenders: tuple[str, ...] = ("tpfuse", "floor", "symm one-shot", "symm two-shot", "flashinfer", "flashinfer pdl", "nccl")
+    timeout: float = 300.0
+
+
+@dataclass(frozen=True)
+class Result:
+    """One contender at one shape. Times in microseconds for one call; ``note`` says why there is none."""
+
+    contender: str
+    world: int
+    rows: int
+    hidden: int
+    median: float | None
+    low: float | None
+    high: float | None
+    error: float | None  # largest of the two outputs' ||out - fp64|| / ||fp64||
+    ranks_equal: bool | None
+    note: str = ""
+
+
+def _forced(algorithm: str | None, pdl: bool | None = None, wait: bool = True) -> Callable[[Problem], Call]:
+    """Our kernels with some of the settings fixed; ``wait=False`` is the floor."""
+
+    def make(p: Problem) -> Call:
+        from . import dispatch, op, plane
+        from .flavour import LLAMA
+
+        # The op itself prepares the group, and loads what auto needs.
+        op.all_reduce_add_rms_norm(p.x, p.residual, p.weight, eps=p.eps, group=p.group_name)
+        path = plane.path_of(p.group_name, p.x.device)
+        if path.plane is None:
+            raise Unavailable(path.cause)
+        settings = path.settings
+        settings = replace(
+            settings, algorithm=algorithm or settings.algorithm,
+            dependent_launch=settings.dependent_launch if pdl is None else pdl,
+        )
+        prepared = next(
+            q for k, q in dispatch._prepared.items()
+            if k[0] == p.group_name and k[2] == p.hidden and q.flavour == LLAMA and k[1] == p.x.dtype and not k[5]
+        )
+        assert prepared.constants is not None
+        plan = dispatch.plan_of(path.plane, settings, prepared.constants, p.x.dtype, p.rows, wait)
+        if not plan.launches:
+            raise Unavailable("selection takes the library path here")
+        dispatch.load_together(
+            [launch.kernel for launch in plan.launches], path.plane, dispatch.samples(prepared.constants, path.plane)
+        )
+
+        def call() -> tuple[Tensor, Tensor]:
+            normed, h = torch.empty_like(p.x), torch.empty_like(p.x)
+            stream = torch.cuda.current_stream().cuda_stream
+            for launch in plan.launches:
+                part = slice(launch.start, launch.start + launch.rows)
+                dispatch._launch(
+                    launch, stream, path.plane, prepared, p.x[part], p.residual[part], p.weight, None, normed[part],
+                    h[part], p.eps, 1.0,
+                )
+            return normed, h
+
+        return call
+
+    return make
+
+
+def _op(p: Problem) -> Call:
+    from . import op
+
+    def call() -> tuple[Tensor, Tensor]:
+        return op.all_reduce_add_rms_norm(p.x, p.residual, p.weight, eps=p.eps, group=p.group_name)
+
+    return call
+
+
+CONTENDERS: dict[str, Callable[[Problem], Call]] = {
+    "tpfuse": _op,
+    "tpfuse no pdl": _forced(None, pdl=False),
+    "one-shot": _forced("one_shot"),
+    "two-shot": _forced("two_shot"),
+    "floor": _forced(None, wait=False),
+    "symm one-shot": peers.symm_one_shot,
+    "symm two-shot": peers.symm_two_shot,
+    "flashinfer": peers.flashinfer(pdl=False),
+    "flashinfer pdl": peers.flashinfer(pdl=True),
+    "nccl": peers.nccl,
+}
+LEAVES_WORDS = ("floor",)  # pushes that nobody waits for: the plane must be reset afterwards
+
+
+def _problem(rank: int, world: int, rows: int, hidden: int, group_name: str, shared: bool) -> tuple[Problem, list[Tensor]]:
+    device = torch.device("cuda", torch.cuda.current_device())
+
+    def make(seed: int, *shape: int) -> Tensor:
+        g = torch.Generator(device=device).manual_seed(seed)
+        return torch.randn(*shape, generator=g, device=device).bfloat16()
+
+    xs = [make(1000 * rows + hidden + r, rows, hidden) for r in range(world)]
+    problem = Problem(xs[rank], make(7, rows, hidden), make(8, hidden), EPS, rank, world, group_name, shared)
+    return problem, xs
+
+
+def _fp64(xs: list[Tensor], residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    h = residual.double()
+    for x in xs:
+        h = h + x.double()
+    return h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + EPS) * weight.double(), h
+
+
+def _distance(got: Tensor, want: Tensor) -> float:
+    return float((got.double() - want).norm() / want.norm())
+
+
+def output_hash(*tensors: Tensor) -> str:
+    """Equal exactly when the bits are."""
+    h = hashlib.sha256()
+    for t in tensors:
+        h.update(t.contiguous().view(torch.uint8).cpu().numpy().tobytes())
+    return h.hexdigest()[:16]
+
+
+def time_call(call: Call, calls: int = CALLS_A_GRAPH, replays: int = REPLAYS) -> list[float]:
+    """Microseconds a call, one figure a replay, the minimum over ranks."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    dist.barrier()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            call()
+    times = []
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    for number in range(replays + 3):
+        dist.barrier()
+        start.record()
+        graph.replay()
+        stop.record()
+        torch.cuda.synchronize()
+        if number >= 3:
+            times.append(start.elapsed_time(stop) * 1e3 / calls)
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, times)
+    return [min(at) for at in zip(*everyone, strict=True)]
+
+
+def measure(rank: int, world: int, plan: Plan) -> list[Result]:
+    """Run on every rank (see :mod:`tpfuse.ops.one_gpu`): all shapes of the plan at this world size."""
+    from . import plane
+
+    torch._inductor.config.compile_threads = 1  # type: ignore[attr-defined]
+    group_name = dist.group.WORLD.group_name  # type: ignore[union-attr]
+    shared = torch.cuda.device_count() < world
+    results = []
+    for hidden in plan.hiddens:
+        for rows in sorted(plan.rows, reverse=True):  # the largest first: symmetric buffers are allocated once
+            problem, xs = _problem(rank, world, rows, hidden, group_name, shared)
+            want = _fp64(xs, problem.residual, problem.weight)
+            for name in plan.contenders:
+                results.append(_measure_one(name, problem, want, rows, hidden, world))
+                if name in LEAVES_WORDS:
+                    plane.reset(group_name)
+    return results
+
+
+def _measure_one(name: str, p: Problem, want: tuple[Tensor, Tensor], rows: int, hidden: int, world: int) -> Result:
+    empty = Result(name, world, rows, hidden, None, None, None, None, None)
+    try:
+        call = CONTENDERS[name](p)
+    except Unavailable as reason:
+        return replace(empty, note=str(reason))
+    normed, h = call()
+    torch.cuda.synchronize()
+    error = max(_distance(normed, want[0]), _distance(h, want[1]))
+    hashes: list[Any] = [None] * world
+    dist.all_gather_object(hashes, output_hash(normed, h))
+    times = sorted(time_call(call, CALLS_A_GRAPH if rows <= 256 else 4))
+    return replace(
+        empty,
+        median=statistics.median(times),
+        low=times[len(times) // 10],
+        high=times[-1 - len(times) // 10],
+        error=error,
+        ranks_equal=len(set(hashes)) == 1,
+    )
+
+
+def run(plan: Plan, env: dict[str, str] | None = None) -> list[Result]:
+    """Start the ranks for each world size of the plan and measure. Returns all results."""
+    from .one_gpu import run_ranks
+
+    results: list[Result] = []
+    for world in plan.worlds:
+        results += run_ranks(measure, world, plan, timeout=plan.timeout, env=env)[0]
+    return results
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values)) if values else float("nan")
+
+
+def _lookup(results: Sequence[Result]) -> dict[tuple[str, int, int, int], Result]:
+    return {(r.contender, r.world, r.rows, r.hidden): r for r in results}
+
+
+def ratios(results: Sequence[Result], ours: str, other: str) -> dict[tuple[int, int, int], float]:
+    """``ours / other`` by (world, rows, hidden), where both were measured."""
+    found = _lookup(results)
+    out = {}
+    for (name, world, rows, hidden), r in found.items():
+        o = found.get((other, world, rows, hidden))
+        if name == ours and r.median and o is not None and o.median:
+            out[(world, rows, hidden)] = r.median / o.median
+    return out
+
+
+def table(results: Sequence[Result]) -> str:
+    """The whole table and a summary as text."""
+    names = list(dict.fromkeys(r.contender for r in results))
+    found = _lookup(results)
+    lines = ["us per call, median (high - low)", "W     H  rows " + "".join(f"{n:>22}" for n in names)]
+    for world, hidden, rows in sorted({(r.world, r.hidden, r.rows) for r in results}):
+        cells = []
+        for name in names:
+            r = found.get((name, world, rows, hidden))
+            if r is None or r.median is None:
+                cells.append(f"{'-':>22}")
+            else:
+                flag = "" if r.ranks_equal else " !ranks differ"
+                cells.append(f"{r.median:>14.2f} ({r.high - r.low:5.2f}){flag}")  # type: ignore[operator]
+        lines.append(f"{world} {hidden:>5} {rows:>5} " + "".join(cells))
+    for other in names:
+        if other.startswith("tpfuse") or "tpfuse" not in names:
+            continue
+        by = ratios(results, "tpfuse", other)
+        if by:
+            worst = max(by, key=lambda k: by[k])
+            lines.append(
+                f"tpfuse / {other}: geometric mean {geometric_mean(list(by.values())):.3f}, "
+                f"worst {by[worst]:.3f} at W={worst[0]} rows={worst[1]} H={worst[2]} ({len(by)} shapes)"
+            )
+    errors = {n: [r.error for r in results if r.contender == n and r.error is not None] for n in names}
+    lines.append("largest error against fp64: " + ", ".join(f"{n} {max(e):.2e}" for n, e in errors.items() if e))
+    notes = {(r.contender, r.note) for r in results if r.note}
+    lines += [f"{name}: {note[:300]}" for name, note in sorted(notes)]
+    return "\n".join(lines)
+
+
+def save(results: Sequence[Result], path: Path, **facts: str) -> None:
+    """JSON: facts about the machine, then one record a result."""
+    path.write_text(json.dumps({"facts": facts, "results": [asdict(r) for r in results]}, indent=1) + "\n")
+
+
+def plot(results: Sequence[Result], path: Path) -> None:
+    """Microseconds against rows, one panel a (world, H); the format follows the suffix (.svg, .png)."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError("plotting needs matplotlib: pip install tpfuse[bench]") from error
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    worlds = sorted({r.world for r in results})
+    hiddens = sorted({r.hidden for r in results})
+    figure, axes = plt.subplots(
+        len(worlds), len(hiddens), figsize=(4 * len(hiddens), 3 * len(worlds)), squeeze=False, sharex=True
+    )
+    names = list(dict.fromkeys(r.contender for r in results if r.median))
+    for i, world in enumerate(worlds):
+        for j, hidden in enumerate(hiddens):
+            axis = axes[i][j]
+            for name in names:
+                points = sorted(
+                    (r.rows, r.median) for r in results
+                    if r.contender == name and r.world == world and r.hidden == hidden and r.median
+                )
+                if points:
+                    axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
+            axis.set(title=f"W={world}, H={hidden}", xscale="log", yscale="log", xlabel="rows", ylabel="us a call")
+            axis.grid(alpha=0.3)
+    axes[0][0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def facts() -> dict[str, str]:
+    """What the figures were measured on."""
+    import triton
+
+    return {
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": str(torch.version.cuda),
+    }

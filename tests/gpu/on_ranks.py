@@ -1,0 +1,421 @@
+"""What the GPU tests run on every rank. Each function returns a list of complaints: empty means all was well."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from interpreted_ranks import Call, expected, inputs, ulps_apart  # noqa: E402
+
+from tpfuse.ops import all_reduce_add_rms_norm, bench, dispatch, launch, plane, raise_if_failed, reset  # noqa: E402
+from tpfuse.ops.flavour import NAMED  # noqa: E402
+from tpfuse.ops.kernels.constants import constants, supports  # noqa: E402
+
+
+def _to_gpu(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.cuda()
+
+
+def make_call(call: Call, rank: int, world: int, group: Any = None) -> tuple[Tensor, Tensor]:
+    given = inputs(call, world)
+    return all_reduce_add_rms_norm(
+        given.xs[rank].cuda(), _to_gpu(given.residual), _to_gpu(given.weight), eps=call.eps, bias=_to_gpu(given.bias),
+        scale=call.scale, flavour=NAMED[call.flavour], post_norm=call.post_norm, group=group,
+    )
+
+
+def force(algorithm: str) -> None:
+    """Make every further call of every group take this algorithm, as ``TPFUSE_ALGORITHM`` would."""
+    for key, (path, group) in list(plane._paths.items()):
+        plane._paths[key] = (replace(path, settings=replace(path.settings, algorithm=algorithm)), group)
+    dispatch._prepared.clear()
+
+
+def split_rows(held: tuple[int, ...]) -> None:
+    """Which numbers of groups a program may hold when a row is split; () never splits."""
+    launch.GROUPS_A_PROGRAM = held  # type: ignore[misc]
+    dispatch._prepared.clear()
+
+
+def same_on_all_ranks(*tensors: Tensor) -> bool:
+    hashes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(hashes, bench.output_hash(*tensors))
+    return len(set(hashes)) == 1
+
+
+def leftovers() -> int:
+    """Words that a finished call left in any plane of this rank."""
+    torch.cuda.synchronize()
+    dist.barrier()
+    from tpfuse.ops.kernels.epilogue import PARTIALS, RECORD
+
+    total = 0
+    for path, _ in plane._paths.values():
+        if path.plane is not None:
+            total += int((path.plane.memory != 0).sum())
+            total += int((path.plane.state[PARTIALS.value :] != 0).sum()) + int(path.plane.state[RECORD.value] != 0)
+    return total
+
+
+def shapes(world: int) -> list[Call]:
+    """Rows and H of the interpreter tests and more."""
+    out = []
+    for n, rows in enumerate((1, world - 1, world, world + 1, 13, 64)):
+        for m, hidden in enumerate((64, 512, 2880, 4096, 5120, 7168, 8192)):
+            out.append(Call(rows, hidden, seed=100 + 10 * n + m))
+    return [*out, Call(300, 1024, seed=601), Call(0, 4096, seed=602)]
+
+
+def kinds() -> list[Call]:
+    """Special values, dtypes, flavours and epilogues."""
+    out = []
+    dtypes = (torch.bfloat16, torch.float16, torch.float32)
+    for n, special in enumerate(("zeros", "negative_zeros", "nonfinite", "denormals")):
+        for m, dtype in enumerate(dtypes):
+            out.append(Call(5, 2880, dtype=dtype, special=special, seed=300 + 10 * n + m))
+    for n, flavour in enumerate(("llama", "gemma", "olmo2", "gemma4", "weightless", "input-dtype")):
+        for m, dtype in enumerate(dtypes if flavour in ("llama", "gemma", "input-dtype") else dtypes[:1]):
+            out.append(Call(3, 1024, dtype=dtype, flavour=flavour, seed=400 + 10 * n + m))
+        if flavour != "weightless":
+            out.append(Call(3, 1024, flavour=flavour, weight_dtype=torch.float32, seed=450 + 10 * n))
+    for n, bias in enumerate(("none", "row", "full")):
+        for m, post in enumerate((False, True)):
+            out.append(Call(4, 4096, bias=bias, post_norm=post, scale=0.22, seed=500 + 2 * n + m))
+    out.append(Call(3, 5120, bias="row", post_norm=True, flavour="gemma", seed=520))
+    out.append(Call(4, 4096, residual=False, seed=600))
+    return out
+
+
+def warm(calls: list[Call], rank: int, world: int) -> None:
+    """Compile what the calls need, each rank its share, so that Triton's cache has it all."""
+    path = plane.describe_path()
+    assert path.plane is not None, path.cause
+    for number, call in enumerate(calls):
+        flavour = NAMED[call.flavour]
+        weight = None if call.flavour == "weightless" else call.weight_dtype or call.dtype
+        if number % world != rank or not call.rows or supports(call.dtype, weight, call.hidden, flavour):
+            continue
+        c = constants(call.dtype, weight, call.hidden, flavour, bias=call.bias, scaled=call.scale != 1.0,
+                      has_residual=call.residual, post_norm=call.post_norm)
+        for one in dispatch.plan_of(path.plane, path.settings, c, call.dtype, call.rows).launches:
+            if not one.kernel.ready:
+                one.kernel.compile(*dispatch.samples(c, path.plane))
+    dist.barrier()
+
+
+def correctness(rank: int, world: int) -> list[str]:
+    """Every case: reference, ranks, one-shot against two-shot, split rows against whole rows, all bit for bit."""
+    complaints = []
+    first: dict[int, str] = {}
+    make_call(Call(1, 64), rank, world)  # builds the plane
+    dispatch._ROWS_WARMED = ()  # type: ignore[misc]
+    for mode in ("one_shot", "two_shot", "one_shot unsplit", "two_shot unsplit", "one_shot pairs"):
+        split_rows(() if "unsplit" in mode else (2, 4) if "pairs" in mode else (1, 2, 4))
+        force(mode.split()[0])
+        calls = shapes(world) + (kinds() if mode in ("one_shot", "two_shot") else [])
+        warm(calls, rank, world)
+        for call in calls:
+            normed, h = make_call(call, rank, world)
+            torch.cuda.synchronize()
+            raise_if_failed()
+            if not call.rows:
+                continue
+            mine = bench.output_hash(normed, h)
+            if first.setdefault(call.seed, mine) != mine and call.special != "nonfinite":
+                complaints.append(f"{mode}: {call}: other bits than one_shot")
+            if not same_on_all_ranks(normed, h):
+                complaints.append(f"{mode}: {call}: ranks differ")
+            if mode != "one_shot":
+                continue
+            want = expected(call, inputs(call, world))
+            apart = ulps_apart(normed.cpu(), want[0]), ulps_apart(h.cpu(), want[1])
+            exact = call.dtype == torch.float32 or NAMED[call.flavour].compute == "input"
+            allowed = 16 if exact else 1
+            if apart[0] > allowed or apart[1] > (allowed if call.post_norm else 0):
+                complaints.append(f"{mode}: {call}: {apart} ulps from the reference, allowed {allowed}")
+    split_rows((1, 2, 4))
+    force("auto")
+    rows = 64
+    big = Call(rows, 8192, seed=700)
+    given = inputs(big, world)
+    normed, h = make_call(big, rank, world)
+    for row in (0, 17, 63):
+        one, one_h = all_reduce_add_rms_norm(
+            given.xs[rank][row : row + 1].cuda(), given.residual[row : row + 1].cuda(),  # type: ignore[index]
+            given.weight.cuda(), eps=big.eps,  # type: ignore[union-attr]
+        )
+        if bench.output_hash(one, one_h) != bench.output_hash(normed[row], h[row]):
+            complaints.append(f"row {row} alone has other bits than among {rows} rows")
+    left = leftovers()
+    if left:
+        complaints.append(f"{left} words left in the planes")
+    return complaints
+
+
+class _Site:
+    """One call with fixed inputs, made eagerly or captured, and a count of wrong elements kept on the device."""
+
+    def __init__(self, rows: int, hidden: int, offset: int, pools: list[Tensor], ranks: list[int], rank: int, group: Any):
+        size = rows * hidden
+        self.xs = [pools[r][offset : offset + size].view(rows, hidden) for r in ranks]
+        self.x = pools[rank][offset : offset + size].view(rows, hidden)
+        self.residual = pools[-1][offset : offset + size].view(rows, hidden)
+        self.weight = pools[-1][:hidden]
+        self.group = group
+
+    def __call__(self) -> tuple[Tensor, Tensor]:
+        return all_reduce_add_rms_norm(self.x, self.residual, self.weight, group=self.group)
+
+    def wrong(self, normed: Tensor, h: Tensor) -> Tensor:
+        total = torch.zeros(self.x.shape, device="cuda")
+        for x in self.xs:
+            total += x
+        want_h = self.residual + (total.bfloat16() + 0.0)
+        c = want_h.float()
+        want = self.weight * (c * torch.rsqrt(c.pow(2).mean(-1, keepdim=True) + 1e-6)).bfloat16()
+        far = (normed.float() - want.float()).abs() > want.float().abs() / 100 + 1e-30
+        return (h != want_h).sum() + far.sum()
+
+
+def random_calls(rank: int, world: int, count: int, seed: int) -> list[str]:
+    """``count`` random calls: sizes, algorithms, groups, eager and graph replay mixed. Every result is checked."""
+    rng = random.Random(seed)
+    pools = [
+        torch.randn(1 << 22, generator=torch.Generator(device="cuda").manual_seed(r), device="cuda").bfloat16()
+        for r in range(world + 1)
+    ]
+    pools[0][::5] = 0.0
+    groups: list[tuple[list[int], Any]] = [(list(range(world)), None)]
+    half = world // 2 if world >= 4 else world
+    for _ in range(2):
+        mine = None
+        for start in range(0, world, half):
+            ranks = list(range(start, start + half))
+            group = dist.new_group(ranks)
+            if rank in ranks:
+                mine = (ranks, group)
+        assert mine is not None
+        groups.append(mine)
+    hiddens = (64, 2880, 4096, 5120, 8192)
+    wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+    sums = torch.zeros((), dtype=torch.int64, device="cuda")
+    graphs: list[tuple[torch.cuda.CUDAGraph, list[_Site], list[tuple[Tensor, Tensor]]]] = []
+
+    def site() -> _Site:
+        hidden = rng.choice(hiddens)
+        rows = rng.choice((1, 1, 2, 3, world, world + 1, 8, 13, 32, 64, 130))
+        offset = rng.randrange(0, (1 << 22) - rows * hidden) // 8 * 8
+        ranks, group = groups[rng.choice((0, 0, 0, 1, 2))]
+        return _Site(rows, hidden, offset, pools, ranks, rank, group)
+
+    def check(s: _Site, normed: Tensor, h: Tensor) -> None:
+        wrong.add_(s.wrong(normed, h))
+        if s.group is None:
+            sums.add_(normed.view(torch.int16).sum(dtype=torch.int64)).mul_(31)
+
+    for group in groups:  # every plane and kernel before the first graph
+        for hidden in hiddens:
+            _Site(2, hidden, 0, pools, group[0], rank, group[1])()
+    made = 0
+    algorithms = ("auto", "one_shot", "two_shot")
+    while made < count:
+        if made % 500 == 0:
+            # The same sequence of choices on every rank.
+            for key, (path, group) in list(plane._paths.items()):
+                settings = replace(path.settings, algorithm=algorithms[made // 500 % 3])
+                plane._paths[key] = (replace(path, settings=settings), group)
+            dispatch._prepared.clear()
+            for group in groups:
+                for hidden in hiddens:
+                    _Site(2, hidden, 0, pools, group[0], rank, group[1])()
+        choice = rng.random()
+        if choice < 0.03 and len(graphs) < 40:
+            sites = [site() for _ in range(rng.randrange(1, 6))]
+            for s in sites:
+                s()  # warm
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                outs = [s() for s in sites]
+            graphs.append((graph, sites, outs))
+            made += len(sites)
+        elif choice < 0.4 and graphs:
+            graph, sites, outs = rng.choice(graphs)
+            graph.replay()
+            for s, (normed, h) in zip(sites, outs, strict=True):
+                check(s, normed, h)
+            made += len(sites)
+        else:
+            s = site()
+            check(s, *s())
+            made += 1
+        if made % 97 == 0:
+            time.sleep(rng.random() * 0.002 * rank)  # the ranks drift apart
+    torch.cuda.synchronize()
+    raise_if_failed()
+    complaints = []
+    if int(wrong):
+        complaints.append(f"{int(wrong)} elements of {made} calls are wrong")
+    checks: list[Any] = [None] * world
+    dist.all_gather_object(checks, int(sums))
+    if len(set(checks)) != 1:
+        complaints.append(f"ranks differ: checksums {checks}")
+    left = leftovers()
+    if left:
+        complaints.append(f"{left} words left in the planes")
+    return complaints
+
+
+def two_streams(rank: int, world: int, count: int) -> list[str]:
+    """Two stream classes on two streams at once, no order between them."""
+    pools = [torch.randn(1 << 20, device="cuda", generator=torch.Generator(device="cuda").manual_seed(r)).bfloat16()
+             for r in range(world + 1)]
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    wrong = [torch.zeros((), dtype=torch.int64, device="cuda") for _ in streams]
+    for name in ("", "a", "b"):
+        with plane.stream_class(name):
+            for hidden in (4096, 1024):
+                _Site(1, hidden, 0, pools, list(range(world)), rank, None)()
+    torch.cuda.synchronize()
+    dist.barrier()
+    for n in range(count):
+        for name, stream, bad in zip(("a", "b"), streams, wrong, strict=True):
+            with torch.cuda.stream(stream), plane.stream_class(name):
+                s = _Site(1 + n % 9, 4096 if n % 3 else 1024, 8 * n, pools, list(range(world)), rank, None)
+                bad.add_(s.wrong(*s()))
+    torch.cuda.synchronize()
+    raise_if_failed()
+    return [f"stream {i}: {int(w)} wrong elements" for i, w in enumerate(wrong) if int(w)]
+
+
+def dead_rank(rank: int, world: int) -> tuple[float, str] | None:
+    """The last rank leaves; the others call on. Returns how long until the error, and its text."""
+    call = Call(4, 4096, seed=5)
+    for _ in range(3):
+        make_call(call, rank, world)
+    torch.cuda.synchronize()
+    dist.barrier()
+    if rank == world - 1:
+        os._exit(0)
+    start = time.monotonic()
+    try:
+        for _ in range(20):  # the ones queued behind the first must not wait again
+            make_call(call, rank, world)
+        torch.cuda.synchronize()
+        raise_if_failed()
+    except RuntimeError as error:
+        return time.monotonic() - start, str(error)
+    return time.monotonic() - start, ""
+
+
+def diverged_then_reset(rank: int, world: int) -> list[str]:
+    """Rank 0 makes a call that the others do not; after a reset all is well again."""
+    call = Call(4, 4096, seed=5)
+    make_call(call, rank, world)
+    torch.cuda.synchronize()
+    dist.barrier()
+    complaints = []
+    if rank == 0:
+        make_call(call, rank, world)
+        torch.cuda.synchronize()
+        try:
+            raise_if_failed()
+            complaints.append("no error after a call that only rank 0 made")
+        except RuntimeError:
+            pass
+    dist.barrier()
+    reset()
+    for seed in range(6):
+        call = Call(5, 4096, seed=seed)
+        normed, h = make_call(call, rank, world)
+        want = expected(call, inputs(call, world))
+        if ulps_apart(normed.cpu(), want[0]) > 1 or ulps_apart(h.cpu(), want[1]):
+            complaints.append(f"call {seed} after the reset is wrong")
+    return complaints
+
+
+def host_cost(rank: int, world: int) -> dict[str, float]:
+    """CPU microseconds of one eager call: the op, and the bare Triton launch of the same kernel."""
+    x = torch.randn(8, 4096, device="cuda").bfloat16()
+    residual, weight = torch.randn_like(x), torch.randn(4096, device="cuda").bfloat16()
+    name = dist.group.WORLD.group_name  # type: ignore[union-attr]
+    all_reduce_add_rms_norm(x, residual, weight)
+    prepared = next(iter(dispatch._prepared.values()))
+    p = prepared.path.plane
+    assert p is not None
+    one = prepared.plans[8].launches[0]
+    normed, h = torch.empty_like(x), torch.empty_like(x)
+    args = (
+        x, residual, weight, x, normed, h, p.peers, p.state, p.rank, 8, p.phase_bytes, prepared.limit, 1e-6, 1.0,
+        *one.kernel.constexprs,
+    )
+    options = {"num_warps": 4, "enable_fp_fusion": False, **one.kernel.options}
+
+    def bare() -> None:
+        one.kernel.function[(one.programs,)](*args, **options)
+
+    def allocating() -> None:
+        torch.empty_like(x)
+        torch.empty_like(x)
+        one.kernel.function[(one.programs,)](*args, **options)
+
+    def op() -> None:
+        torch.ops.tpfuse.all_reduce_add_rms_norm(x, residual, weight, None, 1e-6, 1.0, str(prepared.flavour), False, name)
+
+    def public() -> None:
+        all_reduce_add_rms_norm(x, residual, weight)
+
+    def direct() -> None:
+        one.kernel(one.programs, torch._C._cuda_getCurrentRawStream(0), *args[:14])
+
+    times = {}
+    for label, fn in (("bare", bare), ("bare + 2 empty_like", allocating), ("op", op), ("public function", public),
+                      ("direct launch", direct)):
+        best = []
+        for _ in range(7):
+            torch.cuda.synchronize()
+            dist.barrier()
+            start = time.perf_counter()
+            for _ in range(100):
+                fn()
+            best.append((time.perf_counter() - start) * 1e4)
+        times[label] = sorted(best)[len(best) // 2]
+    torch.cuda.synchronize()
+    return times
+
+
+def compiled(rank: int, world: int) -> list[str]:
+    """Inductor and mode="reduce-overhead": no graph break, no copy of x, right results while rows change."""
+    torch._inductor.config.compile_threads = 1  # type: ignore[attr-defined]
+    weight = torch.randn(4096, device="cuda", generator=torch.Generator(device="cuda").manual_seed(1)).bfloat16()
+
+    def block(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        for _ in range(3):
+            normed, residual = all_reduce_add_rms_norm(x * 2, residual, weight)
+            x = normed * 0.5
+        return x, residual
+
+    complaints = []
+    fast = torch.compile(block, fullgraph=True, mode="reduce-overhead", dynamic=False)
+    for rows in (1, 4):
+        for step in range(6):
+            g = torch.Generator(device="cuda").manual_seed(step)
+            residual = torch.randn(rows, 4096, device="cuda", generator=g).bfloat16()
+            x = torch.randn(rows, 4096, device="cuda", generator=g).bfloat16() * (rank + 1)
+            got = fast(x, residual)
+            got = tuple(t.clone() for t in got)
+            want = block(x, residual)
+            if not all(torch.equal(a, b) for a, b in zip(got, want, strict=True)):
+                complaints.append(f"rows {rows}, step {step}: compiled differs from eager")
+    raise_if_failed()
+    return complaints

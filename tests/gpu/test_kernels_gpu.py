@@ -1,0 +1,86 @@
+"""The op on GPUs: ranks as processes, on one GPU through MPS or one GPU each."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import on_ranks
+
+from tpfuse.ops.one_gpu import run_ranks, why_not
+
+pytestmark = [pytest.mark.gpu, pytest.mark.slow]
+WORLDS = (2, 4, 8)
+HERE = Path(__file__).resolve().parent
+
+
+@pytest.fixture(autouse=True)
+def _gpu() -> None:
+    missing = why_not(2)
+    if missing:
+        pytest.skip(f"needs a GPU that two ranks can share, or two GPUs: {missing}")
+
+
+def _all_well(answers: list[list[str]]) -> None:
+    said = [f"rank {rank}: {line}" for rank, lines in enumerate(answers) for line in lines]
+    assert not said, "\n".join(said[:20])
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.timeout(400)
+def test_every_algorithm_equals_the_reference_and_itself_on_all_ranks(world: int) -> None:
+    _all_well(run_ranks(on_ranks.correctness, world, timeout=380))
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.timeout(400)
+def test_ten_thousand_random_calls_mix_sizes_algorithms_groups_and_graphs(world: int) -> None:
+    _all_well(run_ranks(on_ranks.random_calls, world, 10_000, 17, timeout=380))
+
+
+@pytest.mark.parametrize("world", (2, 4))
+def test_two_stream_classes_run_at_once(world: int) -> None:
+    _all_well(run_ranks(on_ranks.two_streams, world, 300, env={"TPFUSE_CONCURRENT_PLANES": "2"}))
+
+
+@pytest.mark.parametrize("world", (2, 4))
+def test_a_dead_rank_becomes_an_error_within_the_watchdogs_time(world: int) -> None:
+    answers = run_ranks(
+        on_ranks.dead_rank, world, env={"TPFUSE_WATCHDOG_SECONDS": "3"}, may_die=(world - 1,), timeout=120
+    )
+    for rank, answer in enumerate(answers[:-1]):
+        seconds, text = answer
+        assert "gave up" in text, f"rank {rank}: {text!r} after {seconds:.1f} s"
+        assert f"rank {rank}" in text
+        assert "phase" in text
+        assert seconds < 6, f"rank {rank} took {seconds:.1f} s with a watchdog of 3 s"
+
+
+def test_reset_repairs_a_group_whose_ranks_diverged() -> None:
+    _all_well(run_ranks(on_ranks.diverged_then_reset, 2, env={"TPFUSE_WATCHDOG_SECONDS": "1"}))
+
+
+def test_compiled_graphs_with_reduce_overhead_equal_eager() -> None:
+    _all_well(run_ranks(on_ranks.compiled, 2))
+
+
+def test_a_call_costs_little_more_cpu_time_than_its_launch() -> None:
+    times = run_ranks(on_ranks.host_cost, 2)[0]
+    print(times)
+    assert times["op"] <= times["bare"] + 15
+
+
+@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="compute-sanitizer is not on the PATH")
+@pytest.mark.timeout(300)
+def test_compute_sanitizer_finds_nothing() -> None:
+    done = subprocess.run(
+        ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", sys.executable, str(HERE / "rehearsal.py")],
+        capture_output=True, text=True, timeout=280, check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    assert "ERROR SUMMARY: 0 errors" in done.stdout
