@@ -106,6 +106,11 @@ def unregister_collective(op: Any) -> None:
     _registered.pop(getattr(op, "default", op), None)
 
 
+def registered() -> list[CollectiveSpelling]:
+    """What :func:`register_collective` has registered in this process."""
+    return list(_registered.values())
+
+
 def _built_in() -> dict[Any, CollectiveSpelling]:
     spellings: dict[Any, CollectiveSpelling] = {}
     for space in ("_c10d_functional", "_c10d_functional_autograd"):

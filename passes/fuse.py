@@ -24,6 +24,11 @@ from .sites import Candidate, Found, Walk, settle
 _ids = itertools.count()
 
 
+def next_graph_id() -> str:
+    """A name for a graph that no other report of this process has."""
+    return f"graph-{next(_ids)}"
+
+
 class VerificationError(RuntimeError):
     """``tpfuse.verify`` found a rewritten region that gives other numbers than the model's own."""
 
@@ -89,7 +94,7 @@ def fuse(
             module.recompile()
     initialised = dist.is_available() and dist.is_initialized()
     return GraphReport(
-        graph_id=f"graph-{next(_ids)}",
+        graph_id=next_graph_id(),
         rank=dist.get_rank() if initialised else 0,
         world_size=dist.get_world_size() if initialised else 1,
         sites=sites,

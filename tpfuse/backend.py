@@ -9,22 +9,23 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.fx import Graph, GraphModule
 
 import tpfuse as package
 from tpfuse import compat, store
 from tpfuse.options import OptionError, Options, parse
-from tpfuse.passes import GraphReport, fuse
+from tpfuse.passes import GraphReport, collectives, fuse, next_graph_id
 
 log = logging.getLogger("tpfuse")
 
 PRE_PASS = "post_grad_custom_pre_pass"
+POST_GRAD = "use_post_grad_passes"
 
 
 def tpfuse(
@@ -150,10 +151,12 @@ def sources_digest() -> str:
     digest = hashlib.sha256(package.__version__.encode())
     from tpfuse import ops, passes
 
+    files = sorted(Path(__file__).parent.glob("*.py"))
     for part in (passes, ops):
-        for path in sorted(Path(str(part.__file__)).parent.rglob("*.py")):
-            digest.update(path.name.encode())
-            digest.update(path.read_bytes())
+        files += sorted(Path(str(part.__file__)).parent.rglob("*.py"))
+    for path in files:
+        digest.update(path.name.encode())
+        digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
@@ -168,18 +171,26 @@ def group_shapes() -> list[tuple[int, int]]:
     return [(len(ranks), first.setdefault(ranks, index)) for index, (_, ranks) in enumerate(groups)]
 
 
+def registered_spellings() -> list[str]:
+    """The all-reduces that users registered: with another set the pass finds other sites."""
+    found = collectives.registered()
+    names = [(str(s.op), s.input, s.group, s.reduce_op, getattr(s.ranks, "__qualname__", s.ranks)) for s in found]
+    return sorted(str(name) for name in names)
+
+
 class _InductorPass(compat.custom_graph_pass()):  # type: ignore[misc]
-    """Runs the user's own pre-pass, then ours, on Inductor's post-grad graph."""
+    """Runs the user's own pre-passes, then ours, on Inductor's post-grad graph."""
 
     def __init__(self, parsed: Options, training: bool, previous: Any) -> None:
         super().__init__()
-        self.parsed, self.training, self.previous = parsed, training, previous
+        self.parsed, self.training = parsed, training
+        self.previous = compat.custom_passes(previous)
         self.reports: list[GraphReport] = []
         self.identity = self._identity()
 
     def __call__(self, graph: Graph) -> None:
-        if self.previous is not None:
-            self.previous(graph)
+        for run in self.previous:
+            run(graph, not self.training) if compat.wants_inference_flag(run) else run(graph)
         _run_pass(graph, self.parsed, self.training, self.reports)
 
     def uuid(self) -> Any:
@@ -187,16 +198,13 @@ class _InductorPass(compat.custom_graph_pass()):  # type: ignore[misc]
 
     def _identity(self) -> Any:
         """Equal for equal work on every rank: sources, options, versions, group shapes; nothing rank-specific."""
-        previous = None
-        if self.previous is not None:
-            uuid = getattr(self.previous, "uuid", None)
-            previous = uuid() if uuid is not None else None
-            if previous is None:
-                return None  # their pass has no identity: Inductor then does not cache, as without us
+        theirs = [uuid() if (uuid := getattr(run, "uuid", None)) is not None else None for run in self.previous]
+        if None in theirs:
+            return None  # one of their passes has no identity: Inductor then does not cache, as without us
         p = self.parsed
         left = store.fuel_left(p.fuel)
-        parts = (sources_digest(), torch.__version__, p.policy, p.numerics, p.verify, left, self.training, previous)
-        return store.key([*parts, *group_shapes()])
+        parts = (sources_digest(), torch.__version__, p.policy, p.numerics, p.verify, left, self.training, theirs)
+        return store.key([*parts, *registered_spellings(), *group_shapes()])
 
 
 def _inductor(
@@ -211,6 +219,11 @@ def _inductor(
             raise OptionError(
                 f"{name!r} is neither a tpfuse option (those start with 'tpfuse.') nor a setting of torch._inductor.config"
             )
+    if not patches.get(POST_GRAD, compat.inductor_config(POST_GRAD, True)):
+        raise OptionError(
+            f"{POST_GRAD} is off{f' in mode {mode!r}' if mode else ''}, so Inductor would never run tpfuse's pass; "
+            "use another mode, or options={'tpfuse.inner': 'aot_eager'}"
+        )
     previous = patches.get(PRE_PASS, compat.inductor_config(PRE_PASS))
     mounted = _InductorPass(parsed, training, previous)
     patches[PRE_PASS] = mounted
@@ -222,7 +235,7 @@ def _inductor(
     kept = store.load(digest)
     if kept is not None:
         for report in kept:
-            store.add(report)
+            store.add(replace(report, graph_id=next_graph_id(), rank=compat.rank()))
         return compiled
     # A cache supplied the graph, but the report of the compile that filled it is gone: compile once more without caches.
     log.info("compile cache hit without a kept report; compiling again to make one")
@@ -233,14 +246,16 @@ def _inductor(
 
 
 def _report_key(gm: GraphModule, inputs: Sequence[Any], identity: Any, patches: dict[str, Any]) -> str:
-    """What a report depends on: the graph, its inputs, our identity, and this rank's view of the groups."""
+    """What a report depends on: the graph, its inputs, our identity, and this rank's view of the groups.
+
+    The rank itself is left out: ranks of one group that share a cache folder then share the report too.
+    """
     shapes = [
         (tuple(str(n) for n in x.shape), str(x.dtype), str(x.device)) if isinstance(x, torch.Tensor) else str(type(x))
         for x in inputs
     ]
-    rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
     settings = sorted((k, str(v)) for k, v in patches.items() if k != PRE_PASS)
-    return store.key([gm.code, shapes, identity, settings, rank, compat.known_groups()])
+    return store.key([gm.code, shapes, identity, settings, compat.known_groups()])
 
 
 def _tensorrt(

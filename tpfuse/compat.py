@@ -47,6 +47,11 @@ def known_groups() -> list[tuple[str, tuple[int, ...]]]:
     return groups
 
 
+def rank() -> int:
+    """This process's global rank; 0 without a default group."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
 def statically_true(condition: Any) -> bool:
     """Whether a possibly symbolic condition is known to hold, without adding a guard.
 
@@ -87,11 +92,26 @@ def custom_graph_pass() -> type:
     return CustomGraphPass
 
 
-def inductor_config(name: str) -> Any:
-    """The current value of one Inductor setting, e.g. a pass that the user installed."""
+def custom_passes(setting: Any) -> tuple[Any, ...]:
+    """The passes that one Inductor setting holds: none, one, or (from torch 2.13 on) a list of them."""
+    if setting is None:
+        return ()
+    return tuple(setting) if isinstance(setting, list | tuple) else (setting,)
+
+
+def wants_inference_flag(graph_pass: Any) -> bool:
+    """Whether a pass is called as ``(graph, is_inference)``. Why private: the class is Inductor's own."""
+    from torch._inductor import custom_graph_pass as module
+
+    aware = getattr(module, "CustomInferenceAwareGraphPass", None)
+    return aware is not None and isinstance(graph_pass, aware)
+
+
+def inductor_config(name: str, default: Any = None) -> Any:
+    """The current value of one Inductor setting, e.g. a pass that the user installed; ``default`` where torch lacks it."""
     from torch._inductor import config
 
-    return getattr(config, name)
+    return getattr(config, name, default)
 
 
 def inductor_settings() -> list[str]:
