@@ -15,7 +15,8 @@ import typer
 
 from . import bisect as bisecting
 from . import doctor as doctoring
-from . import load
+from . import load, progress
+from .fake import WorldError
 
 USAGE = 2
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -86,6 +87,81 @@ def view(
     except OSError as error:
         fail("view", f"{target} cannot be written: {error.strerror}")
     typer.echo(str(target))
+
+
+@app.command()
+@one_line(ValueError, OSError, WorldError)
+def explain(
+    model: Annotated[str, typer.Argument(help="A folder with a config.json, or a model type of transformers.")],
+    tp_size: Annotated[int, typer.Option(help="Ranks of one stage.")],
+    attn_dp_size: Annotated[int, typer.Option(help="Replicas of attention.")] = 1,
+    moe_dense_tp_size: Annotated[int | None, typer.Option(help="Ranks of one dense MLP; default is all.")] = None,
+    ep_size: Annotated[int, typer.Option(help="Ranks with different experts.")] = 1,
+    attn_cp_size: Annotated[int, typer.Option(help="Context-parallel ranks of one replica.")] = 1,
+    moe_dp_size: Annotated[int, typer.Option(help="Replicas of the experts.")] = 1,
+    pp_size: Annotated[int, typer.Option(help="Pipeline stages.")] = 1,
+    rank: Annotated[int, typer.Option(help="The rank to play.")] = 0,
+    rows: Annotated[str, typer.Option(help="Row counts of a step, per replica.")] = "1,32,2048",
+    arch: Annotated[str, typer.Option(help="Architecture of the GPUs.")] = "sm_90",
+    policy: Annotated[str, typer.Option(help="shared, all or off.")] = "shared",
+    numerics: Annotated[str, typer.Option(help="exact or relaxed.")] = "exact",
+    json: Annotated[Path | None, typer.Option("--json", help="Write JSON to this file; - is stdout.")] = None,
+    html: Annotated[Path | None, typer.Option("--html", help="Write the page to this file.")] = None,
+) -> None:
+    """Say what would fuse under a parallel config, before any GPU or weights exist."""
+    from tpfuse.parallel import ParallelConfig
+
+    from . import explain as explaining
+
+    config = ParallelConfig(
+        tp_size,
+        attn_dp_size,
+        attn_cp_size,
+        moe_dense_tp_size,
+        ep_size=ep_size,
+        moe_dp_size=moe_dp_size,
+        pp_size=pp_size,
+    )
+    request = explaining.Request(model, config, rank, _counts(rows), arch, policy, numerics)
+    with progress.bar() as tick:
+        found = explaining.explain(request, tick, html=html is not None)
+    if html is not None:
+        html.write_text(found.html, encoding="utf-8")
+    if json is not None and str(json) != "-":
+        json.write_text(found.to_json() + "\n", encoding="utf-8")
+    typer.echo(found.to_json() if str(json) == "-" else explaining.text(found))
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    try:
+        counts = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        counts = ()
+    if not counts or min(counts) < 1:
+        raise ValueError(f"--rows is {text!r}; give row counts of at least 1, separated by commas, e.g. 1,32,2048")
+    return counts
+
+
+@app.command()
+@one_line(ValueError, OSError, RuntimeError)
+def bench(
+    worlds: Annotated[str, typer.Option(help="World sizes.")] = "2,4,8",
+    hidden: Annotated[str, typer.Option(help="Hidden sizes.")] = "4096,8192",
+    rows: Annotated[str, typer.Option(help="Row counts.")] = "1,8,64",
+    json: Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")] = None,
+) -> None:
+    """Measure the fused op against other ways of doing the same, on the GPUs of this machine."""
+    import torch
+
+    from tpfuse.ops import bench as benching
+
+    if not torch.cuda.is_available():
+        fail("bench", "no GPU is visible; the figures of a CPU say nothing about the kernels")
+    plan = benching.Plan(worlds=_counts(worlds), hiddens=_counts(hidden), rows=_counts(rows))
+    results = benching.run(plan)
+    if json is not None:
+        benching.save(results, json, **benching.facts())
+    typer.echo(benching.table(results))
 
 
 @app.command()

@@ -223,16 +223,23 @@ def path() -> Iterator[Check]:
     """Which path the op would take for the default group."""
     from tpfuse import ops
 
-    describe = getattr(ops, "describe_path", None)
-    if dist.is_initialized() and describe is not None:
-        found = " ".join(str(describe(dist.group.WORLD)).split())
-        yield Check("path", OK, found)
-    elif not torch.cuda.is_available():
+    if not torch.cuda.is_available():
         yield Check("path", OK, "library: the group's own all-reduce (gloo), then the exact add and norm on the CPU")
     elif not dist.is_initialized():
         yield Check(
             "path", NOTE, "no process group: run `torchrun --nproc-per-node=N -m tpfuse.cli doctor` to test one"
         )
+    elif dist.get_world_size() < 2:
+        yield Check("path", NOTE, "the group has one rank: nothing to reduce")
+    else:
+        taken = ops.describe_path(dist.group.WORLD)
+        fused = taken.kind == "fused"
+        fix = (
+            ""
+            if fused
+            else "the group's own all-reduce and one add+norm kernel run instead; remove the cause to fuse all"
+        )
+        yield Check("path", OK if fused else WARN, f"{taken.kind}{': ' + taken.cause if taken.cause else ''}", fix)
 
 
 CHECKS: tuple[Callable[[], Iterator[Check]], ...] = (

@@ -60,8 +60,7 @@ def saving(site: Site, rows: int | None = None, path: str | None = None) -> Savi
     Args:
         site: fused or not.
         rows: row count to assume instead of the one in the graph.
-        path: the op's path for that size: ``one-shot`` (None means the same), ``two-shot``, or ``library``, which
-            saves nothing.
+        path: the algorithm that :func:`tpfuse.ops.select` names for that size; ``library`` saves nothing.
     """
     if path == "library" or not site.shape or not isinstance(site.shape[-1], int):
         return NOTHING

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
 from typing import Any
 
@@ -18,19 +18,30 @@ from .nodes import NodeLine, Region
 _EMPTY = Region((), ())
 
 
-def page(dump: Dump, title: str = "") -> str:
+@dataclass(frozen=True)
+class Table:
+    """A table to show above the graphs: what is known beside the reports."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def page(dump: Dump, title: str = "", context: Sequence[Table] = ()) -> str:
     """The page of a whole dump. Raises ``ImportError`` without jinja2 (``pip install tpfuse[inspect]``).
 
     Args:
         dump: what to show.
         title: of the page; the dump's folder when empty.
+        context: tables above the graphs.
     """
     import jinja2
 
     folder = files("tpfuse.inspect.templates")
     template = jinja2.Template((folder / "page.html.j2").read_text(encoding="utf-8"), autoescape=True)
     # In a script element only "<" can end or escape the text.
-    data = json.dumps(_data(dump), separators=(",", ":")).replace("<", "\\u003c")
+    shown = {**_data(dump), "context": [asdict(table) for table in context]}
+    data = json.dumps(shown, separators=(",", ":")).replace("<", "\\u003c")
     return template.render(
         title=title or str(dump.folder),
         data=data,

@@ -40,6 +40,16 @@
     return list;
   }
 
+  /* Tables that came with the dump: groups, plan and row counts of an explanation. */
+  function drawContext() {
+    at("context").replaceChildren(...data.context.map((t) => make("details", { open: "" },
+      make("summary", { text: t.title }),
+      make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": t.title }, make("table", {},
+        make("thead", {}, make("tr", {}, ...t.columns.map((c) => make("th", { scope: "col", text: c })))),
+        make("tbody", {}, ...t.rows.map((row) => make("tr", {}, ...row.map((cell) => make("td", { text: cell }))))))))));
+    at("context").hidden = !data.context.length;
+  }
+
   function drawGraphs() {
     at("graphs").replaceChildren(...data.graphs.map((g, index) => {
       const sites = g.variants[0].sites;
@@ -333,6 +343,7 @@
   paint();
 
   for (const g of data.graphs) for (const v of g.variants) for (const s of v.sites) if (s.group.length) colour(s.group);
+  drawContext();
   const wanted = recall();
   render();
   if (wanted !== null) toggle(wanted, true);
