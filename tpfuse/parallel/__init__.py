@@ -1,20 +1,37 @@
-"""Parallel layouts: sizes -> groups -> layouts -> what each layer boundary must do."""
+"""Parallel layouts: sizes -> groups -> layouts -> what each layer boundary must do; and models that do it."""
 
+from .agreement import AgreementError, check_agreement
+from .architecture import ARCHITECTURES, Architecture, Projection, architecture_of
 from .config import GROUP_NAMES, ConfigError, ParallelConfig
 from .groups import Groups, build_groups
 from .layout import Boundary, Op, Plan, Reduction, Rows, Step, plan
+from .model import Parallelized, exchange_rows, layout_of, parallelize
+from .pairing import PairingError
+from .shard import Shard
 
 __all__ = [
+    "ARCHITECTURES",
     "GROUP_NAMES",
+    "AgreementError",
+    "Architecture",
     "Boundary",
     "ConfigError",
     "Groups",
     "Op",
+    "PairingError",
     "ParallelConfig",
+    "Parallelized",
     "Plan",
+    "Projection",
     "Reduction",
     "Rows",
+    "Shard",
     "Step",
+    "architecture_of",
     "build_groups",
+    "check_agreement",
+    "exchange_rows",
+    "layout_of",
+    "parallelize",
     "plan",
 ]

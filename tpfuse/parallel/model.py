@@ -168,16 +168,19 @@ def _stack(model: nn.Module, names: Architecture) -> tuple[nn.Module, nn.ModuleL
     return stack, decoder_layers
 
 
+def token_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
+    """Sequences and tokens of a call of a transformers model."""
+    tokens = next(x for x in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None)
+    return tokens.shape[0], tokens.shape[1]
+
+
 def _batch_hook(counts: RowCounts | None) -> Any:
     """Hand every layer the shape of this forward, by keyword through the module that runs them."""
 
     def hook(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        tokens = kwargs.get("input_ids")
-        if tokens is None:
-            tokens = kwargs.get("inputs_embeds") if not args else args[0]
-        batch, length = tokens.shape[0], tokens.shape[1]
+        batch, length = token_shape(args, kwargs)
         largest = batch * length
         if counts is not None:
             if not torch.compiler.is_compiling():

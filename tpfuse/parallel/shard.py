@@ -196,7 +196,7 @@ def _shard_experts(moe: nn.Module, names: Architecture, groups: Groups, number: 
     return shards
 
 
-def _run_own_experts(experts: nn.Module, index: int) -> None:
+def _run_own_experts(experts: Any, index: int) -> None:
     """Let the experts' forward compute only the rows routed to this rank's experts; the others add nothing."""
     whole = experts.forward
     local = next(parameter.shape[0] for parameter in experts.parameters())

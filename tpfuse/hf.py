@@ -1,0 +1,179 @@
+"""Hugging Face models: load or shard under a :class:`~tpfuse.parallel.ParallelConfig`, compile, generate.
+
+model = tpfuse.hf.from_pretrained(path, ParallelConfig(tp_size=4, attn_dp_size=2, moe_dense_tp_size=2))
+model = tpfuse.hf.compile(model)
+model.generate(**inputs, cache_implementation="static")
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from tpfuse.parallel import ConfigError, ParallelConfig, exchange_rows
+from tpfuse.parallel import parallelize as _parallelize
+from tpfuse.parallel.model import ATTRIBUTE, token_shape
+
+NORM_LIBRARIES = ("liger_kernel", "kernels")
+
+
+def from_pretrained(path: Any, config: ParallelConfig, *, auto_class: Any = None, **kwargs: Any) -> Any:
+    """Load a causal language model on every rank, sharded under ``config``. Collective.
+
+    Where attention and everything else share one group, transformers' own tensor parallelism loads it, and each rank reads
+    only its share of the weights. Otherwise (attention DP, ``moe_dense_tp_size=1``, expert parallelism, or an attention that
+    transformers does not shard) every rank loads the whole model and keeps its share: it has to fit into memory once.
+
+    Args:
+        path: folder or Hub name, as for transformers.
+        config: the sizes; ``config.world_size`` ranks.
+        auto_class: transformers class to load with; ``AutoModelForCausalLM`` if None.
+        kwargs: for the class's ``from_pretrained``, e.g. ``dtype=torch.bfloat16``.
+    Returns:
+        The model in eval mode, without gradients.
+    Raises:
+        ImportError: transformers is not installed.
+        ConfigError: see :func:`tpfuse.parallel.parallelize`.
+    """
+    transformers = _transformers()
+    auto_class = auto_class or transformers.AutoModelForCausalLM
+    if config.world_size > 1 and not dist.is_initialized():
+        raise ConfigError(
+            f"no default process group for {config.world_size} ranks; call torch.distributed.init_process_group first, "
+            "e.g. under torchrun"
+        )
+    if config.world_size == 1:
+        model = auto_class.from_pretrained(path, **kwargs)
+    elif one_group(config) and _plan_shards_attention(transformers, path, kwargs):
+        if dist.get_world_size() != config.tp_size:
+            raise ConfigError(
+                f"transformers' tensor parallelism spans all {dist.get_world_size()} ranks of the default group, but "
+                f"tp_size={config.tp_size}; start as many processes as tp_size"
+            )
+        distributed = transformers.distributed.DistributedConfig(tp_size=config.tp_size, tp_plan="auto")
+        model = auto_class.from_pretrained(path, distributed_config=distributed, **kwargs)
+    else:
+        model = _parallelize(auto_class.from_pretrained(path, **kwargs), config)
+    return model.eval().requires_grad_(False)
+
+
+def parallelize(model: nn.Module, config: ParallelConfig, **kwargs: Any) -> nn.Module:
+    """Shard a loaded transformers model in place. See :func:`tpfuse.parallel.parallelize`."""
+    _transformers()
+    return _parallelize(model, config, **kwargs)
+
+
+def one_group(config: ParallelConfig) -> bool:
+    """Whether attention, dense MLP and experts all reduce over the same ranks, which is what transformers' own TP does."""
+    names = ("attn_tp", "dense_tp", "moe_tp")
+    return config.pp_size == 1 and all(config.groups(name) == config.groups("tp") for name in names)
+
+
+def compile(
+    model: nn.Module,
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+    fullgraph: bool = False,
+    dynamic: bool | None = None,
+) -> Any:
+    """Compile the whole model with ``backend="tpfuse"``, for direct calls and for ``generate``.
+
+    The whole model, because reductions cross layers: compiled layer by layer, a graph ends before the norm that reads its
+    last sum. ``generate(..., cache_implementation="static")`` compiles its decode step with the same backend, on a CPU as
+    well.
+
+    Args:
+        model: a transformers model, sharded or not.
+        mode, options, fullgraph, dynamic: as in ``torch.compile``; options may have ``tpfuse.*`` keys.
+    Returns:
+        The compiled model; attributes and ``generate`` are the model's own.
+    """
+    transformers = _transformers()
+    for note in hidden_norms(model):
+        warnings.warn(note, stacklevel=2)
+    compiled = torch.compile(model, backend="tpfuse", mode=mode, options=options, fullgraph=fullgraph, dynamic=dynamic)
+    if getattr(model, "generation_config", None) is not None:
+        config = transformers.CompileConfig(
+            backend="tpfuse", mode=mode, options=options, fullgraph=fullgraph, dynamic=dynamic
+        )
+        # transformers compiles on accelerators only unless told so.
+        config._compile_all_devices = True
+        model.generation_config.compile_config = config  # type: ignore[union-attr]
+    parallelized = getattr(model, ATTRIBUTE, None)
+    if parallelized is not None and parallelized.counts is not None:
+        _exchange_before(compiled, model)
+    return compiled
+
+
+def _exchange_before(compiled: Any, model: Any) -> None:
+    """Let the blocks agree on their row counts before every compiled call: inside the graph it would break it."""
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        batch, length = token_shape(args, kwargs)
+        exchange_rows(model, batch * length)
+
+    compiled.register_forward_pre_hook(hook, with_kwargs=True)
+    decode_step = model.get_compiled_call
+
+    def get_compiled_call(compile_config: Any) -> Callable[..., Any]:
+        step = decode_step(compile_config)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            hook(model, args, kwargs)
+            return step(*args, **kwargs)
+
+        return call
+
+    model.get_compiled_call = get_compiled_call
+
+
+def hidden_norms(model: nn.Module) -> list[str]:
+    """What hides the RMSNorms of this model from a graph pass: one sentence each, empty when nothing does."""
+    notes = []
+    if getattr(model, "use_kernels", False):
+        notes.append(
+            "the model was loaded with use_kernels=True: Hub kernels replace its RMSNorm by an opaque call, so no reduction "
+            "before it can be fused. Load it with use_kernels=False"
+        )
+    replaced = sorted({name for name in map(_norm_library, model.modules()) if name is not None})
+    if replaced:
+        notes.append(
+            f"the model's norms come from {', '.join(replaced)}: the graph shows them as an opaque call, so no reduction "
+            "before them can be fused. Do not patch the model's RMSNorm"
+        )
+    return notes
+
+
+def _norm_library(module: nn.Module) -> str | None:
+    if "norm" not in type(module).__name__.lower():
+        return None
+    forward = getattr(module.forward, "__func__", module.forward)
+    for source in (type(module).__module__, getattr(forward, "__module__", "")):
+        library = str(source).partition(".")[0]
+        if library in NORM_LIBRARIES:
+            return library
+    return None
+
+
+def _plan_shards_attention(transformers: Any, path: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether transformers' plan for this model cuts attention. Where it does not, nothing would be shared."""
+    model_config = kwargs.get("config")
+    if model_config is None:
+        known = ("cache_dir", "revision", "token", "trust_remote_code", "local_files_only", "subfolder", "gguf_file")
+        model_config = transformers.AutoConfig.from_pretrained(path, **{k: kwargs[k] for k in known if k in kwargs})
+    plan = getattr(model_config.get_text_config(), "base_model_tp_plan", None) or {}
+    return any("attn" in name and style.startswith("rowwise") for name, style in plan.items())
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError("tpfuse.hf needs transformers, which is not installed; pip install 'tpfuse[hf]'") from error
+    return transformers
