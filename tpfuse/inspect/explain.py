@@ -22,6 +22,7 @@ from tpfuse.ops.select import select
 from tpfuse.parallel import GROUP_NAMES, Op, ParallelConfig, Plan
 from tpfuse.parallel.architecture import architecture_of
 from tpfuse.parallel.model import exchange_rows, layout_of, parallelize
+from tpfuse.passes.options import PassOptions
 from tpfuse.passes.report import GraphReport, Site
 
 from . import estimate, load, metamodel, page, table, words
@@ -144,10 +145,13 @@ def explain(request: Request, tick: Tick | None = None, html: bool = False) -> E
     Raises:
         ModelError: the model cannot be built.
         ConfigError: the model cannot be sharded like this, or the rank does not exist.
+        ValueError: an unknown policy or numerics.
         WorldError: the process has a process group already.
     """
     tick = tick or (lambda stage, done, of: None)
-    request.config.group_of("tp", request.rank)  # a rank that does not exist is an error before the work
+    # What is wrong in the request is an error before the work.
+    request.config.group_of("tp", request.rank)
+    PassOptions(request.policy, request.numerics)
     tick("reading the config", 0, 1)
     config = metamodel.config_of(request.model)
     with _quiet(), fake_world(request.config.world_size, request.rank), tempfile.TemporaryDirectory() as folder:

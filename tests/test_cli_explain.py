@@ -1,0 +1,230 @@
+"""What explain says is what a real compile does, for public model shapes at the layouts this project is about."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import models
+import pytest
+import torch
+from ranks import RankPool
+from test_cli import refused, tpfuse
+
+from tpfuse.inspect import explain as explaining
+from tpfuse.inspect.explain import Request, explain
+from tpfuse.parallel import ParallelConfig
+from tpfuse.parallel.model import exchange_rows, parallelize
+
+# Shapes of the public configs; what is not given here is transformers' default for the type, which is the public value.
+PUBLIC = {
+    "deepseek_v3": {},  # DeepSeek-V3: 61 layers of 7168, 3 of them dense
+    "glm4_moe": {},  # GLM-4.5-Air: 46 layers of 4096, the first dense
+    "qwen3_moe": {  # Qwen3-235B-A22B: every layer has experts
+        "num_hidden_layers": 94, "hidden_size": 4096, "num_attention_heads": 64, "num_key_value_heads": 4, "head_dim": 128,
+        "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 1536, "intermediate_size": 12288,
+    },
+    "llama": {  # Llama-3.1-405B
+        "num_hidden_layers": 126, "hidden_size": 16384, "num_attention_heads": 128, "num_key_value_heads": 8,
+        "intermediate_size": 53248,
+    },
+}  # fmt: skip
+LOW, HIGH, ALL = (0, 1, 2, 3), (4, 5, 6, 7), tuple(range(8))
+
+
+def folder_of(name: str, where, **changes):
+    """A folder with nothing but the config of a public model."""
+    from transformers import AutoConfig
+
+    AutoConfig.for_model(name, **{**PUBLIC[name], **changes}).save_pretrained(where)
+    return str(where)
+
+
+def decisions(reports):
+    return [(s.layer, s.role, s.group, s.fused, s.reason, s.pattern) for report in reports for s in report.sites]
+
+
+def counts(found):
+    """How often each (role, group, fused or the reason) occurs."""
+    counted = {}
+    for site in (site for report in found.reports for site in report.sites):
+        key = (site.role, site.group, site.reason or "fused")
+        counted[key] = counted.get(key, 0) + 1
+    return counted
+
+
+# -- the tiny version of each architecture, on real ranks -----------------------------------------------------------
+
+
+def compiled_on_gloo(rank, world_size, name, sizes, layers):
+    """One decode step of the tiny model on this rank: what the pass decided."""
+    import tpfuse as package
+
+    model = parallelize(models.unsharded(name, **layers), ParallelConfig(*sizes))
+    torch.compiler.reset()
+    package.clear_reports()
+    exchange_rows(model, explaining.SEQUENCES)
+    tokens = torch.zeros(explaining.SEQUENCES, 1, dtype=torch.long)
+    with torch.no_grad():
+        torch.compile(model, backend="tpfuse", options={"tpfuse.inner": "aot_eager"})(input_ids=tokens, use_cache=False)
+    return decisions(package.reports())
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with RankPool(4) as pool:
+        yield pool
+
+
+TINY_LAYERS = {
+    "deepseek_v3": {"num_hidden_layers": 4, "first_k_dense_replace": 2},
+    "glm4_moe": {"num_hidden_layers": 4, "first_k_dense_replace": 2},
+    "qwen3_moe": {"num_hidden_layers": 2},
+    "llama": {"num_hidden_layers": 2},
+}
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("llama", (4, 2, 1, 2)),
+        ("llama", (4, 1, 1, None)),
+        ("qwen3_moe", (4, 2, 1, 2)),
+        ("glm4_moe", (4, 2, 1, 2)),
+        ("deepseek_v3", (4, 2, 1, 2)),
+        ("deepseek_v3", (4, 2, 1, 4)),
+        ("deepseek_v3", (4, 2, 1, 1)),
+        ("deepseek_v3", (4, 1, 1, None)),
+        ("deepseek_v3", (4, 4, 1, 1)),
+    ],
+)
+def test_it_decides_as_a_real_compile_on_gloo_ranks_does(pool, tmp_path, name, sizes):
+    models.config(name, **TINY_LAYERS[name]).save_pretrained(tmp_path)
+    real = pool.run(compiled_on_gloo, name, sizes, TINY_LAYERS[name], timeout=250)
+    for rank in (0, 3):
+        found = explain(Request(str(tmp_path), ParallelConfig(*sizes), rank, dtype=torch.float32))
+        assert decisions(found.reports) == real[rank]
+        assert found.notes == []
+
+
+# -- public shapes --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rank", "expected"),
+    [
+        ((8, 1, 1, 8), 5, {("attention", ALL, "fused"): 4, ("mlp", ALL, "fused"): 4}),
+        ((8, 2, 1, 4), 5, {("attention", HIGH, "fused"): 4, ("mlp", HIGH, "fused"): 4}),
+        ((8, 4, 1, 2), 5, {("attention", (4, 5), "fused"): 4, ("mlp", (4, 5), "fused"): 4}),
+        ((8, 2, 1, 8), 5, {("attention", HIGH, "group-mismatch"): 4, ("mlp", ALL, "rows-move"): 4}),
+        ((8, 2, 1, 1), 5, {}),
+        ((8, 8, 1, 1), 5, {}),
+    ],
+)  # fmt: skip
+def test_a_dense_model_of_public_shape_at_every_layout(tmp_path, sizes, rank, expected):
+    found = explain(Request(folder_of("llama", tmp_path, num_hidden_layers=4), ParallelConfig(*sizes), rank))
+    assert found.hidden == 16384
+    assert counts(found) == expected
+    assert found.notes == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", list(PUBLIC))
+def test_a_whole_model_of_public_shape_with_the_shared_group(tmp_path, name):
+    """Every layer: dense ones fuse both reductions over [4..7]; MoE layers fuse attention where a dense layer shares."""
+    folder = folder_of(name, tmp_path)
+    started, cpu = time.perf_counter(), time.process_time()
+    found = explain(Request(folder, ParallelConfig(8, 2, 1, 4), rank=5))
+    print(
+        f"{name}: {found.layers} layers in {time.perf_counter() - started:.0f} s, {time.process_time() - cpu:.0f} s of CPU"
+    )
+    moe = sum(row.layers != "" and row.into == "moe" for row in found.plan) > 0
+    dense = {"llama": 126, "deepseek_v3": 3, "glm4_moe": 1, "qwen3_moe": 0}[name]
+    experts = found.layers - dense
+    assert moe == (experts > 0)
+    attention = (
+        {("attention", HIGH, "fused"): found.layers} if dense else {("attention", HIGH, "group-mismatch"): experts}
+    )
+    mlp = {("mlp", HIGH, "fused"): dense, ("mlp", ALL, "rows-move"): experts}
+    assert counts(found) == {**attention, **{key: count for key, count in mlp.items() if count}}
+    assert found.notes == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_an_80_layer_model_takes_less_than_a_minute(tmp_path):
+    folder = folder_of("llama", tmp_path, num_hidden_layers=80)
+    cpu = time.process_time()
+    seen = []
+    found = explain(
+        Request(folder, ParallelConfig(8, 2, 1, 4)), tick=lambda stage, done, of: seen.append((stage, done, of))
+    )
+    # CPU time, so that a busy machine does not fail it: nearly all of it is one thread.
+    assert time.process_time() - cpu < 60
+    assert len(found.reports[0].sites) == 160
+    assert [done for stage, done, of in seen if of == 80] == list(range(81))
+
+
+# -- the command ----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_prints_groups_plan_sites_and_steps(tmp_path):
+    folder = folder_of("deepseek_v3", tmp_path / "model", num_hidden_layers=4)
+    html, data = tmp_path / "page.html", tmp_path / "found.json"
+    sizes = ("--tp-size", 8, "--attn-dp-size", 2, "--moe-dense-tp-size", 4, "--rank", 5, "--rows", "1,64,4096")
+    result = tpfuse("explain", folder, *sizes, "--html", html, "--json", data)
+    assert result.returncode == 0, result.stderr
+    lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
+    for line in (
+        "Groups of rank 5; dense MLP and attention: shared",
+        "attn_tp 4-7 4",
+        "0-2 dense replica all_reduce(attn_tp [4-7]), add, norm yes",
+        "1 one_shot over 4-7 7 196.0 KiB",
+        "4096 library over 4-7 0 0 B",
+        "graph-0: 8 all-reduces, 7 fused, 1 kept (rows-move 1), rank 5 of 8",
+    ):
+        assert line in lines
+    found = json.loads(data.read_text())
+    assert found["schema"] == 1
+    assert found["dense_shares_attention"] is True
+    assert [step["rows"] for step in found["steps"]] == [1, 64, 4096]
+    assert len(found["graphs"][0]["sites"]) == 8
+    page = html.read_text()
+    assert "Groups of rank 5" in page
+    assert page.count('"rows-move"') >= 2
+
+
+def test_json_can_go_to_stdout(tmp_path):
+    folder = folder_of("llama", tmp_path, num_hidden_layers=1)
+    result = tpfuse("explain", folder, "--tp-size", 2, "--json", "-")
+    assert json.loads(result.stdout)["model_type"] == "llama"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["lama", "--tp-size", 2], ["'lama' is neither a folder nor a model type", "did you mean llama"]),
+        (["./absent", "--tp-size", 2], ["./absent does not exist", "config.json"]),
+        (["vit", "--tp-size", 2], ["no causal language model", "model_type='vit'"]),
+        (["gemma2", "--tp-size", 2], ["no architecture is known", "llama"]),
+        (["llama", "--tp-size", 8, "--attn-dp-size", 2, "--moe-dense-tp-size", 2], ["moe_dense_tp_size=2", "attn_tp_size=4"]),
+        (["llama", "--tp-size", 3], ["heads", "do not split over the 3 ranks"]),
+        (["llama", "--tp-size", 2, "--rank", 2], ["rank 2 does not exist"]),
+        (["llama", "--tp-size", 2, "--rows", "0"], ["--rows is '0'"]),
+        (["llama", "--tp-size", 2, "--policy", "some"], ["policy", "shared, all, off"]),
+    ],
+)  # fmt: skip
+def test_what_a_user_can_get_wrong_is_one_line(arguments, parts):
+    refused(tpfuse("explain", *arguments), "tpfuse explain:", *parts)
+
+
+def test_a_folder_without_a_config(tmp_path):
+    refused(tpfuse("explain", tmp_path, "--tp-size", 2), "has no config.json")
+
+
+def test_a_config_that_is_broken(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    refused(tpfuse("explain", tmp_path, "--tp-size", 2), "config.json cannot be read")
