@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -52,7 +53,7 @@ def tpfuse(
     parsed = parse(options)
     if unknown:
         raise OptionError(f"tpfuse takes mode= and options=; it was given {', '.join(sorted(unknown))}")
-    specialise_floats(gm, example_inputs)
+    specialise_floats(gm)
     training = torch.is_grad_enabled() and any(
         isinstance(x, torch.Tensor) and x.requires_grad for x in (*example_inputs, *gm.parameters())
     )
@@ -60,19 +61,27 @@ def tpfuse(
     return mount(gm, example_inputs, parsed, mode, training)
 
 
-def specialise_floats(gm: GraphModule, example_inputs: Sequence[Any]) -> None:
-    """Guard every symbolic float input to its value.
+ARGUMENT = re.compile(r"^L\['[^']+'\]$")
 
-    With ``dynamic=True`` Dynamo makes a module's eps a graph input; a norm whose eps is unknown cannot be proved, and every
-    match would be lost. The guard keeps this right when the value changes: Dynamo compiles again.
+
+def specialise_floats(gm: GraphModule) -> None:
+    """Guard the floats of modules (an eps, a multiplier) to their values and make them constants of the graph.
+
+    With ``dynamic=True`` Dynamo turns them into graph inputs; a norm whose eps is unknown cannot be proved, and every match
+    would be lost. The guard keeps this right when a value changes: Dynamo then compiles again. Floats that are arguments
+    of the compiled function stay symbolic, for those are meant to change.
     """
-    for value in example_inputs:
-        if isinstance(value, torch.SymFloat):
-            value.node.guard_float(__file__, 0)
-    for node in gm.graph.nodes:
-        example = node.meta.get("example_value")
-        if node.op == "placeholder" and isinstance(example, torch.SymFloat):
-            example.node.guard_float(__file__, 0)
+    for node in list(gm.graph.nodes):
+        symbol = node.meta.get("example_value")
+        if node.op != "call_method" or node.target != "item" or not isinstance(symbol, torch.SymFloat):
+            continue
+        held = node.args[0]
+        source = getattr(held.meta.get("grapharg"), "source", None)
+        if source is None or ARGUMENT.match(compat.source_name(source)):
+            continue
+        node.replace_all_uses_with(compat.guarded_float(symbol))
+        gm.graph.erase_node(node)
+    gm.recompile()
 
 
 # -- mounts ---------------------------------------------------------------------------------------------------------

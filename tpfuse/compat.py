@@ -186,3 +186,17 @@ def decomposition_overrides(ops: Sequence[Any]) -> dict[Any, Callable[..., Any]]
     from torch._decomp import get_decompositions
 
     return get_decompositions(ops)
+
+
+def source_name(source: Any) -> str:
+    """Where Dynamo took a graph input from, e.g. ``L['self'].eps``.
+
+    Why private: only Dynamo's ``Source`` knows; its ``name`` is a method before torch 2.10 and a property after.
+    """
+    name = source.name
+    return name() if callable(name) else name
+
+
+def guarded_float(symbol: torch.SymFloat) -> float:
+    """The value of a symbolic float, guarded. Why private: ``float()`` of it guards too, but names no place for logs."""
+    return symbol.node.guard_float(__file__, 0)
