@@ -59,7 +59,7 @@ class Result:
     note: str = ""
 
 
-def _forced(algorithm: str | None, pdl: bool | None = None, wait: bool = True) -> Callable[[Problem], Call]:
+def _forced(algorithm: str | None, pdl: str | None = None, wait: bool = True) -> Callable[[Problem], Call]:
     """Our kernels with some of the settings fixed; ``wait=False`` is the floor."""
 
     def make(p: Problem) -> Call:
@@ -115,7 +115,8 @@ def _op(p: Problem) -> Call:
 
 CONTENDERS: dict[str, Callable[[Problem], Call]] = {
     "tpfuse": _op,
-    "tpfuse no pdl": _forced(None, pdl=False),
+    "tpfuse no pdl": _forced(None, pdl="off"),
+    "tpfuse early pdl": _forced(None, pdl="early"),
     "one-shot": _forced("one_shot"),
     "two-shot": _forced("two_shot"),
     "floor": _forced(None, wait=False),

@@ -61,7 +61,7 @@ _prepared: dict[tuple[Any, ...], Prepared] = {}
 _kernels: dict[tuple[Any, ...], Kernel] = {}
 
 
-def kernel_of(algorithm: str, c: Constants, world: int, groups: int, split: int, pdl: bool, wait: bool = True) -> Kernel:
+def kernel_of(algorithm: str, c: Constants, world: int, groups: int, split: int, pdl: str, wait: bool = True) -> Kernel:
     """The kernel of a launch, not necessarily compiled yet."""
     key = (algorithm, c, world, groups, split, pdl, wait)
     found = _kernels.get(key)
@@ -72,7 +72,7 @@ def kernel_of(algorithm: str, c: Constants, world: int, groups: int, split: int,
 
         function = one_shot_kernel if algorithm == "one_shot" else two_shot_kernel
         options: dict[str, Any] = {"maxnreg": register_bound(algorithm, groups)}
-        if pdl:
+        if pdl != "off":
             options["launch_pdl"] = True
         constexprs = protocol_constants(c, world, Geometry(0, groups, split), wait=wait, pdl=pdl)
         found = _kernels[key] = Kernel(function, 4, constexprs, **options)
@@ -87,10 +87,10 @@ def plan_of(p: Plane, settings: plane.Settings, c: Constants, dtype: torch.dtype
     if chosen.algorithm == "library":
         return Plan(chosen, ())
     processors = torch.cuda.get_device_properties(p.device).multi_processor_count
-    pdl = settings.dependent_launch and torch.cuda.get_device_capability(p.device) >= (9, 0)
+    pdl = settings.dependent_launch if torch.cuda.get_device_capability(p.device) >= (9, 0) else "off"
 
     def fits(groups: int) -> int:
-        return most_programs(chosen.algorithm, groups, processors, p.sharers, settings.concurrent_planes)
+        return most_programs(chosen.algorithm, groups, processors, p.sharers, settings.concurrent_planes, pdl)
 
     launches = []
     for start in range(0, rows, chosen.rows_per_launch):

@@ -84,7 +84,7 @@ def launch_plain(function: Any, programs: int, args: tuple[Any, ...], constexprs
 
 
 def protocol_constants(
-    constants: Constants, world: int, shape: Geometry, *, wait: bool = True, ptx: bool = True, pdl: bool = False
+    constants: Constants, world: int, shape: Geometry, *, wait: bool = True, ptx: bool = True, pdl: str = "off"
 ) -> tuple[Any, ...]:
     """The compile-time arguments of ``one_shot_kernel`` and ``two_shot_kernel``, in their order."""
     return (constants, world, shape.groups, shape.split, wait, ptx, pdl)
@@ -93,8 +93,8 @@ def protocol_constants(
 # Registers that each kernel may use, by algorithm and groups a program; enforced when compiling (.maxnreg), and checked
 # ahead of time for spills in tests/test_kernel_aot.py. They decide how many programs are resident on one SM.
 REGISTERS: dict[str, dict[int, int]] = {
-    "one_shot": {1: 80, 2: 112, 4: 128, 8: 168, 16: 255},
-    "two_shot": {1: 64, 2: 80, 4: 96, 8: 160, 16: 255},
+    "one_shot": {1: 72, 2: 96, 4: 112, 8: 168, 16: 255},
+    "two_shot": {1: 56, 2: 72, 4: 88, 8: 160, 16: 255},
 }
 REGISTERS_OF_AN_SM = 65536
 THREADS = 128
@@ -107,13 +107,17 @@ def register_bound(algorithm: str, groups: int) -> int:
     return bounds[min(g for g in bounds if g >= groups)]
 
 
-def most_programs(algorithm: str, groups: int, multiprocessors: int, sharers: int, concurrent: int) -> int:
+def most_programs(
+    algorithm: str, groups: int, multiprocessors: int, sharers: int, concurrent: int, pdl: str = "off"
+) -> int:
     """How many programs of this rank may be in flight so that all programs of all ranks on the GPU are resident.
 
     With a GPU to itself a rank takes at most half of it: more programs do not help, and other kernels, or another
     plane on another stream, find room.
     """
     resident = min(16, REGISTERS_OF_AN_SM // (register_bound(algorithm, groups) * THREADS))
+    if pdl == "early":
+        concurrent *= 2  # the next kernel's programs already wait beside this one's
     if sharers == 1:
         return min(MAX_PROGRAMS, multiprocessors * max(1, resident // 2) // concurrent)
     return max(1, min(MAX_PROGRAMS, multiprocessors * resident // sharers // concurrent))

