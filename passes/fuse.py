@@ -12,6 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 from torch.fx import Graph, GraphModule, Node
+from torch.utils._pytree import tree_leaves
 
 from tpfuse import compat
 
@@ -66,6 +67,7 @@ def fuse(
     # Points are nodes of the original graph; they are looked up before anything moves.
     points = [walk.insertion_point(f.outcome) if isinstance(f.outcome, Candidate) else None for f in judged]
     described = [_site(f, p, audits) for f, p in zip(judged, places, strict=True)]
+    outputs = [n.name for n in _outputs(g)]
     moved: dict[Node, Node] = {}
     for item, point, site in zip(judged, points, described, strict=True):
         if not isinstance(item.outcome, Candidate):
@@ -88,6 +90,7 @@ def fuse(
         changed = True
     if changed:
         rewrite.shrink(g, found)
+        _keep_output_names(g, outputs)
         g.lint()
         _check_replaced(judged)
         if module is not None:
@@ -104,6 +107,18 @@ def fuse(
         inner=inner,
         seconds=time.perf_counter() - started,
     )
+
+
+def _outputs(graph: Graph) -> list[Node]:
+    return [leaf for leaf in tree_leaves(graph.output_node().args) if isinstance(leaf, Node)]
+
+
+def _keep_output_names(graph: Graph, names: list[str]) -> None:
+    """Give the outputs their old names: the signature of an exported program refers to them by name."""
+    taken = {n.name for n in graph.nodes}
+    for node, name in zip(_outputs(graph), names, strict=True):
+        if node.name != name and name not in taken and node.op == "call_function":
+            node.name = name
 
 
 def _check_replaced(judged: list[Found]) -> None:

@@ -116,6 +116,8 @@ def _erase(graph: Graph, candidate: Candidate) -> None:
     left = [n for n in dict.fromkeys([*candidate.nodes, *candidate.h.names]) if not compat.is_erased(n)]
     if candidate.collective.index is not None and candidate.collective.node in left:
         left.remove(candidate.collective.node)  # coalesced: shrink() takes it apart once all sites are done
+    for check in [user for node in left for user in node.users if user.target in values.CHECKS]:
+        graph.erase_node(check)
     progress = True
     while progress:
         dead = [n for n in left if not n.users and n.op == "call_function"]

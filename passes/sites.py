@@ -209,6 +209,13 @@ class Walk:
             if reader.target in values.ROW_MOVERS or _gathers(reader):
                 return Refusal(Reason.ROWS_MOVE, f"{reader.name} ({reader.target}) moves rows of the {what}")
         for reader in current.readers:
+            if _mutates(reader):
+                return Refusal(
+                    Reason.MUTATION,
+                    f"{reader.name} ({reader.target}) writes the {what} in place; the pass reads functional graphs, which "
+                    "an exported program is after run_decompositions()",
+                )
+        for reader in current.readers:
             if reader.target in values.CASTS:
                 return Refusal(
                     Reason.DTYPE, f"the {what} is cast from {values.dtype(current.root)} to {values.dtype(reader)}"

@@ -50,6 +50,8 @@ IDENTITIES = overloads(
     "lift_fresh_copy.default",
 )
 COPIES = overloads("copy.default")
+# torch.export checks dtype and device of casted values at run time; such a check reads the value and needs nothing of it.
+CHECKS = overloads("_assert_tensor_metadata.default")
 CASTS = overloads("_to_copy.default", "to.dtype", "prims::convert_element_type.default")
 ROW_MOVERS = overloads(
     "slice.Tensor",
@@ -183,8 +185,8 @@ def aliases(root: Node, order: dict[Node, int], also: tuple[Node, ...] = ()) -> 
 
 
 def is_dead(node: Node) -> bool:
-    """A node without readers and without effects: dead code that some mounts have not yet removed."""
-    return not node.users and node.op == "call_function" and not node.is_impure()
+    """A node without readers and without effects: dead code that some mounts have not yet removed, and export's checks."""
+    return not node.users and node.op == "call_function" and (node.target in CHECKS or not node.is_impure())
 
 
 def positions(graph: Graph) -> dict[Node, int]:
