@@ -1,0 +1,300 @@
+"""Inner compilers: every mode and setting a user may have on keeps the counts and the numbers."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import layers
+import pytest
+import torch
+from ranks import RankPool
+
+pytestmark = pytest.mark.ranks
+
+FUSED = 4  # two layers, two reductions each
+ENV = {"TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory):
+    # One folder for all: equal kernels are then built once.
+    with RankPool(2, env={**ENV, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path_factory.mktemp("inductor"))}) as pool:
+        yield pool
+
+
+def run(
+    rank: int,
+    world_size: int,
+    options: dict[str, Any],
+    dtype: torch.dtype = torch.float32,
+    lengths: tuple[int, ...] = (5,),
+    marked: bool = False,
+    **compile_kw: Any,
+) -> dict[str, Any]:
+    """Compile the decoder, run it on rows of each length, compare with eager."""
+    import tpfuse
+
+    torch._dynamo.reset()
+    tpfuse.clear_reports()
+    model = layers.Decoder(2, dtype=dtype)
+    compiled = torch.compile(model, backend="tpfuse", options=options, **compile_kw)
+    outputs, differences, equal = [], [], True
+    with torch.no_grad():
+        for length in lengths:
+            tokens = layers.tokens(2, length)
+            if marked:
+                torch._dynamo.mark_dynamic(tokens, 1)
+            want, got = model(tokens), compiled(tokens)
+            outputs.append(got)
+            differences.append((want - got).abs().max().item())
+            equal = equal and torch.equal(want, got)
+    reports = tpfuse.reports()
+    return {
+        "graphs": len(reports),
+        "fused": sum(len(r.fused) for r in reports),
+        "found": sum(len(r.sites) for r in reports),
+        "reasons": sorted(str(s.reason) for r in reports for s in r.kept),
+        "shapes": [s.shape for r in reports for s in r.sites],
+        "error": max(differences),
+        "equal": equal,
+        "outputs": outputs,
+    }
+
+
+def run_keywords(rank: int, world_size: int, keywords: dict[str, Any]) -> dict[str, Any]:
+    return run(rank, world_size, **keywords)
+
+
+def run_with_overlap(rank: int, world_size: int, keywords: dict[str, Any]) -> dict[str, Any]:
+    """torch's overlap scheduling asks the GPU for its memory bandwidth; here it is told one."""
+    from torch.utils import _runtime_estimation as estimation
+
+    asked = estimation.get_gpu_dram_gbps
+    estimation.get_gpu_dram_gbps = lambda: 1000  # type: ignore[assignment]
+    try:
+        return run(rank, world_size, **keywords)
+    finally:
+        estimation.get_gpu_dram_gbps = asked
+
+
+def check(results: list[dict[str, Any]], fused: int = FUSED, found: int = FUSED, graphs: int = 1) -> None:
+    for result in results:
+        assert (result["fused"], result["found"], result["graphs"]) == (fused, found, graphs), result["reasons"]
+        assert result["error"] < 1e-5
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0]["outputs"], other["outputs"], strict=True))
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", "eager"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_eager_inner_compilers_give_the_bits_of_eager(pool, inner, dtype):
+    results = pool.run(run_keywords, {"options": {"tpfuse.inner": inner}, "dtype": dtype})
+    check(results)
+    assert all(r["equal"] for r in results)
+
+
+INDUCTOR = {
+    "default": {},
+    "freezing": {"freezing": True},
+    "memory planning": {"memory_planning": True},
+    "cpp wrapper": {"cpp_wrapper": True},
+    "no pattern matcher": {"pattern_matcher": False},
+}
+
+
+@pytest.mark.parametrize("settings", INDUCTOR.values(), ids=INDUCTOR)
+def test_inductor_settings(pool, settings):
+    check(pool.run(run_keywords, {"options": settings}, timeout=250))
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune"])
+def test_inductor_modes(pool, mode, monkeypatch):
+    # torch.compile takes either mode= or options=, so the inner compiler is the default one.
+    check(pool.run(run_keywords, {"options": None, "mode": mode}, timeout=250))
+
+
+def test_a_mode_without_post_grad_passes_is_refused(pool):
+    message = pool.run(refused, "lite")[0]
+    assert "use_post_grad_passes" in message
+    assert "tpfuse.inner" in message
+
+
+def refused(rank: int, world_size: int, mode: str) -> str:
+    torch._dynamo.reset()
+    compiled = torch.compile(layers.Decoder(1), backend="tpfuse", mode=mode)
+    try:
+        with torch.no_grad():
+            compiled(layers.tokens())
+    except Exception as error:
+        return str(error)
+    return "nothing was raised"
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+@pytest.mark.parametrize(
+    "how",
+    [{"marked": True}, {"dynamic": True}, {"dynamic": True, "fullgraph": True}],
+    ids=["marked", "dynamic", "full"],
+)
+def test_dynamic_rows_compile_once(pool, inner, how):
+    results = pool.run(run_keywords, {"options": {"tpfuse.inner": inner}, "lengths": (5, 7, 9), **how}, timeout=250)
+    check(results)
+    assert any(isinstance(size, str) for shape in results[0]["shapes"] for size in shape)
+
+
+OVERLAP = {
+    "bucketing": {"bucket_all_reduces_fx": "all"},
+    "reordering": {"reorder_for_compute_comm_overlap": True},
+    "overlap scheduling": {
+        "aten_distributed_optimizations.enable_overlap_scheduling": True,
+        "aten_distributed_optimizations.collective_bucketing": True,
+    },
+}
+
+
+@pytest.mark.parametrize("settings", OVERLAP.values(), ids=OVERLAP)
+def test_torchs_own_collective_passes_work_on_what_is_left(pool, settings):
+    results = pool.run(run_with_overlap, {"options": {**settings, "tpfuse.fuel": 2}}, timeout=250)
+    check(results, fused=2)
+    assert results[0]["reasons"] == ["fuel", "fuel"]
+
+
+def with_users_passes(rank: int, world_size: int) -> dict[str, Any]:
+    """The user's passes by option, by config and (where torch takes lists) as a list; each must run, before ours."""
+    from torch._inductor import config
+    from torch._inductor.custom_graph_pass import CustomGraphPass, CustomInferenceAwareGraphPass
+
+    seen: list[str] = []
+
+    class Theirs(CustomGraphPass):
+        def __call__(self, graph: Any) -> None:
+            before = sum("all_reduce.default" in str(n.target) for n in graph.nodes)
+            seen.append(f"pre saw {before} all-reduces")
+
+        def uuid(self) -> str:
+            return "theirs"
+
+    class Aware(CustomInferenceAwareGraphPass):
+        def __call__(self, graph: Any, is_inference: bool) -> None:
+            seen.append(f"aware, inference {is_inference}")
+
+        def uuid(self) -> str:
+            return "aware"
+
+    class After(CustomGraphPass):
+        def __call__(self, graph: Any) -> None:
+            fused = sum("tpfuse" in str(n.target) for n in graph.nodes)
+            seen.append(f"post saw {fused} fused ops")
+
+        def uuid(self) -> str:
+            return "after"
+
+    found = {}
+    theirs = Theirs()
+    found["option"] = run(
+        rank, world_size, {"post_grad_custom_pre_pass": theirs, "post_grad_custom_post_pass": After()}
+    )
+    with config.patch(post_grad_custom_pre_pass=theirs):
+        found["config"] = run(rank, world_size, {"tpfuse.policy": "all"})
+        found["left in place"] = config.post_grad_custom_pre_pass is theirs
+    found["list"] = run(rank, world_size, {"post_grad_custom_pre_pass": [theirs, Aware()]})
+    found["plain function"] = run(
+        rank, world_size, {"post_grad_custom_pre_pass": lambda graph: seen.append("function")}
+    )
+    found["seen"] = seen
+    return found
+
+
+def test_the_users_passes_run_before_ours_and_stay(pool):
+    found = pool.run(with_users_passes, timeout=280)
+    for name in ("option", "config", "list", "plain function"):
+        check([result[name] for result in found])
+    assert found[0]["left in place"]
+    assert found[0]["seen"] == [
+        "pre saw 4 all-reduces",
+        "post saw 4 fused ops",
+        "pre saw 4 all-reduces",
+        "pre saw 4 all-reduces",
+        "aware, inference True",
+        "function",
+    ]
+
+
+def generated(rank: int, world_size: int, options: dict[str, Any]) -> str:
+    """Inductor's code for the decoder."""
+    from torch._inductor.utils import run_and_get_code
+
+    torch._dynamo.reset()
+    model = layers.Decoder(2)
+    compiled = torch.compile(model, backend="tpfuse", options={**options, "fx_graph_cache": False})
+    with torch.no_grad(), torch._functorch.config.patch(enable_autograd_cache=False):
+        _, codes = run_and_get_code(compiled, layers.tokens())
+    return "\n".join(codes)
+
+
+@pytest.mark.parametrize("options", [{}, {"memory_planning": True}], ids=["default", "memory planning"])
+def test_the_partial_sum_is_not_copied(pool, options):
+    """The op reads the buffer that the matrix multiplication wrote; no kernel stands between the two."""
+    code = pool.run(generated, options, timeout=200)[0]
+    calls = re.findall(r"tpfuse\.all_reduce_add_rms_norm\.default\((?:reinterpret_tensor\()?(\w+)", code)
+    assert len(calls) == FUSED
+    alias = dict(re.findall(r"(\w+) = (\w+); del \2\s+# reuse", code))
+    for name in calls:
+        assert re.search(rf"extern_kernels\.\w+\([^\n]*out=(?:reinterpret_tensor\()?{name}\b", code), (name, alias)
+    assert "aten.clone" not in code
+
+
+def layer_by_layer(rank: int, world_size: int, options: dict[str, Any]) -> dict[str, Any]:
+    """Each layer compiled alone: the residual crosses the graphs, and so does the last reduction of each layer."""
+    import tpfuse
+
+    torch._dynamo.reset()
+    tpfuse.clear_reports()
+    model = layers.Decoder(2, dtype=torch.float32)
+    with torch.no_grad():
+        want = model(layers.tokens())
+        for index, layer in enumerate(model.layers):
+            model.layers[index] = torch.compile(layer, backend="tpfuse", options=options)
+        got = model(layers.tokens())
+    sites = [s for r in tpfuse.reports() for s in r.sites]
+    return {
+        "sites": [(s.role, s.fused, s.reason) for s in sites],
+        "remedies": [s.remedy for s in sites if not s.fused],
+        "error": (want - got).abs().max().item(),
+    }
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+def test_one_compile_a_layer_fuses_the_reduction_inside_it(pool, inner):
+    for result in pool.run(layer_by_layer, {"tpfuse.inner": inner}, timeout=200):
+        one_layer = [("attention", True, None), ("mlp", False, "no-norm")]
+        # Two layers of one class may share one graph; every compile shows the same two sites.
+        assert result["sites"] in (one_layer, 2 * one_layer)
+        assert all("compile the whole model" in remedy for remedy in result["remedies"])
+        assert result["error"] < 1e-5
+
+
+def broken_inside(rank: int, world_size: int, options: dict[str, Any]) -> dict[str, Any]:
+    """A graph break between the attention's residual sum and the norm that reads it."""
+    import tpfuse
+
+    torch._dynamo.reset()
+    tpfuse.clear_reports()
+    model = layers.Decoder(2, dtype=torch.float32, break_inside=True)
+    with torch.no_grad():
+        want, got = model(layers.tokens()), torch.compile(model, backend="tpfuse", options=options)(layers.tokens())
+    sites = [s for r in tpfuse.reports() for s in r.sites]
+    return {"sites": [(s.role, s.fused, s.reason) for s in sites], "error": (want - got).abs().max().item()}
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("policy", ["shared", "all"])
+def test_a_graph_break_inside_a_layer_costs_only_what_it_cuts(pool, inner, policy):
+    for result in pool.run(broken_inside, {"tpfuse.inner": inner, "tpfuse.policy": policy}, timeout=200):
+        attention = [s for s in result["sites"] if s[0] == "attention"]
+        mlp = [s for s in result["sites"] if s[0] == "mlp"]
+        assert attention, result
+        assert all(s[1:] == (False, "no-norm") for s in attention)
+        assert len(mlp) >= 1
+        assert result["error"] < 1e-5
