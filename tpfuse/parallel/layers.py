@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,7 +19,9 @@ BATCH = "tpfuse_batch"  # keyword through which the model hands a forward's Batc
 def install(layer: nn.Module, number: int, plan: Plan, names: Architecture, groups: Groups) -> None:
     """Replace the forward of one decoder layer. Its submodules stay as they are and are called as before."""
     enter, middle, leave = plan.boundaries[2 * number : 2 * number + 3]
-    layer.forward = layer_forward(layer, names, _bound(enter, groups), _bound(middle, groups), _bound(leave, groups))
+    forward = layer_forward(names, _bound(enter, groups), _bound(middle, groups), _bound(leave, groups))
+    # A method, which finds its submodules by name on the layer: graphs then know them as layers.0.self_attn and so on.
+    layer.forward = MethodType(forward, layer)  # type: ignore[method-assign]
 
 
 class BoundBoundary:
@@ -37,26 +40,26 @@ def _bound(boundary: Boundary, groups: Groups) -> BoundBoundary:
 
 
 def layer_forward(
-    layer: nn.Module, names: Architecture, enter: BoundBoundary, middle: BoundBoundary, leave: BoundBoundary
+    names: Architecture, enter: BoundBoundary, middle: BoundBoundary, leave: BoundBoundary
 ) -> Callable[..., Tensor]:
-    """The forward of a decoder layer.
+    """The forward method of a decoder layer.
 
     It takes and returns the residual, in the layout that the plan gives it, and does the part of the last boundary that
     comes before the norm: that norm belongs to the next layer.
     """
-    attention_norm, attention = getattr(layer, names.attention_norm), getattr(layer, names.attention)
-    mlp_norm, mlp = getattr(layer, names.mlp_norm), getattr(layer, names.mlp)
 
-    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(layer: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         batch: Batch = kwargs.pop(BATCH)
         residual = hidden_states
-        y, residual = run(enter.after_norm, attention_norm(residual), residual, batch)
+        y = getattr(layer, names.attention_norm)(residual)
+        y, residual = run(enter.after_norm, y, residual, batch)
         if batch.rows > 0:  # a replica without rows has nothing to attend to, but its MLP may work for the others
-            y = _first(attention(y, *args, **kwargs))
+            y = _first(getattr(layer, names.attention)(y, *args, **kwargs))
         y, residual = run(middle.before_norm, y, residual, batch)
-        y, residual = run(middle.after_norm, mlp_norm(residual), residual, batch)
-        y = _first(mlp(y))
-        y, residual = run(leave.before_norm, y, residual, batch)
+        y = getattr(layer, names.mlp_norm)(residual)
+        y, residual = run(middle.after_norm, y, residual, batch)
+        y = _first(getattr(layer, names.mlp)(y))
+        _, residual = run(leave.before_norm, y, residual, batch)
         return residual
 
     return forward

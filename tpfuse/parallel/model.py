@@ -94,6 +94,11 @@ def parallelize(
     stack, decoder_layers = _stack(model, names)
     kinds = [kind_of(layer, names) for layer in decoder_layers]
     plan = plan or make_plan(config, kinds)
+    if plan.config != config or plan.layers != tuple(kinds):
+        raise ConfigError(
+            f"the plan is for {plan.config} and layers {list(plan.layers)}, but the model is parallelized under {config} and "
+            f"has layers {kinds}; make the plan from both, or leave it out"
+        )
     groups = build_groups(config, ranks)
     if groups.rank is None:
         raise ConfigError(
@@ -168,6 +173,15 @@ def _stack(model: nn.Module, names: Architecture) -> tuple[nn.Module, nn.ModuleL
     return stack, decoder_layers
 
 
+def _in_compiled_call() -> bool:
+    """Inside torch.compile, also in frames that a graph break left to eager.
+
+    There an exchange would start on one replica alone, the one whose shapes changed, and wait for the others for ever.
+    """
+    in_module = getattr(torch._dynamo.eval_frame, "_is_in_optimized_module", None)
+    return torch.compiler.is_compiling() or (in_module is not None and in_module())
+
+
 def token_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
     """Sequences and tokens of a call of a transformers model."""
     tokens = next(x for x in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None)
@@ -183,7 +197,7 @@ def _batch_hook(counts: RowCounts | None) -> Any:
         batch, length = token_shape(args, kwargs)
         largest = batch * length
         if counts is not None:
-            if not torch.compiler.is_compiling():
+            if not _in_compiled_call():
                 counts.exchange(batch * length)
             elif counts.own != batch * length:
                 raise ConfigError(
