@@ -40,6 +40,9 @@ RESHAPES = overloads(
     "squeeze.default",
     "expand.default",
     "flatten.using_ints",
+    # What views become where a compiler wants no aliases (Torch-TensorRT's decompositions).
+    "_reshape_copy.default",
+    "view_copy.default",
 )
 IDENTITIES = overloads(
     "clone.default",

@@ -81,3 +81,12 @@ def without_a_gpu() -> None:
         torch.cuda.current_device = lambda: 0  # type: ignore[assignment]
     if not hasattr(torch._C, "_CudaDeviceProperties"):  # a CPU build of torch
         torch._C._CudaDeviceProperties = object  # type: ignore[attr-defined]
+
+
+def keep_on_the_cpu() -> None:
+    """After the import: what Torch-TensorRT leaves in Torch it moves to the GPU; there is none."""
+    import torch
+    from torch_tensorrt.dynamo import _compiler
+
+    if not torch.cuda.is_available():
+        _compiler.to_torch_device = lambda device: torch.device("cpu")
