@@ -6,18 +6,37 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 
 import pytest
 from browser.sample import report, write_dump
+from typer.testing import CliRunner
 
 from tpfuse.inspect import dump
+from tpfuse.inspect.commands import app
 
 
-def tpfuse(*arguments, env=None, timeout=120):
+@dataclass(frozen=True)
+class Result:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def tpfuse(*arguments) -> Result:
+    """Run a command in this process."""
+    result = CliRunner().invoke(app, [str(part) for part in arguments], prog_name="tpfuse", env={"COLUMNS": "120"})
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return Result(result.exit_code, result.stdout, result.stderr)
+
+
+def tpfuse_process(*arguments, env=None, timeout=120) -> Result:
     """Run the command line in a process of its own."""
     command = [sys.executable, "-m", "tpfuse.cli", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120", **(env or {})}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout, check=False)
+    return Result(done.returncode, done.stdout, done.stderr)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +55,7 @@ def refused(result, *parts):
 
 
 def test_view_writes_a_page_into_the_folder_and_prints_its_path(folder):
-    result = tpfuse("view", folder)
+    result = tpfuse_process("view", folder)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == str(folder / "index.html")
     html = (folder / "index.html").read_text()
@@ -55,7 +74,7 @@ def test_view_can_write_elsewhere_and_print_tables(folder, tmp_path):
 
 
 def test_a_missing_folder(tmp_path):
-    refused(tpfuse("view", tmp_path / "absent"), "tpfuse view:", "absent does not exist", "TPFUSE_DUMP")
+    refused(tpfuse_process("view", tmp_path / "absent"), "tpfuse view:", "absent does not exist", "TPFUSE_DUMP")
 
 
 def test_a_folder_that_is_no_dump(tmp_path):
@@ -96,9 +115,13 @@ def test_the_version():
 
 def test_without_the_extra_it_names_it(tmp_path):
     (tmp_path / "typer.py").write_text("raise ImportError('No module named typer')")
-    refused(tpfuse("view", tmp_path, env={"PYTHONPATH": str(tmp_path)}), "pip install 'tpfuse[inspect]'")
+    refused(tpfuse_process("view", tmp_path, env={"PYTHONPATH": str(tmp_path)}), "pip install 'tpfuse[inspect]'")
 
 
 def test_without_jinja2_the_page_names_the_extra(folder, tmp_path):
     (tmp_path / "jinja2.py").write_text("raise ImportError('No module named jinja2')")
-    refused(tpfuse("view", folder, env={"PYTHONPATH": str(tmp_path)}), "tpfuse view:", "pip install 'tpfuse[inspect]'")
+    refused(
+        tpfuse_process("view", folder, env={"PYTHONPATH": str(tmp_path)}),
+        "tpfuse view:",
+        "pip install 'tpfuse[inspect]'",
+    )

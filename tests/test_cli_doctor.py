@@ -6,7 +6,7 @@ import json
 import sys
 
 import pytest
-from test_cli import refused, tpfuse
+from test_cli import refused, tpfuse, tpfuse_process
 
 from tpfuse.inspect import doctor
 from tpfuse.inspect.doctor import FAIL, NOTE, OK, WARN, Check
@@ -17,7 +17,7 @@ def checks(result):
 
 
 def test_without_a_gpu_or_a_group_it_says_which_path_the_op_takes():
-    result = tpfuse("doctor", "--json")
+    result = tpfuse_process("doctor", "--json")
     found = checks(result)
     assert result.returncode == 0, result.stdout
     assert found["torch"]["status"] == found["entry point"]["status"] == OK
@@ -34,20 +34,21 @@ def test_the_table_has_the_fix_below_what_is_wrong():
     ]  # fmt: skip
 
 
-def test_a_wrong_option_in_the_environment_is_found():
-    result = tpfuse("doctor", "--json", env={"TPFUSE_POLICY": "everything"})
+def test_a_wrong_option_in_the_environment_is_found(monkeypatch):
+    monkeypatch.setenv("TPFUSE_POLICY", "everything")
+    result = tpfuse("doctor", "--json")
     assert result.returncode == 1
     assert checks(result)["environment"]["status"] == FAIL
     assert "shared, all, off" in checks(result)["environment"]["fix"]
 
 
 def test_incomplete_variables_of_torchrun():
-    refused(tpfuse("doctor", env={"WORLD_SIZE": "2", "RANK": "0"}), "MASTER_ADDR", "start with torchrun")
+    refused(tpfuse_process("doctor", env={"WORLD_SIZE": "2", "RANK": "0"}), "MASTER_ADDR", "start with torchrun")
 
 
 def test_a_rank_that_never_comes(tmp_path):
     env = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    refused(tpfuse("doctor", "--timeout", 2, env=env), "tpfuse doctor: the ranks did not meet at 127.0.0.1")
+    refused(tpfuse_process("doctor", "--timeout", 2, env=env), "tpfuse doctor: the ranks did not meet at 127.0.0.1")
 
 
 def test_a_check_that_breaks_is_a_finding():

@@ -273,19 +273,16 @@ def _layers_counted(model: Any, tick: Tick) -> Iterator[None]:
 
     global _traced  # noqa: PLW0603
     layers = model.get_submodule(architecture_of(model).layers)
-    for layer in layers:
-
-        def forward(*arguments: Any, _whole: Any = layer.forward, **named: Any) -> Any:
-            comptime(_layer_traced)
-            return _whole(*arguments, **named)
-
-        layer.forward = forward
+    # A hook, because a wrapped forward would change the module paths from which the pass reads roles.
+    hooks = [layer.register_forward_pre_hook(lambda *_: comptime(_layer_traced)) for layer in layers]
     _traced = _Traced(tick, len(layers))
     tick("tracing", 0, len(layers))
     try:
         yield
     finally:
         _traced = None
+        for hook in hooks:
+            hook.remove()
 
 
 def _groups(request: Request) -> dict[str, list[int]]:
