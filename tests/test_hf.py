@@ -1,0 +1,188 @@
+"""tpfuse.hf: load, shard, compile and generate with Hugging Face models."""
+
+import copy
+import sys
+
+import pytest
+import torch
+from models import save, unsharded
+from ranks import RankPool
+from torch import nn
+
+from tpfuse import hf
+from tpfuse.parallel import ConfigError, ParallelConfig, layout_of
+
+pytestmark = pytest.mark.timeout(600)
+
+LAYERS = {"num_hidden_layers": 2, "initializer_range": 0.2}
+AOT = {"tpfuse.inner": "aot_eager"}
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with RankPool(2) as pool:
+        yield pool
+
+
+@torch.no_grad()
+def loaded(rank, world_size, folder, config):
+    """How the model was cut, and its logits against the whole model's."""
+    reference = unsharded("llama", **LAYERS)
+    model = hf.from_pretrained(folder, config, dtype=torch.float32)
+    tokens = torch.arange(1, 7)[None]
+    expected = reference(tokens).logits
+    difference = ((model(tokens).logits - expected).abs().max() / expected.abs().max()).item()
+    weight = model.model.layers[0].self_attn.o_proj.weight
+    return difference, type(weight).__name__, tuple(weight.shape), any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.ranks
+def test_one_shared_group_loads_with_transformers_own_sharding(pool, tmp_path):
+    save("llama", str(tmp_path), **LAYERS)
+    for difference, kind, _, grad in pool.run(loaded, str(tmp_path), ParallelConfig(2), timeout=300):
+        assert difference < 1e-5
+        assert kind == "DTensor"
+        assert not grad
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    "config", [ParallelConfig(2, 2, 1, 1), ParallelConfig(2, 2), ParallelConfig(2, 1, 1, 1)], ids=str
+)
+def test_every_other_layout_is_cut_by_the_plan(pool, tmp_path, config):
+    save("llama", str(tmp_path), **LAYERS)
+    for difference, kind, shape, grad in pool.run(loaded, str(tmp_path), config, timeout=300):
+        assert difference < 1e-5
+        assert kind == "Parameter"
+        assert shape == (64, 64 // config.attn_tp_size)
+        assert not grad
+
+
+def loaded_deepseek(rank, world_size, folder):
+    model = hf.from_pretrained(folder, ParallelConfig(2), dtype=torch.float32)
+    return layout_of(model).plan.config.attn_tp_size, tuple(model.model.layers[0].self_attn.o_proj.weight.shape)
+
+
+@pytest.mark.ranks
+def test_an_attention_that_transformers_does_not_cut_is_cut_by_the_plan(pool, tmp_path):
+    save("deepseek_v3", str(tmp_path), **LAYERS)
+    assert pool.run(loaded_deepseek, str(tmp_path), timeout=300) == [(2, (64, 32))] * 2
+
+
+def generated(rank, world_size, folder, config, name):
+    """Tokens from the compiled model, eager tokens, and what was fused on the way."""
+    import tpfuse
+
+    torch._dynamo.reset()
+    tpfuse.clear_reports()
+    prompt = {"input_ids": torch.arange(1, 6)[None], "attention_mask": torch.ones(1, 5, dtype=torch.long)}
+    arguments = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "cache_implementation": "static"}
+    model = hf.from_pretrained(folder, config, dtype=torch.float32)
+    eager = model.generate(**prompt, **arguments, disable_compile=True)
+    compiled = hf.compile(model, options=AOT, fullgraph=True)
+    tokens = compiled.generate(**prompt, **arguments)
+    reports = tpfuse.reports()
+    reference = unsharded(name, **LAYERS).generate(**prompt, **arguments, disable_compile=True)
+    return tokens.tolist(), eager.tolist(), reference.tolist(), [(len(r.sites), len(r.fused)) for r in reports]
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    ("name", "config", "found"),
+    [
+        ("llama", ParallelConfig(2), (5, 5)),  # the embedding is cut as well
+        ("deepseek_v3", ParallelConfig(2), (4, 4)),
+        ("deepseek_v3", ParallelConfig(2, 2, 1, 1), (1, 0)),  # blocks meet in the one MoE layer
+    ],
+    ids=str,
+)
+def test_generate_with_a_static_cache_reaches_the_backend(pool, tmp_path, name, config, found):
+    save(name, str(tmp_path), **LAYERS)
+    for tokens, eager, reference, reports in pool.run(generated, str(tmp_path), config, name, timeout=400):
+        assert tokens == eager == reference
+        assert reports, "the decode step was not compiled with tpfuse"
+        assert set(reports) == {found}
+
+
+@torch.no_grad()
+def changing_rows(rank, world_size):
+    """Direct calls of a compiled model whose blocks meet; only one replica's rows change."""
+    torch._dynamo.reset()
+    reference = unsharded("llama", **LAYERS)
+    model = hf.compile(hf.parallelize(copy.deepcopy(reference), ParallelConfig(2, 2)), options=AOT, fullgraph=True)
+    differences = []
+    for rows in (2, 2, 3 if rank else 2, 2 if rank else 4):
+        tokens = torch.arange(1, rows * 3 + 1).view(rows, 3)
+        expected = reference(tokens).logits
+        differences.append(((model(tokens).logits - expected).abs().max() / expected.abs().max()).item())
+    return differences
+
+
+@pytest.mark.ranks
+def test_a_compiled_model_agrees_on_the_rows_of_every_call(pool):
+    for differences in pool.run(changing_rows, timeout=400):
+        assert max(differences) < 1e-5
+
+
+def wrong_world(rank, world_size, folder):
+    with pytest.raises(ConfigError) as raised:
+        hf.from_pretrained(folder, ParallelConfig(4))
+    return str(raised.value)
+
+
+@pytest.mark.ranks
+def test_another_number_of_processes_is_named(pool, tmp_path):
+    save("llama", str(tmp_path), **LAYERS)
+    for message in pool.run(wrong_world, str(tmp_path)):
+        assert "spans all 2 ranks of the default group, but tp_size=4" in message
+
+
+def test_without_a_process_group():
+    with pytest.raises(ConfigError, match="no default process group for 2 ranks"):
+        hf.from_pretrained("anywhere", ParallelConfig(2))
+
+
+def test_one_rank_loads_the_whole_model(tmp_path):
+    save("llama", str(tmp_path), **LAYERS)
+    model = hf.from_pretrained(str(tmp_path), ParallelConfig(1))
+    assert model.model.layers[0].self_attn.o_proj.weight.shape == (64, 64)
+
+
+def test_without_transformers_the_error_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=r"tpfuse.hf needs transformers.*pip install 'tpfuse\[hf\]'"):
+        hf.compile(nn.Linear(1, 1))
+
+
+def test_the_compile_config_of_generate_names_the_backend():
+    model = unsharded("llama", **LAYERS)
+    hf.compile(model, options={"tpfuse.policy": "all"}, dynamic=False)
+    config = model.generation_config.compile_config
+    assert config.to_dict() == {
+        "backend": "tpfuse",
+        "mode": None,
+        "options": {"tpfuse.policy": "all"},
+        "fullgraph": False,
+        "dynamic": False,
+    }
+    assert config._compile_all_devices
+
+
+class LigerRMSNorm(nn.Module):
+    """Stands in for the class that Liger puts in place of a model's norm."""
+
+    def forward(self, x):
+        return x
+
+
+LigerRMSNorm.__module__ = "liger_kernel.transformers.rms_norm"
+
+
+def test_norms_that_a_graph_pass_cannot_see_are_warned_about():
+    model = unsharded("llama", **LAYERS)
+    assert hf.hidden_norms(model) == []
+    model.model.norm = LigerRMSNorm()
+    with pytest.warns(UserWarning, match="the model's norms come from liger_kernel"):
+        hf.compile(model)
+    model._use_kernels = True
+    assert "use_kernels=True" in hf.hidden_norms(model)[0]
