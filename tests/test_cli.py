@@ -9,6 +9,7 @@ import sys
 from dataclasses import dataclass
 
 import pytest
+import torch
 from browser.sample import report, write_dump
 from typer.testing import CliRunner
 
@@ -125,3 +126,15 @@ def test_without_jinja2_the_page_names_the_extra(folder, tmp_path):
         "tpfuse view:",
         "pip install 'tpfuse[inspect]'",
     )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_bench_without_a_gpu():
+    refused(tpfuse("bench"), "tpfuse bench: no GPU is visible")
+
+
+@pytest.mark.parametrize("command", ["view", "explain", "doctor", "bisect", "bench"])
+def test_every_command_has_help(command):
+    result = tpfuse(command, "--help")
+    assert result.returncode == 0
+    assert "Usage: tpfuse" in result.stdout

@@ -75,3 +75,18 @@ def test_ranks_under_torchrun_are_compared():
     assert differ.returncode != 0
     found = checks(differ)["TPFUSE_POLICY differs"]
     assert found["found"] == "unset on rank 0; all on rank 1"
+
+
+def test_gpus_that_cannot_reach_each_other_are_named(monkeypatch):
+    cuda = doctor.torch.cuda
+    for name, value in {
+        "is_available": True, "device_count": 3, "get_device_name": "GPU", "get_device_capability": (9, 0),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(cuda, "can_device_access_peer", lambda a, b: 2 not in (a, b))
+    monkeypatch.setattr(doctor, "_nccl", lambda: "2.28.0")
+    found = {check.name: check for check in doctor.gpus()}
+    assert found["GPU"].found.startswith("3 x GPU, capability 9.0")
+    assert found["peer access"].status == WARN
+    assert found["peer access"].found == "missing between GPUs 0-2, 1-2"
+    assert "library path" in found["peer access"].fix

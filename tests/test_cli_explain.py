@@ -108,16 +108,7 @@ def test_it_decides_as_a_real_compile_on_gloo_ranks_does(pool, tmp_path, name, s
         assert decisions(found.reports) == real[rank]
 
 
-SCATTERED = pytest.mark.xfail(
-    strict=True, reason="where rows are scattered, the pass takes the attention reduction of a MoE layer for the MLP's"
-)
-
-
-@pytest.mark.parametrize(
-    "sizes",
-    [(4, 2, 1, 2), (4, 2, 1, 4), pytest.param((4, 2, 1, 1), marks=SCATTERED), (4, 1, 1, None), (4, 4, 1, 1)],
-    ids=str,
-)
+@pytest.mark.parametrize("sizes", [(4, 2, 1, 2), (4, 2, 1, 4), (4, 2, 1, 1), (4, 1, 1, None), (4, 4, 1, 1)], ids=str)
 def test_the_graph_has_the_reductions_of_the_plan(tmp_path, sizes):
     models.config("deepseek_v3", **TINY_LAYERS["deepseek_v3"]).save_pretrained(tmp_path)
     assert explain(Request(str(tmp_path), ParallelConfig(*sizes), 3, dtype=torch.float32)).notes == []
