@@ -216,6 +216,17 @@ class _InductorPass(compat.custom_graph_pass()):  # type: ignore[misc]
         return store.key([*parts, *registered_spellings(), *group_shapes()])
 
 
+def graph_pass(options: dict[str, Any] | None = None) -> Any:
+    """The pass as an Inductor ``CustomGraphPass``, for engines that have a hook of their own for graph passes.
+
+    Args:
+        options: as for ``torch.compile``; ``tpfuse.inner`` is ignored, for the engine compiles.
+    Returns:
+        An object to call with a post-grad graph; its ``uuid()`` keeps compile caches usable, ``reports`` is what it did.
+    """
+    return _InductorPass(parse(options), training=False, previous=None)
+
+
 def _inductor(
     gm: GraphModule, inputs: Sequence[Any], parsed: Options, mode: str | None, training: bool
 ) -> Callable[..., Any]:
