@@ -27,7 +27,8 @@ def from_pretrained(path: Any, config: ParallelConfig, *, auto_class: Any = None
 
     Where attention and everything else share one group, transformers' own tensor parallelism loads it, and each rank reads
     only its share of the weights. Otherwise (attention DP, ``moe_dense_tp_size=1``, expert parallelism, or an attention that
-    transformers does not shard) every rank loads the whole model and keeps its share: it has to fit into memory once.
+    transformers does not shard) every rank loads the whole model into host memory, keeps its share, and under NCCL moves it
+    to its current CUDA device.
 
     Args:
         path: folder or Hub name, as for transformers.
@@ -59,6 +60,8 @@ def from_pretrained(path: Any, config: ParallelConfig, *, auto_class: Any = None
         model = auto_class.from_pretrained(path, distributed_config=distributed, **kwargs)
     else:
         model = _parallelize(auto_class.from_pretrained(path, **kwargs), config)
+        if "device_map" not in kwargs and dist.get_backend() == "nccl":
+            model.to(torch.device("cuda", torch.cuda.current_device()))  # after the cut: only this rank's share moves
     return model.eval().requires_grad_(False)
 
 
