@@ -12,7 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 from torch.fx import Graph, GraphModule, Node
-from torch.utils._pytree import tree_leaves
+from torch.fx.node import map_arg
 
 from tpfuse import compat
 
@@ -110,7 +110,9 @@ def fuse(
 
 
 def _outputs(graph: Graph) -> list[Node]:
-    return [leaf for leaf in tree_leaves(graph.output_node().args) if isinstance(leaf, Node)]
+    found: list[Node] = []
+    map_arg(graph.output_node().args, found.append)
+    return found
 
 
 def _keep_output_names(graph: Graph, names: list[str]) -> None:

@@ -107,7 +107,10 @@ def compile_as_vllm_does(rank: int, world_size: int, ir: bool, options: dict[str
     from torch._inductor import config
     from vllm_pass import VllmPass
 
+    import tpfuse
+
     torch._dynamo.reset()
+    tpfuse.clear_reports()  # fuel counts from here
     model = Model(2, ir, rank)
     x = torch.randn(3, layers.HIDDEN, generator=torch.Generator().manual_seed(rank)).bfloat16()
     ours = VllmPass(ranks=lambda name: range(world_size), options=options)
