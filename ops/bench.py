@@ -116,7 +116,7 @@ def _op(p: Problem) -> Call:
 CONTENDERS: dict[str, Callable[[Problem], Call]] = {
     "tpfuse": _op,
     "tpfuse no pdl": _forced(None, pdl="off"),
-    "tpfuse early pdl": _forced(None, pdl="early"),
+    "tpfuse end pdl": _forced(None, pdl="end"),
     "one-shot": _forced("one_shot"),
     "two-shot": _forced("two_shot"),
     "floor": _forced(None, wait=False),

@@ -61,9 +61,11 @@ _prepared: dict[tuple[Any, ...], Prepared] = {}
 _kernels: dict[tuple[Any, ...], Kernel] = {}
 
 
-def kernel_of(algorithm: str, c: Constants, world: int, groups: int, split: int, pdl: str, wait: bool = True) -> Kernel:
+def kernel_of(
+    algorithm: str, c: Constants, world: int, groups: int, split: int, pdl: str, wait: bool = True, attribute: bool = True
+) -> Kernel:
     """The kernel of a launch, not necessarily compiled yet."""
-    key = (algorithm, c, world, groups, split, pdl, wait)
+    key = (algorithm, c, world, groups, split, pdl, wait, attribute)
     found = _kernels.get(key)
     if found is None:
         from .kernels.one_shot import one_shot_kernel
@@ -72,7 +74,7 @@ def kernel_of(algorithm: str, c: Constants, world: int, groups: int, split: int,
 
         function = one_shot_kernel if algorithm == "one_shot" else two_shot_kernel
         options: dict[str, Any] = {"maxnreg": register_bound(algorithm, groups)}
-        if pdl != "off":
+        if pdl != "off" and attribute:
             options["launch_pdl"] = True
         constexprs = protocol_constants(c, world, Geometry(0, groups, split), wait=wait, pdl=pdl)
         found = _kernels[key] = Kernel(function, 4, constexprs, **options)
@@ -90,13 +92,18 @@ def plan_of(p: Plane, settings: plane.Settings, c: Constants, dtype: torch.dtype
     pdl = settings.dependent_launch if torch.cuda.get_device_capability(p.device) >= (9, 0) else "off"
 
     def fits(groups: int) -> int:
-        return most_programs(chosen.algorithm, groups, processors, p.sharers, settings.concurrent_planes, pdl)
+        return most_programs(chosen.algorithm, groups, processors, p.sharers, settings.concurrent_planes)
 
     launches = []
     for start in range(0, rows, chosen.rows_per_launch):
         n = min(chosen.rows_per_launch, rows - start)
         shape = geometry(n, c.groups, fits)
-        kernel = kernel_of(chosen.algorithm, c, p.world, shape.groups, shape.split, pdl, wait)
+        mode, attribute = pdl, True
+        if pdl == "early" and p.sharers > 1 and 2 * shape.programs > fits(shape.groups):
+            # Early launch puts two kernels of a rank side by side; on a shared GPU only two small ones fit for sure. A
+            # large one neither starts early nor lets its successor start before all of its polls are over.
+            mode, attribute = "end", False
+        kernel = kernel_of(chosen.algorithm, c, p.world, shape.groups, shape.split, mode, wait, attribute)
         launches.append(Launch(kernel, shape.programs, start, n))
     return Plan(chosen, tuple(launches))
 

@@ -107,17 +107,13 @@ def register_bound(algorithm: str, groups: int) -> int:
     return bounds[min(g for g in bounds if g >= groups)]
 
 
-def most_programs(
-    algorithm: str, groups: int, multiprocessors: int, sharers: int, concurrent: int, pdl: str = "off"
-) -> int:
+def most_programs(algorithm: str, groups: int, multiprocessors: int, sharers: int, concurrent: int) -> int:
     """How many programs of this rank may be in flight so that all programs of all ranks on the GPU are resident.
 
     With a GPU to itself a rank takes at most half of it: more programs do not help, and other kernels, or another
     plane on another stream, find room.
     """
     resident = min(16, REGISTERS_OF_AN_SM // (register_bound(algorithm, groups) * THREADS))
-    if pdl == "early":
-        concurrent *= 2  # the next kernel's programs already wait beside this one's
     if sharers == 1:
         return min(MAX_PROGRAMS, multiprocessors * max(1, resident // 2) // concurrent)
     return max(1, min(MAX_PROGRAMS, multiprocessors * resident // sharers // concurrent))

@@ -120,6 +120,8 @@ def run_ranks(
         if shared:
             variables |= {
                 "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1",
+                # Loading a kernel waits for the device, also for a peer's kernel that waits for this rank.
+                "CUDA_MODULE_LOADING": os.environ.get("CUDA_MODULE_LOADING", "EAGER"),
                 "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0],
             }
             variables |= stack.enter_context(mps(folder))
@@ -140,7 +142,7 @@ def run_ranks(
             return _collect(workers, timeout, may_die)
         finally:
             for process, _ in workers:
-                process.join(5)
+                process.join(1)
                 if process.is_alive():
                     process.kill()
                     process.join(5)

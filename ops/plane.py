@@ -54,7 +54,7 @@ from . import select as selection
 
 WATCHDOG_SECONDS = 60.0
 MIN_WORLD, MAX_WORLD = 2, 8
-DEPENDENT_LAUNCH = ("end", "early", "off")
+DEPENDENT_LAUNCH = ("early", "end", "off")
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Settings:
     algorithm: str = "auto"
     table: tuple[selection.Entry, ...] = field(default=selection.TABLE, repr=False)
     watchdog_seconds: float = WATCHDOG_SECONDS
-    dependent_launch: str = "end"
+    dependent_launch: str = "early"
     concurrent_planes: int = 1
 
     @classmethod
@@ -86,7 +86,7 @@ class Settings:
             algorithm=_word("TPFUSE_ALGORITHM", "auto", ("auto", *selection.ALGORITHMS)),
             table=selection.load_table(Path(table)) if table else selection.TABLE,
             watchdog_seconds=_number("TPFUSE_WATCHDOG_SECONDS", WATCHDOG_SECONDS, 0.001),
-            dependent_launch=_word("TPFUSE_PDL", "end", DEPENDENT_LAUNCH),
+            dependent_launch=_word("TPFUSE_PDL", "early", DEPENDENT_LAUNCH),
             concurrent_planes=int(_number("TPFUSE_CONCURRENT_PLANES", 1, 1)),
         )
 

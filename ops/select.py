@@ -66,7 +66,7 @@ TABLE: tuple[Entry, ...] = (
     # Several ranks on one GPU: there is no NCCL behind it, so the kernels take every size.
     Entry("any-shared", 2, 8 * MIB, UNBOUNDED, 4 * MIB, _SHARED),
     Entry("any-shared", 3, 512 * KIB, UNBOUNDED, 2 * MIB, _SHARED),
-    Entry("any-shared", 4, 256 * KIB, UNBOUNDED, 2 * MIB, _SHARED),
+    Entry("any-shared", 4, 512 * KIB, UNBOUNDED, 2 * MIB, _SHARED),
     Entry("any-shared", 5, 192 * KIB, UNBOUNDED, 1 * MIB, _SHARED),
     Entry("any-shared", 6, 128 * KIB, UNBOUNDED, 1 * MIB, _SHARED),
     Entry("any-shared", 7, 128 * KIB, UNBOUNDED, 1 * MIB, _SHARED),

@@ -30,7 +30,7 @@ def wait_for_previous_kernel(PDL: tl.constexpr):
     """With programmatic dependent launch: until the previous kernel in the stream has ended and its writes are visible.
 
     ``"early"`` lets the next kernel be launched at once. It waits here in its turn, so it reads nothing too soon; its
-    programs only sit beside ours, for which ``launch.most_programs`` leaves room.
+    programs only sit beside ours, for which ``dispatch.plan_of`` leaves room.
     """
     if PDL != "off":
         tl.extra.cuda.gdc_wait()

@@ -97,20 +97,24 @@ def kinds() -> list[Call]:
 
 
 def warm(calls: list[Call], rank: int, world: int, group: Any = None) -> None:
-    """Compile what the calls need, each rank its share, so that Triton's cache has it all."""
+    """Compile what the calls need, each rank its share; then every rank loads everything, before anything runs."""
     path = plane.describe_path(group)
     assert path.plane is not None, path.cause
-    for number, call in enumerate(calls):
+    found: dict[int, Any] = {}
+    for call in calls:
         flavour = NAMED[call.flavour]
         weight = None if call.flavour == "weightless" else call.weight_dtype or call.dtype
-        if number % world != rank or not call.rows or supports(call.dtype, weight, call.hidden, flavour):
+        if not call.rows or supports(call.dtype, weight, call.hidden, flavour):
             continue
         c = constants(call.dtype, weight, call.hidden, flavour, bias=call.bias, scaled=call.scale != 1.0,
                       has_residual=call.residual, post_norm=call.post_norm)
         for one in dispatch.plan_of(path.plane, path.settings, c, call.dtype, call.rows).launches:
-            if not one.kernel.ready:
-                one.kernel.compile(*dispatch.samples(c, path.plane))
-    dist.barrier()
+            found.setdefault(id(one.kernel), (one.kernel, c))
+    for mine in (True, False):
+        for number, (kernel, c) in enumerate(found.values()):
+            if (number % world == rank) == mine and not kernel.ready:
+                kernel.compile(*dispatch.samples(c, path.plane))
+        dist.barrier()
 
 
 def correctness(rank: int, world: int) -> list[str]:
@@ -190,6 +194,16 @@ class _Site:
         return (h != want_h).sum() + far.sum()
 
 
+def grow_the_cache() -> None:
+    """Allocate now what a test will need. On a shared GPU cudaMalloc waits for the kernels of all ranks, also for one
+    that waits for the rank which is allocating."""
+    large = [torch.empty(1 << 28, dtype=torch.uint8, device="cuda") for _ in range(4)]
+    small = [torch.empty(1 << 19, dtype=torch.uint8, device="cuda") for _ in range(128)]
+    del large, small
+    torch.cuda.synchronize()
+    dist.barrier()
+
+
 def random_calls(rank: int, world: int, count: int, seed: int) -> list[str]:
     """``count`` random calls: sizes, algorithms, groups, eager and graph replay mixed. Every result is checked."""
     rng = random.Random(seed)
@@ -237,6 +251,12 @@ def random_calls(rank: int, world: int, count: int, seed: int) -> list[str]:
     for group in groups:
         for hidden in hiddens:
             _Site(2, hidden, 0, pools, group[0], rank, group[1])()
+    capturing = torch.cuda.Stream()
+    grow_the_cache()
+    biggest = _Site(max(row_counts), max(hiddens), 0, pools, groups[0][0], rank, None)
+    check(biggest, *biggest())  # loads every torch kernel that the checks need
+    torch.cuda.synchronize()
+    dist.barrier()
     made = 0
     algorithms = ("auto", "one_shot", "two_shot")
     while made < count:
@@ -254,13 +274,16 @@ def random_calls(rank: int, world: int, count: int, seed: int) -> list[str]:
             sites = [site() for _ in range(rng.randrange(1, 6))]
             for s in sites:
                 s()  # warm
+            # Ranks that share a GPU: cudaMalloc and cudaFree of one wait for the kernels of all. So nobody may start a
+            # kernel that waits for a rank which is still capturing (torch.cuda.graph also empties the cache: not here).
             torch.cuda.synchronize()
-            # Capturing frees cached memory, and on a shared GPU cudaFree waits for the kernels of *all* processes: a rank
-            # that has captured must not start a kernel that waits for one that is still capturing.
             dist.barrier()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with torch.cuda.stream(capturing):
+                graph.capture_begin(capture_error_mode="thread_local")
                 outs = [s() for s in sites]
+                graph.capture_end()
+            torch.cuda.synchronize()
             dist.barrier()
             graphs.append((graph, sites, outs))
             made += len(sites)
@@ -297,10 +320,12 @@ def two_streams(rank: int, world: int, count: int) -> list[str]:
              for r in range(world + 1)]
     streams = [torch.cuda.Stream(), torch.cuda.Stream()]
     wrong = [torch.zeros((), dtype=torch.int64, device="cuda") for _ in streams]
+    grow_the_cache()
     for name in ("", "a", "b"):
         with plane.stream_class(name):
             for hidden in (4096, 1024):
-                _Site(1, hidden, 0, pools, list(range(world)), rank, None)()
+                s = _Site(1, hidden, 0, pools, list(range(world)), rank, None)
+                s.wrong(*s())
     torch.cuda.synchronize()
     dist.barrier()
     for n in range(count):
