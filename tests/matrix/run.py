@@ -1,0 +1,220 @@
+"""Run the fast suite and the golden counts over torch and transformers versions; fail on a silent loss of matches.
+
+    python tests/matrix/run.py                            every pair; environments are made under .cache/matrix
+    python tests/matrix/run.py --ends                     oldest and newest torch, newest transformers (what CI runs)
+    python tests/matrix/run.py --torch 2.11 --no-suite    one torch, counts only
+    python tests/matrix/run.py --table docs/versions.md   also write the table between its markers
+
+Each torch gets a virtual environment, each transformers a folder on the path. A version that cannot be installed is listed
+as such; it does not fail the run, a lost match or a failing test does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import subprocess
+import sys
+import venv
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+GOLDEN = Path(__file__).with_name("golden.json")
+TORCH = ("2.11.0", "2.12.1", "2.13.0", "2.14.1", "2.15.0")
+TRANSFORMERS = ("5.22.2", "5.23.0", "5.24.0")
+TOOLS = (
+    *("accelerate", "safetensors", "gguf", "numpy", "sympy"),
+    *("pytest", "pytest-timeout", "hypothesis", "jsonschema", "rich", "typer", "jinja2"),
+)
+FAST = "not ranks and not gpu and not slow"
+BEGIN, END = "<!-- matrix: begin -->", "<!-- matrix: end -->"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One environment: a torch with a transformers."""
+
+    torch: str
+    transformers: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one pair showed.
+
+    Attributes:
+        counts: model -> [found, fused], or text where a model gave no count; None when the pair did not install.
+        losses: models whose count is not the golden one.
+        suite: the last line of the fast suite, or why it did not run.
+        suite_failed: whether it ran and failed.
+    """
+
+    pair: Pair
+    counts: dict[str, list[int] | str] | None
+    losses: tuple[str, ...] = ()
+    suite: str = "not run"
+    suite_failed: bool = False
+
+
+class NotInstalled(Exception):
+    """A version that pip cannot provide on this machine."""
+
+
+def pip(python: Path, *arguments: str, folder: Path) -> None:
+    """Install with exact versions; constraints that the machine sets for other purposes do not apply."""
+    nothing = folder / "no-constraints.txt"
+    nothing.touch()
+    command = [str(python), "-m", "pip", "install", "--quiet", *arguments]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "PIP_CONSTRAINT": str(nothing)}, check=False
+    )
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+        raise NotInstalled(lines[-1] if lines else done.stderr[-300:])
+
+
+def environment(torch: str, folder: Path) -> Path:
+    """The python of a virtual environment with this torch, tpfuse and the test tools."""
+    root = folder / f"torch-{torch}"
+    python = root / "bin" / "python"
+    if not (root / ".installed").exists():
+        venv.create(root, with_pip=True)
+        pip(python, f"torch=={torch}", f"transformers=={TRANSFORMERS[-1]}", *TOOLS, folder=folder)
+        pip(python, "--no-deps", "--editable", str(ROOT), folder=folder)
+        (root / ".installed").touch()
+    return python
+
+
+def overlay(python: Path, transformers: str, folder: Path) -> str:
+    """A folder with another transformers to put on the path; empty for the one of the environment."""
+    if transformers == TRANSFORMERS[-1]:
+        return ""
+    target = folder / f"transformers-{transformers}"
+    if not target.is_dir():
+        pip(python, "--no-deps", "--target", str(target), f"transformers=={transformers}", folder=folder)
+    return str(target)
+
+
+def run(python: Path, path: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run([str(python), *arguments], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+
+
+def counts(python: Path, path: str, models: list[str]) -> dict[str, list[int] | str]:
+    done = run(python, path, "tests/matrix/golden.py", *models)
+    lines = [line for line in done.stdout.splitlines() if line.startswith('{"torch"')]
+    if not lines:
+        raise RuntimeError(f"tests/matrix/golden.py gave no counts:\n{done.stderr[-2000:]}")
+    return json.loads(lines[-1])["counts"]
+
+
+def suite(python: Path, path: str) -> tuple[str, bool]:
+    """(last line, failed) of the fast suite."""
+    done = run(python, path, "-m", "pytest", "tests", "-m", FAST, "-q", "-p", "no:cacheprovider", "--tb=line")
+    lines = [line for line in done.stdout.splitlines() if line.strip()]
+    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    for line in failed:
+        print(f"    {line}")
+    return (lines[-1] if lines else done.stderr[-200:]), done.returncode != 0
+
+
+def check(pair: Pair, found: dict[str, list[int] | str], golden: dict[str, list[int]]) -> tuple[str, ...]:
+    """Models whose count differs from the golden one, said in words."""
+    return tuple(
+        f"{model}: {found[model]}, golden {golden[model]}"
+        for model in golden
+        if model in found and found[model] != golden[model]
+    )
+
+
+def measure(pair: Pair, folder: Path, models: list[str], with_suite: bool) -> Result:
+    try:
+        python = environment(pair.torch, folder)
+        path = overlay(python, pair.transformers, folder)
+    except NotInstalled as error:
+        return Result(pair, None, suite=f"not installed: {error}")
+    found = counts(python, path, models)
+    losses = check(pair, found, json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {})
+    if not with_suite:
+        return Result(pair, found, losses)
+    line, failed = suite(python, path)
+    return Result(pair, found, losses, line, failed)
+
+
+def table(results: list[Result]) -> Iterator[str]:
+    """A Markdown table: one row a pair, golden counts as found/fused."""
+    models = list(dict.fromkeys(m for r in results for m in (r.counts or {})))
+    yield f"| torch | transformers | {' | '.join(models)} | fast suite |"
+    yield "|" + "---|" * (len(models) + 3)
+    for r in results:
+        if r.counts is None:
+            cells = ["-"] * len(models)
+        else:
+            cells = [_cell(r.counts.get(model)) for model in models]
+        yield f"| {r.pair.torch} | {r.pair.transformers} | {' | '.join(cells)} | {r.suite.strip('= ')} |"
+
+
+def _cell(count: list[int] | str | None) -> str:
+    if count is None:
+        return "-"
+    return f"{count[0]}/{count[1]}" if isinstance(count, list) else "error"
+
+
+def write_table(file: Path, lines: list[str]) -> None:
+    text = file.read_text()
+    before, rest = text.split(BEGIN)
+    after = rest.split(END)[1]
+    date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    file.write_text(f"{before}{BEGIN}\nRun on {date}.\n\n" + "\n".join(lines) + f"\n{END}{after}")
+
+
+def pairs(torches: list[str], transformers: list[str], ends: bool) -> list[Pair]:
+    if ends:
+        return [Pair(torches[0], transformers[-1]), Pair(torches[-1], transformers[-1])]
+    return [Pair(t, h) for t in torches for h in transformers]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--torch", action="append", help="a version or its beginning, e.g. 2.11; may be repeated")
+    parser.add_argument("--transformers", action="append", help="likewise")
+    parser.add_argument("--ends", action="store_true", help="oldest and newest torch with the newest transformers only")
+    parser.add_argument("--no-suite", action="store_true", help="golden counts only")
+    parser.add_argument("--models", nargs="*", default=[], help="models to count; default is all")
+    parser.add_argument("--folder", type=Path, default=ROOT / ".cache" / "matrix", help="where environments are kept")
+    parser.add_argument("--table", type=Path, help="Markdown file whose marked part is replaced by the table")
+    parser.add_argument("--write", action="store_true", help="make the counts of the last pair the golden ones")
+    given = parser.parse_args()
+    given.folder.mkdir(parents=True, exist_ok=True)
+    chosen = [v for v in TORCH if not given.torch or any(v.startswith(t) for t in given.torch)]
+    libraries = [v for v in TRANSFORMERS if not given.transformers or any(v.startswith(t) for t in given.transformers)]
+    results = []
+    for pair in pairs(chosen, libraries, given.ends):
+        print(f"torch {pair.torch}, transformers {pair.transformers}", flush=True)
+        # The suite once a torch: transformers touches only the models, and those are counted for every pair.
+        with_suite = not given.no_suite and pair.transformers == libraries[-1]
+        result = measure(pair, given.folder, given.models, with_suite)
+        results.append(result)
+        print(f"    {result.counts if result.counts is not None else result.suite}")
+        for loss in result.losses:
+            print(f"    LOST OR CHANGED {loss}")
+        if with_suite and result.counts is not None:
+            print(f"    fast suite: {result.suite}", flush=True)
+    if given.write and results[-1].counts:
+        GOLDEN.write_text(json.dumps(results[-1].counts, indent=1) + "\n")
+    lines = list(table(results))
+    print("\n".join(["", *lines]))
+    if given.table:
+        write_table(given.table, lines)
+    ran = [r for r in results if r.counts is not None]
+    if not ran:
+        print("no pair could be installed", file=sys.stderr)
+    return int(not ran or any(r.losses or r.suite_failed for r in ran))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
