@@ -94,21 +94,22 @@ def _repeat(graph: Graph, steps: tuple[Node, ...], start: Node) -> Node:
         new = graph.call_function(cast(Any, step.target), (current, *step.args[1:]), dict(step.kwargs))
         shape, model = values.value(step), values.value(current)
         if shape is not None and model is not None:
-            new.meta["val"] = model.new_empty(shape.shape)
+            new.meta["val"] = shape if shape.dtype == model.dtype else model.new_empty(shape.shape)
         current = new
     return current
 
 
 def _describe(candidate: Candidate, fused: Node, normed: Node, summed: Node) -> None:
-    """Give the new nodes the fake tensors that later passes ask for."""
-    like = values.value(candidate.h.root)
-    out = values.value(candidate.norm.out)
+    """Give the new nodes the fake tensors that later passes ask for: those of the nodes they stand for, where shapes agree."""
+    like, out = values.value(candidate.h.root), values.value(candidate.norm.out)
     if like is None or out is None:
         return
-    normed.meta["val"] = like.new_empty(like.shape, dtype=out.dtype)
-    total = like.dtype if candidate.post_add is None else torch.promote_types(like.dtype, out.dtype)
-    summed.meta["val"] = like.new_empty(like.shape, dtype=total)
-    fused.meta["val"] = (normed.meta["val"], summed.meta["val"])
+    total = like if candidate.post_add is None else values.value(candidate.post_add)
+    if candidate.reshapes:
+        out = like.new_empty(like.shape, dtype=out.dtype)
+        total = total if total is like or total is None else like.new_empty(like.shape, dtype=total.dtype)
+    normed.meta["val"], summed.meta["val"] = out, total
+    fused.meta["val"] = (out, total)
 
 
 def _erase(graph: Graph, candidate: Candidate) -> None:

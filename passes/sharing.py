@@ -6,9 +6,11 @@ sums the wrong ranks and says nothing.
 
 from __future__ import annotations
 
+import heapq
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from torch.fx import Node
 
@@ -45,6 +47,7 @@ MACHINERY = re.compile(
 )
 FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 SEARCH_LIMIT = 400  # nodes looked at behind one all-reduce
+NEAR = 12  # of these, the ones whose module names are read
 
 
 @dataclass(frozen=True)
@@ -65,12 +68,11 @@ class Place:
 def place(collective: Collective, order: dict[Node, int]) -> Place:
     """Role and layer from the module stack, else from the dataflow; unknown stays unknown."""
     paths = [_module_path(collective.node)]
-    producers = _producers(collective, order)
-    paths += [_module_path(n) for n in producers[:12]]
+    paths += [_module_path(n) for n in islice(_producers(collective, order), NEAR)]
     role = next((r for r in map(_role_of_path, paths) if r is not None), None)
     layer = next((n for n in map(_layer_of_path, paths) if n is not None), None)
     if role is None:
-        role = _role_of_dataflow(producers)
+        role = _role_of_dataflow(_producers(collective, order))
     if role == "embedding":
         layer = None
     return Place(role or "other", layer, source_line(collective.node))
@@ -103,24 +105,24 @@ def _layer_of_path(path: str) -> int | None:
     return int(found.group(1)) if found else None
 
 
-def _producers(collective: Collective, order: dict[Node, int]) -> list[Node]:
+def _producers(collective: Collective, order: dict[Node, int]) -> Iterator[Node]:
     """Nodes behind the partial sum, nearest first, not beyond the previous reductions."""
-    found: list[Node] = []
-    queue, seen = [collective.x], set()
-    while queue and len(found) < SEARCH_LIMIT:
-        queue.sort(key=lambda n: -order[n])
-        node = queue.pop(0)
-        if node in seen or node.op != "call_function":
+    heap = [(-order[collective.x], collective.x)]
+    seen = {collective.x}
+    for _ in range(SEARCH_LIMIT):
+        if not heap:
+            return
+        _, node = heapq.heappop(heap)
+        if node.op != "call_function" or spelling_of(node) is not None or "tpfuse" in str(node.target):
             continue
-        seen.add(node)
-        if spelling_of(node) is not None or "tpfuse" in str(node.target):
-            continue
-        found.append(node)
-        queue.extend(node.all_input_nodes)
-    return found
+        yield node
+        for source in node.all_input_nodes:
+            if source not in seen:
+                seen.add(source)
+                heapq.heappush(heap, (-order[source], source))
 
 
-def _role_of_dataflow(producers: list[Node]) -> str | None:
+def _role_of_dataflow(producers: Iterable[Node]) -> str | None:
     """Attention has an attention kernel or a softmax between two batched products; an MLP an activation; else unknown."""
     softmax = bmm = False
     activation = embedding = False

@@ -49,7 +49,7 @@ class Candidate:
 
     Attributes:
         collective: the all-reduce.
-        chain: alias nodes between the sum and the first term, to be repeated on the partial sum.
+        chain: alias nodes between the sum and its last term; their reshapes are repeated on the partial sum.
         terms: in order, at most one bias (or full addend), one scale, one residual.
         bias: vector or full addend, or None.
         scale: 1.0 when there is none.
@@ -172,8 +172,7 @@ class Walk:
                 return term, pattern
             if term is None or len(terms) == MAX_TERMS:
                 return self._no_norm(current, terms), pattern
-            if not terms:
-                chain = self._chain(current, term)
+            chain += self._chain(current, term)
             terms.append(term)
             current = values.aliases(term.node, self.order)
 
@@ -274,6 +273,15 @@ class Walk:
         for operand in operands:
             if values.depends_on(operand, c.node, self.order):
                 return Refusal(Reason.RESIDUAL_DERIVED, f"{operand.name} is computed from the sum itself")
+        if (
+            bias is not None
+            and not values.is_vector(bias, values.width(h.root))
+            and not values.same_shape(bias, h.root)
+        ):
+            return Refusal(
+                Reason.RESIDUAL_SHAPE,
+                f"{bias.name} is {_shape(bias)}; the sum is reshaped to {_shape(h.root)} after it is added",
+            )
         candidate = Candidate(c, chain, tuple(terms), bias, scale, residual, h, norm)
         return candidate if residual is not None else self._post(candidate)
 

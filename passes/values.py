@@ -44,6 +44,7 @@ RESHAPES = overloads(
     "_reshape_copy.default",
     "view_copy.default",
 )
+EXPANDS = overloads("expand.default")
 IDENTITIES = overloads(
     "clone.default",
     "detach.default",
@@ -131,7 +132,7 @@ def is_alias(node: Node, source: Node) -> bool:
     if old.dim() == 0 or new.dim() == 0 or not compat.statically_true(new.shape[-1] == old.shape[-1]):
         return False
     # expand() keeps the last dimension too, but repeats rows unless the number of rows stays.
-    return node.target not in overloads("expand.default") or same_shape(node, source)
+    return node.target not in EXPANDS or same_shape(node, source)
 
 
 @dataclass

@@ -509,3 +509,16 @@ def test_every_reason_is_a_code_with_a_remedy():
 
     assert set(REMEDIES) == set(Reason)
     assert all(remedy.endswith(".") for remedy in REMEDIES.values())
+
+
+def test_views_between_scale_and_residual_leave_nothing_running():
+    def f(x, r, w):
+        y = all_reduce(x.view(-1, H)).view(x.shape) * 0.5
+        h = y.view(-1, H) + r.view(-1, H)
+        return llama(h, w), h
+
+    args = inputs()[:3]
+    gm = graphs.trace(f, args)
+    new, report = graphs.fused_copy(gm, PassOptions(policy="all", verify=True))
+    assert report.sites[0].fused, report.sites
+    assert graphs.equal(gm(*args), new(*args)) and graphs.all_reduces_left(new) == 0

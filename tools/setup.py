@@ -20,11 +20,16 @@ GPU_HAS_TORCH = "import torch, sys; sys.exit(0 if torch.cuda.is_available() else
 
 
 def main() -> int:
-    if sys.version_info < (3, 10):
-        print(f"setup: this is Python {sys.version.split()[0]}; tpfuse needs 3.10 or newer. Use make PYTHON=...", file=sys.stderr)
+    if sys.version_info < (3, 10):  # noqa: UP036  (run by whatever Python the user has)
+        print(
+            f"setup: this is Python {sys.version.split()[0]}; tpfuse needs 3.10 or newer. Use make PYTHON=...",
+            file=sys.stderr,
+        )
         return 2
     folder = Path(sys.argv[1])
-    use_installed = shutil.which("nvidia-smi") is not None and run([sys.executable, "-c", GPU_HAS_TORCH], check=False) == 0
+    use_installed = (
+        shutil.which("nvidia-smi") is not None and run([sys.executable, "-c", GPU_HAS_TORCH], check=False) == 0
+    )
     print(f"setup: {folder} with {'the installed torch' if use_installed else 'a CPU build of torch'}", flush=True)
     venv.EnvBuilder(with_pip=True, clear=False, system_site_packages=use_installed).create(folder)
     python = folder / "bin" / "python"

@@ -1,0 +1,198 @@
+"""What a program means: sympy decides whether some step is ``s * g / sqrt(mean(s**2) + eps)``, and says what else it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sympy
+import torch
+
+from .program import REDUCTIONS, Leaf, Ref, Step
+from .reasons import Reason, Refusal
+
+S = sympy.Symbol("s", real=True)
+Q = sympy.Symbol("mean_s2", positive=True)
+M = sympy.Symbol("mean_s", real=True)
+
+
+def _number(constant: float | int) -> sympy.Rational:
+    return sympy.Rational(constant)
+
+
+class Meaning:
+    """A program interpreted over sympy symbols.
+
+    Attributes:
+        exprs: one expression a step; None where a step is not expressible.
+        notes: near misses seen on the way, by reason.
+    """
+
+    def __init__(self, steps: tuple[Step, ...], leaves: tuple[Leaf, ...], hidden: int) -> None:
+        self.steps, self.leaves, self.hidden = steps, leaves, hidden
+        self.notes: dict[Reason, str] = {}
+        self.opaque = 0
+        self.weights = {
+            i: sympy.Symbol(f"w{i}" if leaf.shape == "vector" else f"c{i}", real=True) for i, leaf in enumerate(leaves)
+        }
+        self.exprs: list[Any] = []
+        for step in steps:
+            self.exprs.append(self._evaluate(step))
+
+    def _fresh(self, name: str) -> sympy.Symbol:
+        self.opaque += 1
+        return sympy.Symbol(f"{name}{self.opaque}", real=True)
+
+    def _operand(self, arg: Any) -> Any:
+        if isinstance(arg, Ref):
+            if arg.kind == "s":
+                return S
+            if arg.kind == "step":
+                return self.exprs[arg.index]
+            leaf = self.leaves[arg.index]
+            plus = sum(1 for name, _ in leaf.chain if name == "plus_one")
+            return self.weights[arg.index] + plus
+        if isinstance(arg, bool) or not isinstance(arg, int | float):
+            return None
+        return _number(arg)
+
+    def _evaluate(self, step: Step) -> Any:
+        args = [self._operand(a) for a in step.args]
+        a = args[0] if args else None
+        b = args[1] if len(args) > 1 else None
+        if step.kind in ("variance", "layer_norm"):
+            self.notes[Reason.LAYER_NORM] = f"{step.target} subtracts the mean"
+            return None
+        if step.kind == "item":
+            return a if step.args[1] == 0 else None
+        if a is None:
+            return None
+        if step.kind in {"same", "part"}:
+            if step.kept:
+                return a
+            if a.has(S):
+                return self._fresh("part")
+            return None
+        if step.kind == "cast":
+            return a
+        if step.kind == "square":
+            return a**2
+        if step.kind == "rsqrt":
+            return 1 / sympy.sqrt(a)
+        if step.kind == "sqrt":
+            return sympy.sqrt(a)
+        if step.kind == "reciprocal":
+            return 1 / a
+        if step.kind == "fused":
+            return self._fused(step, a)
+        if step.kind in ("mean", "sum", "norm2"):
+            if not step.last_dim:
+                self.notes[Reason.MEAN_DIM] = f"{step.target} does not reduce just the last dimension"
+                return None
+            inner = a**2 if step.kind == "norm2" else a
+            mean = self._mean(inner)
+            if step.kind == "mean":
+                return mean
+            return sympy.sqrt(self.hidden * mean) if step.kind == "norm2" else self.hidden * mean
+        if b is None:
+            return None
+        if step.kind == "pow":
+            return a**b
+        return {"mul": a * b, "div": a / b, "add": a + b, "sub": a - b}[step.kind]
+
+    def _fused(self, step: Step, a: Any) -> Any:
+        shape, weight, eps = ([*list(step.args[1:]), None, None])[:3]
+        if tuple(shape) != (self.hidden,):
+            self.notes[Reason.PARTIAL_WIDTH] = (
+                f"{step.target} normalises over {tuple(shape)}, the width is {self.hidden}"
+            )
+            return None
+        if a != S:
+            return None
+        gain = self._operand(weight) if weight is not None else 1
+        return S * gain / sympy.sqrt(Q + _number(fused_eps(eps, step.dtype)))
+
+    def _mean(self, inner: Any) -> Any:
+        inner = sympy.expand(inner)
+        if not inner.has(S) and not any(str(x).startswith(("part", "w")) for x in inner.free_symbols):
+            return inner
+        factor = sympy.cancel(inner / S**2)
+        if not factor.has(S) and not any(str(x).startswith(("part", "w")) for x in factor.free_symbols):
+            return factor * Q
+        factor = sympy.cancel(inner / S)
+        if not factor.has(S) and not any(str(x).startswith(("part", "w")) for x in factor.free_symbols):
+            self.notes.setdefault(Reason.LAYER_NORM, "the mean of the values themselves is taken")
+            return factor * M
+        names = [str(x) for x in inner.free_symbols]
+        if any(n.startswith("part") for n in names):
+            self.notes[Reason.PARTIAL_WIDTH] = "the mean covers a slice or a regrouping of the last dimension"
+        elif any(n.startswith("w") for n in names):
+            self.notes[Reason.WEIGHT_INSIDE_MEAN] = f"the mean is of {inner}, expected s**2"
+        return self._fresh("mean")
+
+    def gain(self, expr: Any) -> tuple[Any, Any] | None:
+        """(g, eps) when ``expr`` equals ``s * g / sqrt(mean(s**2) + eps)``, else None."""
+        if expr is None or not expr.has(S) or not expr.has(Q):
+            return None
+        squared = sympy.cancel(expr**2)
+        options: list[Any] = [sympy.Integer(1)]
+        for index, leaf in enumerate(self.leaves):
+            if leaf.shape == "vector" and expr.has(self.weights[index]):
+                options += [self.weights[index], 1 + self.weights[index]]
+        for g in options:
+            eps = sympy.cancel(S**2 * g**2 / squared - Q)
+            eps_free = eps.free_symbols
+            if eps_free and all(str(x).startswith("c") for x in eps_free):
+                self.notes[Reason.EPS_NOT_CONSTANT] = self._symbolic_eps()
+                continue
+            if eps_free or not eps.is_real or eps < 0:
+                continue
+            sample = {S: 2, Q: 3, **dict.fromkeys(self.weights.values(), 5)}
+            if expr.subs(sample) > 0:  # the square forgets the sign
+                return g, eps
+        return None
+
+    def _symbolic_eps(self) -> str:
+        for step in self.steps:
+            refs = [a for a in step.args if isinstance(a, Ref)]
+            scalar = any(r.kind == "leaf" and self.leaves[r.index].shape == "scalar" for r in refs)
+            if step.kind in ("mul", "div") and scalar and any(r.kind == "s" for r in refs):
+                return (
+                    "the sum is multiplied by a scalar tensor before the norm; only a Python number can be part of it"
+                )
+        return "eps is a tensor or a symbolic number of the graph"
+
+    def miss(self) -> Refusal | None:
+        """Why no step is a norm, most telling reason first; None when nothing here even looks like one."""
+        seen = tuple(dict.fromkeys(s.kind for s in self.steps if s.kind not in ("same", "item")))
+        priority = (
+            Reason.LAYER_NORM,
+            Reason.MEAN_DIM,
+            Reason.PARTIAL_WIDTH,
+            Reason.WEIGHT_INSIDE_MEAN,
+            Reason.EPS_NOT_CONSTANT,
+        )
+        for reason in priority:
+            if reason in self.notes:
+                return Refusal(reason, self.notes[reason], seen)
+        root = sympy.sqrt(Q)
+        for expr in self.exprs:
+            if expr is None:
+                continue
+            for power in expr.atoms(sympy.Pow):
+                if power.exp.is_negative and power.base.is_Add and root in power.base.args:
+                    return Refusal(
+                        Reason.EPS_OUTSIDE_ROOT,
+                        f"the value is divided by {power.base}, expected sqrt(mean + eps)",
+                        seen,
+                    )
+        if any(s.kind in REDUCTIONS for s in self.steps):
+            last = next((e for e in reversed(self.exprs) if e is not None), None)
+            return Refusal(Reason.UNKNOWN_NORM, f"matched up to {seen[-1] if seen else 'nothing'}: {last}", seen)
+        return None
+
+
+def fused_eps(eps: float | None, out: torch.dtype | None) -> float:
+    """The eps that ``rms_norm`` uses for None: that of its accumulation dtype."""
+    if eps is not None:
+        return eps
+    return torch.finfo(torch.float64 if out == torch.float64 else torch.float32).eps

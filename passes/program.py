@@ -1,0 +1,252 @@
+"""Read the arithmetic that hangs on a value into a short program, detached from the graph.
+
+A program is what the rest of the norm matching looks at: it can be compared, remembered and run on other numbers.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from tpfuse import compat
+
+from . import values
+
+MAX_STEPS = 40  # the longest spelling in transformers 5.24 takes 14; more means that this is not one norm
+
+
+def _kinds() -> dict[Any, str]:
+    table = {
+        "cast": values.CASTS,
+        "same": values.IDENTITIES | values.RESHAPES,
+        "pow": values.overloads("pow.Tensor_Scalar"),
+        "square": values.overloads("square.default"),
+        "mul": values.overloads("mul.Tensor", "mul.Scalar"),
+        "div": values.overloads("div.Tensor", "div.Scalar"),
+        "add": values.overloads("add.Tensor", "add.Scalar"),
+        "sub": values.overloads("sub.Tensor", "sub.Scalar"),
+        "rsqrt": values.overloads("rsqrt.default"),
+        "sqrt": values.overloads("sqrt.default"),
+        "reciprocal": values.overloads("reciprocal.default"),
+        "mean": values.overloads("mean.dim"),
+        "sum": values.overloads("sum.dim_IntList"),
+        "norm2": values.overloads("linalg_vector_norm.default"),
+        "variance": values.overloads("var_mean.correction", "var.correction"),
+        "layer_norm": values.overloads("native_layer_norm.default"),
+        "fused": values.overloads("_fused_rms_norm.default", "rms_norm.default"),
+        "part": values.overloads("slice.Tensor", "narrow.default"),
+        "item": frozenset({operator.getitem}),
+    }
+    return {op: kind for kind, ops in table.items() for op in ops}
+
+
+KINDS = _kinds()
+REDUCTIONS = ("mean", "sum", "norm2", "variance", "layer_norm", "fused")
+
+
+@dataclass(frozen=True)
+class Ref:
+    """An operand: ``s`` itself, an earlier step, or a leaf from outside."""
+
+    kind: str  # "s" | "step" | "leaf"
+    index: int = 0
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """An operand that does not depend on ``s``.
+
+    Attributes:
+        shape: ``vector`` (one value per column) or ``scalar``.
+        base: dtype of the node at the start of ``chain``.
+        chain: what happens to it on the way: ``cast``/dtype pairs and ``("plus_one", None)``.
+        dtype: of the operand.
+    """
+
+    shape: str
+    base: torch.dtype | None
+    chain: tuple[tuple[str, Any], ...]
+    dtype: torch.dtype | None
+
+
+@dataclass(frozen=True)
+class Step:
+    """One arithmetic node. ``last_dim`` tells whether a reduction is over the last dimension alone; ``kept`` whether a
+    reshape or slice keeps the width; ``leaks`` whether a node outside the program reads the value."""
+
+    kind: str
+    target: Any
+    args: tuple[Any, ...]
+    dtype: torch.dtype | None
+    last_dim: bool = True
+    kept: bool = True
+    leaks: bool = False
+
+
+@dataclass
+class Program:
+    """Steps with the nodes they came from. Only the first three fields enter the memo."""
+
+    steps: list[Step] = field(default_factory=list)
+    leaves: list[Leaf] = field(default_factory=list)
+    nodes: list[Node] = field(default_factory=list)
+    leaf_nodes: list[tuple[Node, Node]] = field(default_factory=list)  # (operand, base of its chain)
+
+
+def read(source: values.Aliases, order: dict[Node, int], hidden: int) -> Program:
+    """The arithmetic that hangs on ``s``, in graph order, up to the first operation that no norm contains."""
+    known: dict[Node, Ref] = {name: Ref("s") for name in source.names}
+    leaves: dict[Node, Ref] = {}
+    program = Program()
+    queue = {user for name in source.names for user in name.users if user not in known}
+    rejected: set[Node] = set()
+    while queue and len(program.nodes) < MAX_STEPS:
+        node = min(queue, key=order.__getitem__)
+        queue.discard(node)
+        step = _step(node, known, leaves, program, hidden)
+        if step is None:
+            rejected.add(node)
+            continue
+        known[node] = Ref("step", len(program.steps))
+        program.steps.append(step)
+        program.nodes.append(node)
+        queue.update(user for user in node.users if user not in known and user not in rejected)
+    inside = set(program.nodes)
+    for index, node in enumerate(program.nodes):
+        leaks = any(user not in inside and not values.is_dead(user) for user in node.users)
+        if leaks:
+            step = program.steps[index]
+            program.steps[index] = Step(
+                step.kind, step.target, step.args, step.dtype, step.last_dim, step.kept, leaks=True
+            )
+    return program
+
+
+def _step(node: Node, known: dict[Node, Ref], leaves: dict[Node, Ref], program: Program, hidden: int) -> Step | None:
+    kind = KINDS.get(node.target) if node.op == "call_function" else None
+    if kind is None:
+        return None
+    if kind == "item" and not (node.args[0] in known and isinstance(node.args[1], int)):
+        return None
+    pending: list[tuple[Node, Leaf, Node]] = []
+    args: list[Any] = []
+    read = node.args[:1] if kind in ("same", "part", "cast", "mean", "sum", "norm2") else node.args
+    for arg in read:
+        if not isinstance(arg, Node):
+            args.append(tuple(arg) if isinstance(arg, list) else arg)
+            continue
+        ref = known.get(arg) or leaves.get(arg)
+        if ref is None:
+            leaf, base = _leaf(arg, hidden)
+            if leaf is None:
+                return None
+            pending.append((arg, leaf, base))
+            ref = Ref("leaf", len(program.leaves) + len(pending) - 1)
+        args.append(ref)
+    if any(isinstance(a, torch.SymInt | torch.SymFloat) for a in args):
+        return None
+    if kind in ("add", "sub") and node.kwargs.get("alpha", 1) != 1:
+        return None
+    for arg, leaf, base in pending:
+        leaves[arg] = Ref("leaf", len(program.leaves))
+        program.leaves.append(leaf)
+        program.leaf_nodes.append((arg, base))
+    last_dim, kept = True, True
+    tensor = values.value(node)
+    first = node.args[0] if node.args and isinstance(node.args[0], Node) else None
+    if kind in ("mean", "sum", "norm2"):
+        last_dim = _over_last_dim(node, kind)
+    elif kind in ("same", "part") and first is not None:
+        kept = _keeps_width(node, first, known)
+    return Step(kind, node.target, tuple(args), None if tensor is None else tensor.dtype, last_dim, kept)
+
+
+def _over_last_dim(node: Node, kind: str) -> bool:
+    tensor = values.value(node.args[0])
+    position = 2 if kind == "norm2" else 1
+    dims = node.args[position] if len(node.args) > position else node.kwargs.get("dim")
+    if kind == "norm2" and (node.args[1] if len(node.args) > 1 else 2) != 2:
+        return False
+    if tensor is None or not isinstance(dims, list | tuple) or len(dims) != 1 or not isinstance(dims[0], int):
+        return False
+    return dims[0] % tensor.dim() == tensor.dim() - 1
+
+
+def _keeps_width(node: Node, first: Node, known: dict[Node, Ref]) -> bool:
+    """Whether a reshape or slice leaves the last dimension as it is (or only adds or drops a 1, for a statistic)."""
+    new, old = values.value(node), values.value(first)
+    if new is None or old is None:
+        return False
+    if node.target in values.overloads("slice.Tensor", "narrow.default"):
+        return all(compat.statically_true(m == n) for m, n in zip(new.shape, old.shape, strict=True))
+    new_width = new.shape[-1] if new.dim() else 1
+    old_width = old.shape[-1] if old.dim() else 1
+    if compat.statically_true(new_width == old_width):
+        return True
+    # mean(..., keepdim=False).unsqueeze(-1): a statistic gains the dimension it lost.
+    return node.target in values.overloads("unsqueeze.default", "squeeze.dim") and (
+        compat.statically_true(new_width == 1) or compat.statically_true(old_width == 1)
+    )
+
+
+def _leaf(node: Node, hidden: int) -> tuple[Leaf | None, Node]:
+    tensor = values.value(node)
+    if tensor is None:  # a symbolic number, e.g. an eps that is a graph input
+        return Leaf("scalar", None, (), None), node
+    if tensor.dim() == 0 or (tensor.dim() == 1 and hidden != 1 and compat.statically_true(tensor.shape[0] == 1)):
+        return Leaf("scalar", tensor.dtype, (), tensor.dtype), node
+    if not values.is_vector(node, hidden):
+        return None, node
+    chain: list[tuple[str, Any]] = []
+    base = node
+    while base.op == "call_function":
+        kind = KINDS.get(base.target)
+        previous = next((a for a in base.args if isinstance(a, Node)), None)
+        if previous is None or not values.is_vector(previous, hidden):
+            break
+        if kind == "cast":
+            chain.append(("cast", values.dtype(base)))
+        elif kind == "add" and any(isinstance(a, int | float) and a == 1 for a in base.args):
+            chain.append(("plus_one", None))
+        elif kind != "same":
+            break
+        base = previous
+    while base.op == "call_function" and KINDS.get(base.target) == "same":
+        base = base.args[0]  # type: ignore[assignment]
+    base_tensor = values.value(base)
+    if base_tensor is None or base_tensor.dim() != 1:
+        return Leaf("vector", tensor.dtype, (), tensor.dtype), node
+    return Leaf("vector", base_tensor.dtype, tuple(reversed(chain)), tensor.dtype), base
+
+
+def ancestors(steps: tuple[Step, ...], out: int) -> set[int]:
+    seen, stack = set(), [out]
+    while stack:
+        index = stack.pop()
+        if index in seen:
+            continue
+        seen.add(index)
+        stack.extend(a.index for a in steps[index].args if isinstance(a, Ref) and a.kind == "step")
+    return seen
+
+
+def closed(steps: tuple[Step, ...], out: int, inside: set[int]) -> bool:
+    """Whether nothing but a cast or square of ``s`` is read from outside the norm (those are cheap to keep)."""
+    for index, step in enumerate(steps):
+        if index in inside:
+            if index != out and step.leaks and not early(steps, index):
+                return False
+            continue
+        for arg in step.args:
+            read = isinstance(arg, Ref) and arg.kind == "step" and arg.index in inside and arg.index != out
+            if read and not early(steps, arg.index):
+                return False
+    return True
+
+
+def early(steps: tuple[Step, ...], index: int) -> bool:
+    return not any(steps[i].kind in REDUCTIONS for i in ancestors(steps, index))

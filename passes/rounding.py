@@ -1,0 +1,349 @@
+"""Where a norm casts and rounds: derive its flavour, then prove that the flavour repeats the model's bits.
+
+The proof has two parts. By structure: the flavour runs the same operations on the same dtypes in the same order. By numbers:
+both give the same bits on random rows. The first excludes differences too rare for samples, the second excludes mistakes
+in the first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+
+from tpfuse import compat
+
+from ..ops import reference
+from ..ops.flavour import Flavour
+from . import values
+from .program import Leaf, Ref, Step, ancestors
+
+
+@dataclass(frozen=True)
+class Match:
+    """A program that is a norm, by positions in the program."""
+
+    out: int
+    weight: int | None  # leaf
+    at_base: bool  # pass the base of the leaf's chain, not the operand
+    eps: float
+    flavour: Flavour
+    exact: bool
+
+
+@dataclass(frozen=True)
+class Proof:
+    """A norm's program, detached from the graph: enough to repeat the model's own operations on other numbers."""
+
+    steps: tuple[Step, ...]
+    leaves: tuple[Leaf, ...]
+    out: int
+    weight: int | None
+    at_base: bool
+
+    def run(self, s: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+        """The model's operations on rows ``s`` of shape ``(rows, H)``; ``weight`` is what the fused op is given."""
+        operands = []
+        for index, leaf in enumerate(self.leaves):
+            if index != self.weight or weight is None:
+                operands.append(torch.zeros((), dtype=leaf.dtype))
+            else:
+                operands.append(_operand_value(leaf, weight) if self.at_base else weight)
+        return _replay(self.steps, self.out, s, operands)
+
+
+def derive(
+    steps: tuple[Step, ...],
+    leaves: tuple[Leaf, ...],
+    out: int,
+    s_dtype: torch.dtype,
+    at_base: bool,
+) -> tuple[Flavour, int | None] | None:
+    """The flavour that the structure suggests, and the weight's leaf. The caller proves it."""
+    inside = ancestors(steps, out)
+
+    def name(dtype: torch.dtype | None) -> str:
+        return "float32" if dtype == torch.float32 else "input"
+
+    def operand_dtype(arg: Any) -> torch.dtype | None:
+        if not isinstance(arg, Ref):
+            return None
+        return s_dtype if arg.kind == "s" else steps[arg.index].dtype if arg.kind == "step" else leaves[arg.index].dtype
+
+    chain = [steps[i] for i in sorted(inside)]
+    out_dtype = steps[out].dtype
+    fused = next((s for s in chain if s.kind == "fused"), None)
+    reduction = next((s for s in chain if s.kind in ("mean", "sum")), None)
+    if reduction is None and fused is None:
+        return None
+    weight: int | None = None
+    gain, gain_dtype, normed = "none", "own", None
+    if fused is not None:
+        compute, mean, root = "float32" if s_dtype != torch.float64 else "input", "mean", "rsqrt"
+        normed = compute
+        weight = next((a.index for a in fused.args if isinstance(a, Ref) and a.kind == "leaf"), None)
+        gain = "none" if weight is None else "weight"
+    else:
+        assert reduction is not None
+        compute = name(operand_dtype(reduction.args[0]))
+        mean = reduction.kind
+        kinds = {s.kind for s in chain}
+        if "rsqrt" in kinds:
+            root = "rsqrt"
+        elif "sqrt" in kinds:
+            root = "mul_recip_sqrt" if _reciprocal(chain) else "div_sqrt"
+        else:
+            root = "pow"
+    for step in chain:
+        if step.kind not in ("mul",):
+            continue
+        refs = [a for a in step.args if isinstance(a, Ref)]
+        leaf = next((r for r in refs if r.kind == "leaf" and leaves[r.index].shape == "vector"), None)
+        other = next((r for r in refs if r is not leaf), None)
+        if leaf is None or other is None:
+            continue
+        weight, gain, normed = leaf.index, "weight", name(operand_dtype(other))
+    if weight is not None and at_base:
+        for what, to in leaves[weight].chain:
+            if what == "plus_one":
+                gain = "one_plus_weight"
+            elif what == "cast" and gain == "weight":
+                gain_dtype = name(to)
+    if normed is None:  # no gain: rounded once, at the end
+        normed = name(out_dtype)
+    if s_dtype == torch.float32:
+        normed = "input"
+    weight_dtype = None if weight is None else leaves[weight].base if at_base else leaves[weight].dtype
+    promoted = Flavour(compute, mean, root, normed, gain, gain_dtype, "promoted")
+    out_name = "promoted"
+    if reference.output_dtype(s_dtype, weight_dtype, promoted) != out_dtype:
+        out_name = "input" if out_dtype == s_dtype else "float32"
+    return Flavour(compute, mean, root, normed, gain, gain_dtype, out_name), weight
+
+
+def _reciprocal(chain: list[Step]) -> bool:
+    return any(
+        s.kind == "reciprocal" or (s.kind == "div" and s.args and not isinstance(s.args[0], Ref) and s.args[0] == 1)
+        for s in chain
+    )
+
+
+# -- the proof, by structure ------------------------------------------------------------------------------------------
+#
+# Two programs whose trees are equal run the same operations on the same dtypes in the same order, up to rewrites that
+# change no bit: operands of + and * swapped, h * h for h ** 2, 1 / x for reciprocal(x), type promotion spelled as a cast.
+
+
+def _commutes(kind: str, a: Any, b: Any) -> tuple[Any, ...]:
+    return (kind, *sorted((a, b), key=repr))
+
+
+def _cast(tree: Any, have: torch.dtype | None, want: torch.dtype | None) -> Any:
+    return tree if have == want or have is None or want is None else ("cast", want, tree)
+
+
+def _tree(steps: tuple[Step, ...], leaves: tuple[Leaf, ...], out: int, s_dtype: torch.dtype) -> Any:
+    """The program up to ``out`` as nested tuples, or None when it holds a step that no flavour has."""
+    trees: dict[int, Any] = {}
+
+    def operand(arg: Any) -> tuple[Any, torch.dtype | None]:
+        if not isinstance(arg, Ref):
+            return arg, None
+        if arg.kind == "s":
+            return "s", s_dtype
+        if arg.kind == "step":
+            return trees[arg.index], steps[arg.index].dtype
+        leaf = leaves[arg.index]
+        if leaf.shape != "vector":
+            return None, None
+        tree, have = ("w", arg.index), leaf.base
+        for what, to in leaf.chain:
+            if what == "cast":
+                tree, have = _cast(tree, have, to), to
+            else:
+                tree = _commutes("add", tree, 1.0)
+        return tree, leaf.dtype
+
+    for index in sorted(ancestors(steps, out)):
+        step = steps[index]
+        pairs = [operand(a) for a in step.args]
+        (a, have), b = pairs[0], pairs[1] if len(pairs) > 1 else (None, None)
+        if a is None:
+            return None
+        if step.kind in ("same", "part"):
+            tree = a if step.kept else None
+        elif step.kind == "cast":
+            tree = _cast(a, have, step.dtype)
+        elif step.kind == "square" or (step.kind == "pow" and b[0] == 2):
+            tree = ("mul", a, a)
+        elif step.kind == "pow":
+            tree = ("pow", a, float(cast(float, b[0])))
+        elif step.kind in ("mean", "sum"):
+            tree = (step.kind, a) if have == step.dtype else None
+        elif step.kind in ("rsqrt", "sqrt", "reciprocal"):
+            tree = (step.kind, a)
+        elif step.kind in ("mul", "add", "div") and b[0] is not None:
+            left = _cast(a, have, step.dtype) if have is not None else float(cast(float, a))
+            right = _cast(b[0], b[1], step.dtype) if b[1] is not None else float(b[0])
+            if step.kind == "div":
+                tree = ("reciprocal", right) if left == 1.0 else ("div", left, right)
+            elif step.kind == "mul" and 1.0 in (left, right):
+                tree = right if left == 1.0 else left
+            else:
+                tree = _commutes(step.kind, left, right)
+        else:
+            tree = None
+        if tree is None:
+            return None
+        trees[index] = tree
+    return trees[out]
+
+
+def _flavour_tree(
+    flavour: Flavour,
+    eps: float,
+    hidden: int,
+    s_dtype: torch.dtype,
+    weight: int | None,
+    chain: list[tuple[str, Any]],
+    base: Any,
+) -> Any:
+    """What ``reference.rms_norm`` does, as the same kind of tree."""
+    compute = torch.float32 if flavour.compute == "float32" else s_dtype
+    c = _cast("s", s_dtype, compute)
+    mean = ("mean", ("mul", c, c)) if flavour.mean == "mean" else ("div", ("sum", ("mul", c, c)), float(hidden))
+    v = _commutes("add", mean, eps)
+    roots = {
+        "rsqrt": lambda: _commutes("mul", c, ("rsqrt", v)),
+        "div_sqrt": lambda: ("div", c, ("sqrt", v)),
+        "mul_recip_sqrt": lambda: _commutes("mul", c, ("reciprocal", ("sqrt", v))),
+        "pow": lambda: _commutes("mul", c, ("pow", v, -0.5)),
+    }
+    tree, have = roots[flavour.root](), compute
+    want = torch.float32 if flavour.normed == "float32" else s_dtype
+    tree, have = _cast(tree, have, want), want
+    if flavour.gain != "none":
+        gain: Any = ("w", weight)
+        dtype = base
+        for what, to in chain:  # only for a weight that is passed as the operand itself
+            if what == "cast":
+                gain, dtype = _cast(gain, dtype, to), to
+            else:
+                gain = _commutes("add", gain, 1.0)
+        wanted = {"own": dtype, "float32": torch.float32, "input": s_dtype}[flavour.gain_dtype]
+        gain, dtype = _cast(gain, dtype, wanted), wanted
+        if flavour.gain == "one_plus_weight":
+            gain = _commutes("add", gain, 1.0)
+        result = torch.promote_types(have, dtype)
+        tree, have = _commutes("mul", _cast(tree, have, result), _cast(gain, dtype, result)), result
+    final = {"input": s_dtype, "float32": torch.float32, "promoted": have}[flavour.out]
+    return _cast(tree, have, final)
+
+
+def same_order(
+    steps: tuple[Step, ...], leaves: tuple[Leaf, ...], match: Match, s_dtype: torch.dtype, hidden: int
+) -> bool:
+    """Whether the flavour runs the model's operations in the model's order."""
+    if any(steps[i].kind == "fused" for i in ancestors(steps, match.out)):
+        return True  # one ATen operator: its order is its own business, and the numbers decide
+    leaf = None if match.weight is None else leaves[match.weight]
+    chain = [] if leaf is None or match.at_base else list(leaf.chain)
+    base = None if leaf is None else leaf.base
+    model = _tree(steps, leaves, match.out, s_dtype)
+    return model is not None and model == _flavour_tree(
+        match.flavour, match.eps, hidden, s_dtype, match.weight, chain, base
+    )
+
+
+# -- the proof, by numbers ------------------------------------------------------------------------------------------------------
+
+
+def _replay(steps: tuple[Step, ...], out: int, s: torch.Tensor, leaves: list[torch.Tensor]) -> torch.Tensor:
+    """The model's own operations, one by one, on real numbers. Reshapes are identities: rows are rows."""
+    inside = ancestors(steps, out)
+    results: dict[int, Any] = {}
+
+    def operand(arg: Any) -> Any:
+        if isinstance(arg, Ref):
+            return s if arg.kind == "s" else results[arg.index] if arg.kind == "step" else leaves[arg.index]
+        return list(arg) if isinstance(arg, tuple) else arg
+
+    for index in sorted(inside):
+        step = steps[index]
+        args = [operand(a) for a in step.args]
+        if step.kind in ("same", "part"):
+            results[index] = args[0]
+        elif step.kind == "cast":
+            results[index] = args[0].to(step.dtype)
+        elif step.kind in ("mean", "sum"):
+            results[index] = getattr(args[0], step.kind)(-1, keepdim=True, dtype=step.dtype)
+        elif step.kind == "norm2":
+            results[index] = torch.linalg.vector_norm(args[0], 2, -1, keepdim=True)
+        elif step.kind == "item":
+            results[index] = args[0][args[1]] if isinstance(args[0], tuple | list) else args[0]
+        elif step.kind == "fused":
+            shape, weight, eps = ([*args[1:], None, None])[:3]
+            results[index] = (torch.nn.functional.rms_norm(args[0], shape, weight, eps), None)
+            if step.target in values.overloads("rms_norm.default"):
+                results[index] = results[index][0]
+        else:
+            results[index] = step.target(*args)
+    return results[out]
+
+
+def _samples(s_dtype: torch.dtype, leaves: tuple[Leaf, ...], hidden: int) -> list[tuple[torch.Tensor, list[Any]]]:
+    """Random rows of several magnitudes with the weights that a model may have (near 1, near 0, negative)."""
+    samples = []
+    for seed in (11, 12):
+        generator = torch.Generator().manual_seed(seed)
+        s = torch.randn(4, hidden, generator=generator, dtype=torch.float64)
+        s *= torch.tensor([1.0, 30.0, 0.02, 300.0], dtype=torch.float64)[:, None]
+        tensors = []
+        for leaf in leaves:
+            if leaf.base is None or not leaf.base.is_floating_point:
+                tensors.append(torch.tensor(1e-6))
+                continue
+            shape = (hidden,) if leaf.shape == "vector" else ()
+            tensors.append(torch.randn(shape, generator=generator, dtype=torch.float64).to(leaf.base))
+        samples.append((s.to(s_dtype), tensors))
+    return samples
+
+
+def _operand_value(leaf: Leaf, base: torch.Tensor) -> torch.Tensor:
+    for what, to in leaf.chain:
+        base = base.to(to) if what == "cast" else base + 1.0
+    return base
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    equal: bool
+    close: bool
+
+
+def prove(
+    steps: tuple[Step, ...],
+    leaves: tuple[Leaf, ...],
+    out: int,
+    s_dtype: torch.dtype,
+    hidden: int,
+    flavour: Flavour,
+    weight: int | None,
+    at_base: bool,
+    eps: float,
+) -> _Comparison:
+    """Run the model's steps and the flavour's on the same random rows and compare bits (and, for relaxed, values)."""
+    equal = close = True
+    with compat.without_fake_mode(), torch.no_grad():
+        for s, bases in _samples(s_dtype, leaves, hidden):
+            operands = [_operand_value(leaf, base) for leaf, base in zip(leaves, bases, strict=True)]
+            w = None if weight is None else bases[weight] if at_base else operands[weight]
+            model = _replay(steps, out, s, operands)
+            ours = reference.rms_norm(s, w, eps, flavour)
+            if model.dtype != ours.dtype:
+                return _Comparison(False, False)
+            equal = equal and torch.equal(model, ours)
+            tolerance = 4 * torch.finfo(s_dtype).eps
+            close = close and torch.allclose(model.double(), ours.double(), rtol=tolerance, atol=tolerance)
+    return _Comparison(equal, close)
