@@ -149,6 +149,18 @@ class GraphReport:
             raise ReportFormatError(f"not a tpfuse report: not JSON ({error})") from error
         return cls.from_dict(data)
 
+    def __str__(self) -> str:
+        """The report as a table; plain text where rich is not installed."""
+        from tpfuse.inspect.table import text
+
+        return text(self)
+
+    def _repr_html_(self) -> str:
+        """The report as a notebook shows it."""
+        from tpfuse.inspect.table import html
+
+        return html(self)
+
     def summary(self) -> str:
         """One line, e.g. ``graph-0: 61 all-reduces, 60 fused, 1 kept (no-norm 1)``."""
         counts: dict[str, int] = {}

@@ -93,7 +93,6 @@ def _run_pass(
     """The pass with everything around it: fuel, dump, store."""
     before = _private_copy(graph) if parsed.dump else None
     report = fuse(graph, parsed.for_pass(store.fuel_left(parsed.fuel)), training=training, inner=parsed.inner)
-    report.notes.extend(_notes())
     if before is not None and parsed.dump is not None:
         from tpfuse.inspect import dump
 
@@ -118,10 +117,6 @@ def _copy_graph(graph: Graph) -> Graph:
     for old, copied in mapping.items():
         copied.meta = dict(old.meta)
     return new
-
-
-def _notes() -> list[str]:
-    return []
 
 
 def _aot(
