@@ -143,9 +143,10 @@ def test_a_whole_model_of_public_shape_with_the_shared_group(tmp_path, name):
     folder = folder_of(name, tmp_path)
     started, cpu = time.perf_counter(), time.process_time()
     found = explain(Request(folder, ParallelConfig(8, 2, 1, 4), rank=5))
-    print(
-        f"{name}: {found.layers} layers in {time.perf_counter() - started:.0f} s, {time.process_time() - cpu:.0f} s of CPU"
-    )
+    wall, cpu = time.perf_counter() - started, time.process_time() - cpu
+    print(f"{name}: {found.layers} layers in {wall:.0f} s, {cpu:.0f} s of CPU")
+    # A minute for 80 layers, in CPU time, so that a busy machine does not fail it: nearly all of it is one thread.
+    assert cpu < 60 * max(80, found.layers) / 80
     dense = {"llama": 126, "deepseek_v3": 3, "glm4_moe": 1, "qwen3_moe": 0}[name]
     experts = found.layers - dense
     assert any(row.into == "moe" for row in found.plan) == (experts > 0)
