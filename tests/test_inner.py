@@ -149,6 +149,8 @@ OVERLAP = {
     "overlap scheduling": {
         "aten_distributed_optimizations.enable_overlap_scheduling": True,
         "aten_distributed_optimizations.collective_bucketing": True,
+        # The other estimator runs each kernel on the GPU.
+        "aten_distributed_optimizations.compute_estimator": "analytical",
     },
 }
 
