@@ -47,14 +47,12 @@ def tokens_of(rank, config, sequences, length, seed):
     return torch.randint(1, 128, (sequences[block], length), generator=generator)
 
 
-def prefill_and_decode(model, prompt, token, before=None):
+def prefill_and_decode(model, prompt, token, arguments=lambda tokens: {}):
     """Logits of a prompt and of one more token."""
     logits = []
     cache = None
     for tokens in (prompt, token):
-        if before is not None:
-            before(tokens.numel())
-        output = model(tokens, cache=cache, use_cache=True)
+        output = model(tokens, cache=cache, use_cache=True, **arguments(tokens))
         cache = output.cache
         logits.append(output.logits)
     return logits
@@ -254,7 +252,9 @@ def compiled_outcome(rank, world_size, name, sizes, sequences):
     prompt, token = tokens_of(rank, config, sequences, 5, 0), tokens_of(rank, config, sequences, 1, 1)
     # fullgraph: a graph break is an error.
     compiled = torch.compile(model, backend="tpfuse", options={"tpfuse.inner": "aot_eager"}, fullgraph=True)
-    got = prefill_and_decode(compiled, prompt, token, before=lambda rows: exchange_rows(model, rows))
+    got = prefill_and_decode(
+        compiled, prompt, token, lambda tokens: {"largest_block": exchange_rows(model, tokens.numel())}
+    )
     groups = layout_of(model).groups
     planned = [
         (r.layer, r.role, groups.ranks_of(r.group), r.fuses)
@@ -316,13 +316,16 @@ def test_a_replica_without_rows_compiles_too(pool, sequences):
 def unannounced_rows(rank, world_size):
     torch._dynamo.reset()
     model = parallelize(unsharded("llama", **LAYERS), ParallelConfig(4, 2, 1, 4))
-    exchange_rows(model, 5)
-    try:
-        torch.compile(model, backend="aot_eager")(torch.ones(1, 7, dtype=torch.long))
-    except Exception as error:
-        return str(error)
+    compiled = torch.compile(model, backend="aot_eager")
+    messages = []
+    for arguments in ({}, {"largest_block": 5}):
+        with pytest.raises(ConfigError) as raised:
+            compiled(torch.ones(1, 7, dtype=torch.long), **arguments)
+        messages.append(str(raised.value))
+    return messages
 
 
-def test_rows_that_were_not_announced_are_named(pool):
-    for message in pool.run(unannounced_rows, timeout=200):
-        assert "this forward has 1 * 7 rows, but the blocks agreed on 5; call tpfuse.parallel.exchange_rows" in message
+def test_rows_that_the_blocks_did_not_agree_on_are_named(pool):
+    for missing, too_small in pool.run(unannounced_rows, timeout=200):
+        assert "call it with largest_block=tpfuse.parallel.exchange_rows(model, rows)" in missing
+        assert "this forward has 1 * 7 rows, more than largest_block=5" in too_small

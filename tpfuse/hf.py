@@ -17,7 +17,7 @@ from torch import nn
 
 from tpfuse.parallel import ConfigError, ParallelConfig, exchange_rows
 from tpfuse.parallel import parallelize as _parallelize
-from tpfuse.parallel.model import ATTRIBUTE, token_shape
+from tpfuse.parallel.model import ATTRIBUTE, LARGEST, token_shape
 
 NORM_LIBRARIES = ("liger_kernel", "kernels")
 
@@ -109,29 +109,27 @@ def compile(
         config._compile_all_devices = True
         model.generation_config.compile_config = config  # type: ignore[union-attr]
     parallelized = getattr(model, ATTRIBUTE, None)
-    if parallelized is not None and parallelized.counts is not None:
+    if parallelized is not None and parallelized.plan.gathers_blocks:
         _exchange_before(compiled, model)
     return compiled
 
 
 def _exchange_before(compiled: Any, model: Any) -> None:
-    """Let the blocks agree on their row counts before every compiled call: inside the graph it would break it."""
+    """Let the blocks agree on their row counts before every compiled call: inside, it would break the graph.
 
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    The count is an argument of the call, so it may change without a new graph.
+    """
+
+    def with_count(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         batch, length = token_shape(args, kwargs)
-        exchange_rows(model, batch * length)
+        return {**kwargs, LARGEST: exchange_rows(model, batch * length)}
 
-    compiled.register_forward_pre_hook(hook, with_kwargs=True)
+    compiled.register_forward_pre_hook(lambda _, args, kwargs: (args, with_count(args, kwargs)), with_kwargs=True)
     decode_step = model.get_compiled_call
 
     def get_compiled_call(compile_config: Any) -> Callable[..., Any]:
         step = decode_step(compile_config)
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            hook(model, args, kwargs)
-            return step(*args, **kwargs)
-
-        return call
+        return lambda *args, **kwargs: step(*args, **with_count(args, kwargs))
 
     model.get_compiled_call = get_compiled_call
 

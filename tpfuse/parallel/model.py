@@ -21,27 +21,7 @@ from .shard import Shard, kind_of, shard_layer
 from .steps import Batch
 
 ATTRIBUTE = "tpfuse_parallel"
-
-
-class RowCounts:
-    """How many rows the blocks of this stage bring to the next forward, where layers read the rows of all blocks.
-
-    Attributes:
-        own: rows of this rank's block, as last told.
-        largest: rows of the largest block.
-    """
-
-    def __init__(self, group: dist.ProcessGroup | None):
-        self.group = group
-        self.own = -1
-        self.largest = -1
-
-    def exchange(self, rows: int) -> None:
-        """Tell the other blocks. Collective over ``attn_dp``."""
-        device = "cuda" if dist.get_backend(self.group) == "nccl" else "cpu"
-        count = torch.tensor([rows], device=device)
-        dist.all_reduce(count, op=dist.ReduceOp.MAX, group=self.group)
-        self.own, self.largest = rows, int(count.item())
+LARGEST = "largest_block"  # keyword of a call: rows of the largest block
 
 
 @dataclass(frozen=True)
@@ -53,14 +33,12 @@ class Parallelized:
         groups: this rank's groups.
         plan: the boundaries that the layers follow.
         shards: every weight that was cut.
-        counts: row counts of the blocks, or None where blocks never meet.
     """
 
     config: ParallelConfig
     groups: Groups
     plan: Plan
     shards: tuple[Shard, ...]
-    counts: RowCounts | None
 
 
 def parallelize(
@@ -112,9 +90,8 @@ def parallelize(
     check_shards(shards, plan, groups)
     for number, layer in enumerate(decoder_layers):
         layer_forwards.install(layer, number, plan, names, groups)
-    counts = RowCounts(groups.group("attn_dp")) if plan.gathers_blocks else None
-    stack.register_forward_pre_hook(_batch_hook(counts), with_kwargs=True)
-    setattr(model, ATTRIBUTE, Parallelized(config, groups, plan, tuple(shards), counts))
+    setattr(model, ATTRIBUTE, Parallelized(config, groups, plan, tuple(shards)))
+    stack.register_forward_pre_hook(_batch_hook(model), with_kwargs=True)
     return model.eval().requires_grad_(False)
 
 
@@ -132,20 +109,28 @@ def layout_of(model: nn.Module) -> Parallelized:
     return found
 
 
-def exchange_rows(model: nn.Module, rows: int) -> None:
-    """Tell all blocks how many rows this one brings to the next forward. Collective over ``attn_dp``.
+def exchange_rows(model: nn.Module, rows: int) -> int:
+    """How many rows the largest block brings to the next forward. Collective over ``attn_dp`` where blocks meet.
 
-    Eager forwards do it themselves. A compiled forward cannot (the count would have to leave the graph), so call this
-    before it whenever the row count of any block changes; models from ``tpfuse.hf.compile`` do that on every call. Where
-    blocks never meet, it does nothing.
+    Eager forwards ask themselves, and so do models from ``tpfuse.hf.compile``. A forward under a plain ``torch.compile``
+    cannot, for the count would have to leave the graph; give it the answer:
+
+        compiled(tokens, largest_block=exchange_rows(model, tokens.numel()))
 
     Args:
         model: a parallelized model.
         rows: sequences times tokens of this rank's block; may be 0.
+    Returns:
+        The largest count of all blocks; ``rows`` where blocks never meet, without asking anybody.
     """
-    counts = layout_of(model).counts
-    if counts is not None:
-        counts.exchange(rows)
+    parallelized = layout_of(model)
+    if not parallelized.plan.gathers_blocks:
+        return rows
+    group = parallelized.groups.group("attn_dp")
+    device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
+    count = torch.tensor([rows], device=device)
+    dist.all_reduce(count, op=dist.ReduceOp.MAX, group=group)
+    return int(count.item())
 
 
 def _check_supported(model: nn.Module, config: ParallelConfig) -> None:
@@ -188,23 +173,29 @@ def token_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int
     return tokens.shape[0], tokens.shape[1]
 
 
-def _batch_hook(counts: RowCounts | None) -> Any:
+def _batch_hook(model: nn.Module) -> Any:
     """Hand every layer the shape of this forward, by keyword through the module that runs them."""
+    blocks_meet = layout_of(model).plan.gathers_blocks
 
     def hook(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         batch, length = token_shape(args, kwargs)
-        largest = batch * length
-        if counts is not None:
-            if not _in_compiled_call():
-                counts.exchange(batch * length)
-            elif counts.own != batch * length:
+        rows = batch * length
+        others = {key: value for key, value in kwargs.items() if key != LARGEST}
+        largest = kwargs.get(LARGEST, rows)
+        if blocks_meet and LARGEST not in kwargs:
+            if _in_compiled_call():
                 raise ConfigError(
-                    f"this forward has {batch} * {length} rows, but the blocks agreed on {counts.own}; call "
-                    "tpfuse.parallel.exchange_rows(model, rows) before it, or use tpfuse.hf.compile"
+                    "the rows of all blocks meet in this model, and a compiled forward cannot ask how many there are; call it "
+                    f"with {LARGEST}=tpfuse.parallel.exchange_rows(model, rows), or use tpfuse.hf.compile"
                 )
-            largest = counts.largest
-        return args, {**kwargs, layer_forwards.BATCH: Batch(batch, length, largest)}
+            largest = exchange_rows(model, rows)
+        if rows > largest:
+            raise ConfigError(
+                f"this forward has {batch} * {length} rows, more than {LARGEST}={largest}; pass the result of "
+                "tpfuse.parallel.exchange_rows for these rows"
+            )
+        return args, {**others, layer_forwards.BATCH: Batch(batch, length, largest)}
 
     return hook

@@ -201,13 +201,18 @@ def _run_own_experts(experts: Any, index: int) -> None:
     whole = experts.forward
     local = next(parameter.shape[0] for parameter in experts.parameters())
     experts.num_experts = local
-    # transformers' expert kernels skip ids of num_experts or more when this flag is set.
-    experts._is_expert_parallel = True
+    # Where transformers' expert kernels know ids to skip (num_experts or more), rows of other ranks cost nothing. Older ones
+    # would index out of bounds: there such rows go to some expert of this rank, with weight 0.
+    skips = hasattr(experts, "_is_expert_parallel")
+    if skips:
+        experts._is_expert_parallel = True
 
     def forward(rows: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
         """rows (n, hidden), expert_ids and weights (n, k) with ids among all experts -> (n, hidden), this rank's part."""
         elsewhere = (expert_ids // local) != index
-        own_ids = torch.where(elsewhere, local, expert_ids % local)
+        own_ids = expert_ids % local
+        if skips:
+            own_ids = own_ids.masked_fill(elsewhere, local)
         return whole(rows, own_ids, weights.masked_fill(elsewhere, 0.0))
 
     experts.forward = forward
