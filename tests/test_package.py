@@ -20,7 +20,6 @@ IMPORT = f"import importlib; print([importlib.import_module(n).__name__ for n in
 def built(tmp_path_factory):
     """Folder with a wheel and an sdist, built by the build backend itself."""
     folder = tmp_path_factory.mktemp("dist")
-    code = "import setuptools.build_meta as b, sys; b.build_wheel(sys.argv[1]); b.build_sdist(sys.argv[1])"
     source = folder / "source"
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     for name in tracked:
@@ -28,10 +27,11 @@ def built(tmp_path_factory):
         target.parent.mkdir(parents=True, exist_ok=True)
         if (ROOT / name).is_file():
             target.write_bytes((ROOT / name).read_bytes())
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(folder)], cwd=source, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    for what in ("build_wheel", "build_sdist"):  # setuptools keeps state between the two in one process
+        code = f"import setuptools.build_meta as b, sys; b.{what}(sys.argv[1])"
+        command = [sys.executable, "-c", code, str(folder)]
+        done = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
     return folder
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -41,7 +41,7 @@ def known_groups() -> list[tuple[str, tuple[int, ...]]]:
     groups = []
     for group in list(_world.pg_map):
         try:
-            groups.append((group.group_name, tuple(dist.get_process_group_ranks(group))))
+            groups.append((str(group.group_name), tuple(dist.get_process_group_ranks(group))))
         except (RuntimeError, KeyError):  # a group that is being destroyed
             continue
     return groups
@@ -125,7 +125,7 @@ def compile_fx(gm: torch.fx.GraphModule, inputs: Sequence[Any], patches: dict[st
     """Inductor on a Dynamo graph. Why private: ``torch.compile`` cannot pass a pass for one compile to its backend."""
     from torch._inductor.compile_fx import compile_fx as inductor
 
-    return inductor(gm, inputs, config_patches=patches)
+    return cast(Callable[..., Any], inductor(gm, inputs, config_patches=patches))
 
 
 def inductor_mode_options(mode: str | None) -> dict[str, Any]:
