@@ -1,0 +1,166 @@
+"""Selection, votes, geometry and settings: everything about the fused path that needs no GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from tpfuse.ops import plane, select
+from tpfuse.ops.launch import REGISTERS, geometry, most_programs, register_bound
+from tpfuse.ops.plane import Ballot, Settings, judge
+from tpfuse.ops.select import TABLE, Entry, entry, load_table, phase_bytes, save_table, two_shot_rows
+
+
+def _ballot(**changes: object) -> Ballot:
+    plain = Ballot(None, "host-a", "gpu-0", "sm_90", "torch 2.11", "algorithm=auto")
+    return dataclasses.replace(plain, **changes)  # type: ignore[arg-type]
+
+
+def test_small_calls_take_one_shot_medium_ones_two_shot_and_large_ones_the_library() -> None:
+    chosen = [select("sm_90", 8, torch.bfloat16, 8192, rows).algorithm for rows in (1, 6, 7, 128, 1024, 1025, 8192)]
+    assert chosen == ["one_shot", "one_shot", "two_shot", "two_shot", "two_shot", "library", "library"]
+
+
+def test_two_ranks_never_take_two_shot_with_a_gpu_each() -> None:
+    assert {select("sm_90", 2, torch.bfloat16, 4096, rows).algorithm for rows in (1, 64, 2048)} == {"one_shot"}
+
+
+def test_the_choice_depends_on_bytes_alone() -> None:
+    assert select("sm_90", 4, torch.float32, 2048, 8) .algorithm == select("sm_90", 4, torch.bfloat16, 4096, 8).algorithm
+
+
+@pytest.mark.parametrize("thresholds", TABLE, ids=lambda e: f"{e.architecture}-{e.world}")
+@pytest.mark.parametrize("row_bytes", (16, 128, 5760, 8192, 16384, 32768))
+def test_every_launch_fits_its_phase(thresholds: Entry, row_bytes: int) -> None:
+    phase = phase_bytes(thresholds)
+    hidden = row_bytes // 2
+    for rows in (1, 2, 7, 64, 1000, 100_000):
+        for override in ("auto", "one_shot", "two_shot"):
+            chosen = select(
+                "sm_90" + thresholds.architecture[3:], thresholds.world, torch.bfloat16, hidden, rows, override=override
+            )
+            n = min(rows, chosen.rows_per_launch)
+            if chosen.algorithm == "one_shot":
+                assert n * thresholds.world * row_bytes <= phase
+            elif chosen.algorithm == "two_shot":
+                assert (-(-n // thresholds.world) * thresholds.world + n) * row_bytes <= phase
+
+
+def test_two_shot_rows_is_the_most_that_fits() -> None:
+    for world in range(2, 9):
+        for phase, row in ((1 << 20, 8192), (3 << 20, 14336), (1 << 21, 32768)):
+            n = two_shot_rows(phase, world, row)
+            assert (-(-n // world) * world + n) * row <= phase
+
+
+def test_every_world_size_has_an_entry_with_and_without_a_shared_gpu() -> None:
+    for world in range(2, 9):
+        assert entry("sm_100", world).measured
+        assert entry("sm_90-shared", world).architecture == "any-shared"
+    with pytest.raises(ValueError, match="world sizes 2 to 8"):
+        entry("sm_90", 9)
+
+
+def test_a_saved_table_comes_first_and_a_broken_one_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+    mine = Entry("sm_90", 4, 123, 456, 1 << 20, "here")
+    path = tmp_path / "table.json"
+    save_table(path, [mine])
+    assert entry("sm_90", 4, load_table(path)) == mine
+    assert entry("sm_90", 8, load_table(path)).architecture == "any"
+    path.write_text('[{"world": 4}]')
+    with pytest.raises(ValueError, match=r"table\.json: entry 0"):
+        load_table(path)
+
+
+def test_a_vote_without_objections_enables_the_kernels() -> None:
+    verdict = judge([_ballot(device="gpu-0"), _ballot(device="gpu-1")])
+    assert (verdict.cause, verdict.architecture, verdict.sharers) == (None, "sm_90", 1)
+    shared = judge([_ballot(), _ballot()])
+    assert (shared.cause, shared.architecture, shared.sharers) == (None, "sm_90-shared", 2)
+
+
+@pytest.mark.parametrize(
+    "odd, cause",
+    [
+        ({"problem": "the GPU is older than sm_80"}, "rank 1: the GPU is older than sm_80"),
+        ({"host": "host-b"}, "several hosts"),
+        ({"architecture": "sm_80"}, "different GPUs"),
+        ({"versions": "torch 2.12"}, "different versions"),
+    ],
+)
+def test_one_objection_sends_everybody_to_the_library_with_the_cause(odd: dict[str, str], cause: str) -> None:
+    verdict = judge([_ballot(device="gpu-0"), _ballot(device="gpu-1", **odd)])
+    assert verdict.cause is not None
+    assert cause in verdict.cause
+
+
+def test_some_ranks_on_one_gpu_and_others_not_is_refused() -> None:
+    verdict = judge([_ballot(), _ballot(), _ballot(device="gpu-1")])
+    assert verdict.cause is not None and "share a GPU" in verdict.cause
+
+
+def test_different_settings_are_an_error_on_every_rank() -> None:
+    with pytest.raises(RuntimeError, match="rank 1: algorithm=library"):
+        judge([_ballot(), _ballot(settings="algorithm=library")])
+
+
+def test_settings_come_from_the_environment_and_wrong_values_name_the_valid_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TPFUSE_ALGORITHM", "two_shot")
+    monkeypatch.setenv("TPFUSE_WATCHDOG_SECONDS", "2.5")
+    settings = Settings.from_environment()
+    assert (settings.algorithm, settings.watchdog_seconds) == ("two_shot", 2.5)
+    monkeypatch.setenv("TPFUSE_ALGORITHM", "fastest")
+    with pytest.raises(ValueError, match="valid values are auto, one_shot, two_shot, library"):
+        Settings.from_environment()
+    monkeypatch.setenv("TPFUSE_ALGORITHM", "auto")
+    monkeypatch.setenv("TPFUSE_WATCHDOG_SECONDS", "soon")
+    with pytest.raises(ValueError, match="TPFUSE_WATCHDOG_SECONDS='soon'"):
+        Settings.from_environment()
+
+
+def test_rows_are_split_only_while_all_parts_are_resident() -> None:
+    def fits(groups: int) -> int:
+        return 100
+
+    assert geometry(1, 8, fits) == geometry(1, 8, fits)
+    for rows in (1, 3, 12, 13, 25, 26, 50, 51, 101, 5000):
+        shape = geometry(rows, 8, fits)
+        assert shape.groups * shape.split >= 8
+        assert shape.programs <= 100
+        if shape.split > 1:
+            assert shape.programs == rows * shape.split
+
+
+def test_all_programs_of_all_ranks_on_a_shared_gpu_are_resident_together() -> None:
+    for algorithm, bounds in REGISTERS.items():
+        for groups in bounds:
+            for sharers in range(2, 9):
+                programs = most_programs(algorithm, groups, 132, sharers, 1)
+                a_program = register_bound(algorithm, groups) * 128
+                assert programs >= 1
+                assert sharers * programs <= 132 * min(16, 65536 // a_program)
+
+
+def test_a_failure_record_names_group_rank_phase_and_row() -> None:
+    import numpy as np
+
+    p = plane.Plane(
+        "tp", 0, 4, torch.device("cpu"), "", "sm_90", 1, 1 << 20, *(torch.zeros(1),) * 4,
+        seen=np.array([1, 2, 7, 1]), handle=None, ranks=(4, 5, 6, 7),
+    )
+    with pytest.raises(RuntimeError, match=r"rank 4 of group 'tp' .* waiting for rank 6: its rows, row 7, phase 1"):
+        p.raise_if_failed()
+    owner = dataclasses.replace(p, seen=np.array([1, 0, 7, 5]))
+    with pytest.raises(RuntimeError, match=r"the owner, rank 7: the sum of a row"):
+        owner.raise_if_failed()
+    dataclasses.replace(p, seen=np.zeros(4, int)).raise_if_failed()
+
+
+def test_without_a_gpu_the_path_is_the_library_and_says_so() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    path = plane.describe_path()
+    assert (path.kind, path.cause, path.plane) == ("library", "no CUDA device", None)
