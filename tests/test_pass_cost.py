@@ -1,0 +1,40 @@
+"""The pass stays cheap: CPU time per site, and linear growth. The wall-clock table is ``benchmarks/pass_cost.py``."""
+
+from __future__ import annotations
+
+import copy
+import sys
+import time
+from pathlib import Path
+
+import graphs
+import torch
+from tpfuse.passes import PassOptions, fuse
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+import pass_cost
+
+
+def cpu_seconds(layers: int) -> tuple[float, int]:
+    """Least CPU time of three runs on a warm memo, and the number of fused sites."""
+    gm = pass_cost.capture(layers)
+    fuse(copy.deepcopy(gm), PassOptions())
+    times = []
+    for _ in range(3):
+        fresh = copy.deepcopy(gm)
+        start = time.process_time()
+        report = fuse(fresh, PassOptions())
+        times.append(time.process_time() - start)
+    return min(times), len(report.fused)
+
+
+def test_the_pass_is_cheap_and_linear():
+    graphs.start_fake_group(pass_cost.WORLD)
+    try:
+        small, fused_small = cpu_seconds(5)
+        large, fused_large = cpu_seconds(20)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert (fused_small, fused_large) == (10, 40)
+    assert large / fused_large < 6e-3, f"{large / fused_large * 1e3:.1f} ms of CPU time a site"
+    assert large < 4 * 2 * small, f"4 times the layers took {large / small:.1f} times the CPU time"
