@@ -15,9 +15,9 @@ fused, one-shot, two-shot   1         reads x and residual, writes both results:
 fused, library path         2         as the baseline
 ==========================  ========  =======================================================
 
-So a fused site saves one launch and 2 B: the sum is neither written nor read back. What crosses the links and
-what is staged in exchange buffers on the way is not counted. Without a residual the figures of both sides shrink alike and the difference stays 2 B.
-The model says nothing about time: measure that with ``tpfuse bench``.
+So a fused site saves one launch and 2 B: the sum is neither written nor read back. What crosses the links and what is
+staged in exchange buffers on the way is not counted. Without a residual the figures of both sides shrink alike and the
+difference stays 2 B. The model says nothing about time: measure that with ``tpfuse bench``.
 """
 
 from __future__ import annotations
