@@ -15,7 +15,7 @@ from itertools import islice
 from torch.fx import Node
 
 from . import values
-from .collectives import Collective, spelling_of
+from .collectives import Collective, is_communication
 from .report import LayerAudit
 
 ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
@@ -106,14 +106,14 @@ def _layer_of_path(path: str) -> int | None:
 
 
 def _producers(collective: Collective, order: dict[Node, int]) -> Iterator[Node]:
-    """Nodes behind the partial sum, nearest first, not beyond the previous reductions."""
+    """Nodes behind the partial sum, nearest first, not beyond the previous communication between ranks."""
     heap = [(-order[collective.x], collective.x)]
     seen = {collective.x}
     for _ in range(SEARCH_LIMIT):
         if not heap:
             return
         _, node = heapq.heappop(heap)
-        if node.op != "call_function" or spelling_of(node) is not None or "tpfuse" in str(node.target):
+        if node.op != "call_function" or is_communication(node):
             continue
         yield node
         for source in node.all_input_nodes:

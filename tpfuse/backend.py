@@ -20,6 +20,7 @@ from torch.fx import Graph, GraphModule
 
 import tpfuse as package
 from tpfuse import compat, store
+from tpfuse.inspect import artifact, dump
 from tpfuse.options import OptionError, Options, parse
 from tpfuse.passes import GraphReport, collectives, fuse, next_graph_id
 
@@ -91,22 +92,19 @@ def _run_pass(
     graph: GraphModule | Graph, parsed: Options, training: bool, log_to: list[GraphReport] | None = None
 ) -> GraphReport:
     """The pass with everything around it: fuel, dump, store."""
-    before = _private_copy(graph) if parsed.dump else None
+    before = _copy_graph(_graph_of(graph)) if parsed.dump else None
     report = fuse(graph, parsed.for_pass(store.fuel_left(parsed.fuel)), training=training, inner=parsed.inner)
+    artifact.record(report)
     if before is not None and parsed.dump is not None:
-        from tpfuse.inspect import dump
-
-        after = graph if isinstance(graph, GraphModule) else GraphModule(torch.nn.Module(), graph)
-        dump.write(parsed.dump, report, before, after)
+        dump.write(parsed.dump, report, before, _graph_of(graph))
     if log_to is not None:
         log_to.append(report)
     store.add(report)
     return report
 
 
-def _private_copy(graph: GraphModule | Graph) -> GraphModule:
-    original = graph.graph if isinstance(graph, GraphModule) else graph
-    return GraphModule(torch.nn.Module(), _copy_graph(original))
+def _graph_of(graph: GraphModule | Graph) -> Graph:
+    return graph.graph if isinstance(graph, GraphModule) else graph
 
 
 def _copy_graph(graph: Graph) -> Graph:
