@@ -28,7 +28,7 @@ TORCH = ("2.11.0", "2.12.1", "2.13.0", "2.14.1", "2.15.0")
 TRANSFORMERS = ("5.22.2", "5.23.0", "5.24.0")
 TOOLS = (
     *("accelerate", "safetensors", "gguf", "numpy", "sympy"),
-    *("pytest", "pytest-timeout", "hypothesis", "jsonschema", "rich", "typer", "jinja2"),
+    *("pytest", "pytest-timeout", "hypothesis", "jsonschema", "rich", "typer", "jinja2", "setuptools>=77"),
 )
 FAST = "not ranks and not gpu and not slow"
 BEGIN, END = "<!-- matrix: begin -->", "<!-- matrix: end -->"
@@ -84,7 +84,8 @@ def environment(torch: str, folder: Path) -> Path:
     if not (root / ".installed").exists():
         venv.create(root, with_pip=True)
         pip(python, f"torch=={torch}", f"transformers=={TRANSFORMERS[-1]}", *TOOLS, folder=folder)
-        pip(python, "--no-deps", "--editable", str(ROOT), folder=folder)
+        # With its dependencies: a CPU build of torch brings no Triton. The exact torch keeps pip from changing it.
+        pip(python, f"torch=={torch}", "--editable", str(ROOT), folder=folder)
         (root / ".installed").touch()
     return python
 
