@@ -88,7 +88,7 @@ def _serve(fn: Callable[..., Any], rank: int, world: int, args: tuple[Any, ...],
 
 
 class RankFailed(RuntimeError):
-    """A rank raised, died or did not finish; the message names it."""
+    """Ranks raised, died or did not finish; the message has what each of them said."""
 
 
 def run_ranks(
@@ -151,7 +151,7 @@ def run_ranks(
 def _collect(workers: list[Any], timeout: float, may_die: tuple[int, ...]) -> list[Any]:
     results: dict[int, Any] = {}
     deadline = time.monotonic() + timeout
-    failure: str | None = None
+    failures: dict[int, str] = {}
     while len(results) < len(workers) and time.monotonic() < deadline:
         for rank, (process, receive) in enumerate(workers):
             if rank in results:
@@ -161,13 +161,16 @@ def _collect(workers: list[Any], timeout: float, may_die: tuple[int, ...]) -> li
                     continue
                 fine, value = pickle.loads(receive.recv())
             except (EOFError, OSError):
+                process.join(1)
                 fine, value = rank in may_die, None if rank in may_die else f"died with exit code {process.exitcode}"
             results[rank] = value
-            if not fine and failure is None:
-                failure = f"rank {rank} of {len(workers)}: {value}"
+            if not fine:
+                failures[rank] = str(value)
                 deadline = min(deadline, time.monotonic() + 10)  # the others may have a message of their own
-    if failure is not None:
-        raise RankFailed(failure)
+    if failures:
+        # A rank that lost its peers says so too: the cause is mostly the message that does not speak of a connection.
+        order = sorted(failures, key=lambda r: ("onnection" in failures[r], r))
+        raise RankFailed("\n".join(f"rank {r} of {len(workers)}: {failures[r]}" for r in order))
     late = [rank for rank in range(len(workers)) if rank not in results]
     if late:
         raise RankFailed(f"ranks {late} of {len(workers)} had not finished after {timeout:.0f} s")

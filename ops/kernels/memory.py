@@ -230,7 +230,8 @@ def poll(
             for i in tl.static_range(WORDS):
                 waits = (active != 0) & (rank != i // 4)
                 pointer = (base + (i // 4) * STRIDE).to(tl.pointer_type(tl.int32)) + i % 4
-                empty = tl.sum(((tl.load(pointer, volatile=True) == 0) & waits).to(tl.int32))
+                zero = ((tl.load(pointer, volatile=True) == 0) & waits).to(tl.int32)
+                empty = tl.sum(tl.zeros((1,), tl.int32) + zero, axis=0)  # the sum takes no scalar
                 missing = tl.where(empty != 0, i // 4, missing)
                 pending += empty
             if not WAIT:

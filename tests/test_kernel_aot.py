@@ -1,0 +1,121 @@
+"""Compile the kernels ahead of time, without a GPU: no spills, and registers within the bounds that size the grid."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from tpfuse.ops.flavour import GEMMA, LLAMA, OLMO2, Flavour
+from tpfuse.ops.kernels.add_norm import add_norm_kernel
+from tpfuse.ops.kernels.constants import Constants, constants
+from tpfuse.ops.kernels.one_shot import one_shot_kernel
+from tpfuse.ops.kernels.two_shot import two_shot_kernel
+from tpfuse.ops.launch import Geometry, protocol_constants, register_bound
+
+KERNELS = {"one_shot": one_shot_kernel, "two_shot": two_shot_kernel}
+TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+NVIDIA = (80, 90, 100)
+
+
+def _constants(hidden: int = 8192, dtype: torch.dtype = torch.bfloat16, weight: torch.dtype | None = None,
+               flavour: Flavour = LLAMA, post_norm: bool = False) -> Constants:
+    return constants(dtype, weight or dtype, hidden, flavour, bias="none", scaled=False, has_residual=True,
+                     post_norm=post_norm)
+
+
+def _compile(algorithm: str, c: Constants, world: int, groups: int, target: GPUTarget, pdl: str = "off") -> Any:
+    from tpfuse.ops.kernels.constants import torch_dtype
+
+    split = -(-c.groups // groups)
+    ptx = target.backend == "cuda"
+    x, weight, out, residual = (TYPES[torch_dtype(d)] for d in (c.dtype, c.weight_dtype, c.out_dtype, c.residual_dtype))
+    kinds = (x, x, weight, x, out, residual, "*i64", "*i32", "i32", "i32", "i32", "i64", "fp32", "fp32")
+    constexprs = protocol_constants(c, world, Geometry(0, groups, split), ptx=ptx, pdl=pdl)
+    function = KERNELS[algorithm]
+    names = function.arg_names
+    signature = dict(zip(names, (*kinds, *("constexpr",) * len(constexprs)), strict=True))
+    source = ASTSource(
+        function, signature, dict(zip(names[len(kinds):], constexprs, strict=True)),
+        {(i,): [["tt.divisibility", 16]] for i in range(8)},
+    )
+    options: dict[str, Any] = {"num_warps": 4 if ptx else 2, "enable_fp_fusion": False}
+    if ptx:
+        options["maxnreg"] = register_bound(algorithm, groups)
+        options["launch_pdl"] = pdl != "off"
+    return triton.compile(source, target=target, options=options)
+
+
+def _resources(ptx: str, folder: Path) -> tuple[int, int]:
+    """Registers and spilled bytes, as ptxas reports them."""
+    path = folder / "kernel.ptx"
+    path.write_text(ptx)
+    arch = re.findall(r"^\.target (\w+)", ptx, re.MULTILINE)[0]
+    said = ""
+    for tool in (triton.knobs.nvidia.ptxas, triton.knobs.nvidia.ptxas_blackwell):  # the second reads newer PTX
+        done = subprocess.run(
+            [tool.path, "-v", "--fmad=false", "--gpu-name", arch, str(path), "-o", str(folder / "kernel.cubin")],
+            capture_output=True, text=True, check=False,
+        )
+        said = done.stdout + done.stderr
+        if done.returncode == 0:
+            break
+    registers = re.search(r"Used (\d+) registers", said)
+    spilled = re.search(r"(\d+) bytes spill stores", said)
+    assert registers and spilled, said
+    return int(registers[1]), int(spilled[1])
+
+
+def _check(algorithm: str, c: Constants, world: int, groups: int, arch: int, folder: Path) -> None:
+    compiled = _compile(algorithm, c, world, groups, GPUTarget("cuda", arch, 32), "early" if arch >= 90 else "off")
+    registers, spilled = _resources(compiled.asm["ptx"], folder)
+    assert spilled == 0, f"{algorithm} W={world} groups={groups} sm_{arch}: {spilled} bytes spilled"
+    assert registers <= register_bound(algorithm, groups)
+
+
+@pytest.mark.parametrize("arch", NVIDIA)
+@pytest.mark.parametrize("algorithm", sorted(KERNELS))
+def test_the_latency_kernels_do_not_spill(algorithm: str, arch: int, tmp_path: Path) -> None:
+    _check(algorithm, _constants(), 8, 1, arch, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("arch", NVIDIA)
+@pytest.mark.parametrize("algorithm", sorted(KERNELS))
+def test_no_variant_of_the_table_spills(algorithm: str, arch: int, tmp_path: Path) -> None:
+    for world in (2, 4, 8):
+        for groups in (1, 2, 4, 8):
+            _check(algorithm, _constants(), world, groups, arch, tmp_path)
+    for c in (
+        _constants(flavour=GEMMA), _constants(flavour=OLMO2), _constants(dtype=torch.float16), _constants(hidden=7168),
+        _constants(hidden=4096, dtype=torch.float32), _constants(hidden=2880), _constants(flavour=OLMO2, post_norm=True),
+    ):
+        _check(algorithm, c, 8, 1, arch, tmp_path)
+
+
+@pytest.mark.parametrize("algorithm", sorted(KERNELS))
+def test_the_portable_bodies_compile_for_an_amd_gpu(algorithm: str) -> None:
+    compiled = _compile(algorithm, _constants(hidden=4096), 4, 1, GPUTarget("hip", "gfx942", 64))
+    spills = re.findall(r"\.vgpr_spill_count:\s+(\d+)", compiled.asm["amdgcn"])
+    assert spills and all(int(n) == 0 for n in spills)
+
+
+def test_add_and_norm_compiles_for_every_nvidia_target() -> None:
+    c = _constants(hidden=4096)
+    names = add_norm_kernel.arg_names
+    kinds = ("*bf16",) * 6 + ("i32", "fp32", "fp32")
+    constexprs = (c, c.groups, True)
+    for arch in NVIDIA:
+        source = ASTSource(
+            add_norm_kernel, dict(zip(names, (*kinds, *("constexpr",) * 3), strict=True)),
+            dict(zip(names[9:], constexprs, strict=True)), {(i,): [["tt.divisibility", 16]] for i in range(6)},
+        )
+        assert triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": 4}).asm["cubin"]
