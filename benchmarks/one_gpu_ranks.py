@@ -14,7 +14,7 @@ def one_call(rank: int, world: int) -> str:
     """What a rank does: any function at the top of a module."""
     import torch
 
-    import tpfuse.ops as ops
+    from tpfuse import ops
 
     x = torch.full((4, 4096), float(rank + 1), device="cuda", dtype=torch.bfloat16)
     weight = torch.ones(4096, device="cuda", dtype=torch.bfloat16)

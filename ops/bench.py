@@ -39,7 +39,9 @@ class Plan:
     worlds: tuple[int, ...] = (2, 4, 8)
     hiddens: tuple[int, ...] = (4096, 5120, 7168, 8192)
     rows: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
-    contenders: tuple[str, ...] = ("tpfuse", "floor", "symm one-shot", "symm two-shot", "flashinfer", "flashinfer pdl", "nccl")
+    contenders: tuple[str, ...] = (
+        "tpfuse", "tpfuse early pdl", "floor", "symm one-shot", "symm two-shot", "flashinfer", "flashinfer pdl", "nccl",
+    )
     timeout: float = 300.0
 
 
@@ -69,7 +71,8 @@ def _forced(algorithm: str | None, pdl: str | None = None, wait: bool = True) ->
         # The op itself prepares the group, and loads what auto needs.
         op.all_reduce_add_rms_norm(p.x, p.residual, p.weight, eps=p.eps, group=p.group_name)
         path = plane.path_of(p.group_name, p.x.device)
-        if path.plane is None:
+        ours = path.plane
+        if ours is None:
             raise Unavailable(path.cause)
         settings = path.settings
         settings = replace(
@@ -81,11 +84,11 @@ def _forced(algorithm: str | None, pdl: str | None = None, wait: bool = True) ->
             if k[0] == p.group_name and k[2] == p.hidden and q.flavour == LLAMA and k[1] == p.x.dtype and not k[5]
         )
         assert prepared.constants is not None
-        plan = dispatch.plan_of(path.plane, settings, prepared.constants, p.x.dtype, p.rows, wait)
+        plan = dispatch.plan_of(ours, settings, prepared.constants, p.x.dtype, p.rows, wait)
         if not plan.launches:
             raise Unavailable("selection takes the library path here")
         dispatch.load_together(
-            [launch.kernel for launch in plan.launches], path.plane, dispatch.samples(prepared.constants, path.plane)
+            [launch.kernel for launch in plan.launches], ours, dispatch.samples(prepared.constants, ours)
         )
 
         def call() -> tuple[Tensor, Tensor]:
@@ -94,7 +97,7 @@ def _forced(algorithm: str | None, pdl: str | None = None, wait: bool = True) ->
             for launch in plan.launches:
                 part = slice(launch.start, launch.start + launch.rows)
                 dispatch._launch(
-                    launch, stream, path.plane, prepared, p.x[part], p.residual[part], p.weight, None, normed[part],
+                    launch, stream, ours, prepared, p.x[part], p.residual[part], p.weight, None, normed[part],
                     h[part], p.eps, 1.0,
                 )
             return normed, h
@@ -115,8 +118,8 @@ def _op(p: Problem) -> Call:
 
 CONTENDERS: dict[str, Callable[[Problem], Call]] = {
     "tpfuse": _op,
-    "tpfuse no pdl": _forced(None, pdl="off"),
     "tpfuse end pdl": _forced(None, pdl="end"),
+    "tpfuse early pdl": _forced(None, pdl="early"),
     "one-shot": _forced("one_shot"),
     "two-shot": _forced("two_shot"),
     "floor": _forced(None, wait=False),

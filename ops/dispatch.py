@@ -22,7 +22,7 @@ from .op import check, library
 from .plane import GroupPath, Plane
 from .select import Selection, select
 
-_ROWS_WARMED = tuple(range(1, 65)) + (96, 128, 192, 256, 512, 1024, 2048, 4096)
+_ROWS_WARMED: tuple[int, ...] = (*range(1, 65), 96, 128, 192, 256, 512, 1024, 2048, 4096)
 
 
 @dataclass(frozen=True)

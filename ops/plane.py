@@ -54,7 +54,7 @@ from . import select as selection
 
 WATCHDOG_SECONDS = 60.0
 MIN_WORLD, MAX_WORLD = 2, 8
-DEPENDENT_LAUNCH = ("early", "end", "off")
+DEPENDENT_LAUNCH = ("off", "end", "early")
 
 
 @dataclass(frozen=True)
@@ -65,16 +65,17 @@ class Settings:
         algorithm: ``TPFUSE_ALGORITHM``: ``auto`` or an algorithm for every call.
         table: ``TPFUSE_TABLE``: a tuned selection table.
         watchdog_seconds: ``TPFUSE_WATCHDOG_SECONDS``: how long a poll waits for a peer.
-        dependent_launch: ``TPFUSE_PDL``: programmatic dependent launch on sm_90 and newer. ``end``: the next kernel may
-            be launched after the last store of this one; ``early``: at once; ``off``: when this one has ended. In all
-            three the next kernel reads nothing before this one has ended.
+        dependent_launch: ``TPFUSE_PDL``: programmatic dependent launch on sm_90 and newer. ``off``: the next kernel is
+            launched when this one has ended; ``end``: after the last store of this one; ``early``: at once. In all
+            three the next kernel reads nothing before this one has ended. Off until long random runs have shown the
+            others safe.
         concurrent_planes: ``TPFUSE_CONCURRENT_PLANES``: how many planes of one process may be in use at the same time.
     """
 
     algorithm: str = "auto"
     table: tuple[selection.Entry, ...] = field(default=selection.TABLE, repr=False)
     watchdog_seconds: float = WATCHDOG_SECONDS
-    dependent_launch: str = "early"
+    dependent_launch: str = "off"
     concurrent_planes: int = 1
 
     @classmethod
@@ -86,7 +87,7 @@ class Settings:
             algorithm=_word("TPFUSE_ALGORITHM", "auto", ("auto", *selection.ALGORITHMS)),
             table=selection.load_table(Path(table)) if table else selection.TABLE,
             watchdog_seconds=_number("TPFUSE_WATCHDOG_SECONDS", WATCHDOG_SECONDS, 0.001),
-            dependent_launch=_word("TPFUSE_PDL", "early", DEPENDENT_LAUNCH),
+            dependent_launch=_word("TPFUSE_PDL", "off", DEPENDENT_LAUNCH),
             concurrent_planes=int(_number("TPFUSE_CONCURRENT_PLANES", 1, 1)),
         )
 
@@ -354,7 +355,7 @@ def _build(
     world, rank = group.size(), group.rank()
     phase = selection.phase_bytes(selection.entry(verdict.architecture, world, settings.table))
     memory = symm_mem.empty(2 * phase // 4, dtype=torch.int32, device=device)
-    handle = symm_mem.rendezvous(memory, group_name)
+    handle = symm_mem.rendezvous(memory, group_name)  # type: ignore[arg-type]
     memory.zero_()
     # get_buffer adds the offset of the tensor within its allocation, which buffer_ptrs leaves out.
     addresses = [handle.get_buffer(r, (1,), torch.int32).data_ptr() for r in range(world)]
@@ -404,7 +405,10 @@ def describe_path(group: dist.ProcessGroup | str | None = None, device: torch.de
     """
     if not torch.cuda.is_available():
         return GroupPath("library", "no CUDA device", Settings.from_environment())
-    index = torch.cuda.current_device() if device is None else torch.device("cuda", device).index
+    if device is None:
+        index = torch.cuda.current_device()
+    else:
+        index = device if isinstance(device, int) else device.index
     return path_of(group_name_of(group), torch.device("cuda", index))
 
 

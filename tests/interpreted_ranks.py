@@ -137,14 +137,13 @@ def _worker(rank: int, program: int | None, world: int, names: dict[str, list[st
         os.environ["TRITON_INTERPRET"] = "1"
         torch.set_num_threads(1)
         import triton.language as tl
-        from triton.runtime import interpreter
-
         from tpfuse.ops.flavour import NAMED
         from tpfuse.ops.kernels.constants import constants
         from tpfuse.ops.kernels.epilogue import MAX_PROGRAMS, PARTIALS, RECORD
         from tpfuse.ops.kernels.one_shot import one_shot_kernel
         from tpfuse.ops.kernels.two_shot import two_shot_kernel
         from tpfuse.ops.launch import Geometry, launch_plain, protocol_constants
+        from triton.runtime import interpreter
 
         if program is not None:
             # This process is one program of the grid; its siblings are the others.

@@ -10,15 +10,14 @@ from typing import Any
 import pytest
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
 from tpfuse.ops.flavour import GEMMA, LLAMA, OLMO2, Flavour
 from tpfuse.ops.kernels.add_norm import add_norm_kernel
 from tpfuse.ops.kernels.constants import Constants, constants
 from tpfuse.ops.kernels.one_shot import one_shot_kernel
 from tpfuse.ops.kernels.two_shot import two_shot_kernel
 from tpfuse.ops.launch import Geometry, protocol_constants, register_bound
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 KERNELS = {"one_shot": one_shot_kernel, "two_shot": two_shot_kernel}
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}

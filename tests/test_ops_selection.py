@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from tpfuse.ops import plane, select
 from tpfuse.ops.launch import REGISTERS, geometry, most_programs, register_bound
 from tpfuse.ops.plane import Ballot, Settings, judge

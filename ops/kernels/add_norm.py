@@ -4,7 +4,9 @@ Reads the reduced rows and the residual once and writes both outputs once: 4 * B
 separate add and norm kernels.
 """
 
-# mypy: ignore-errors  (the kernels are Triton's language: tuples grow while they are traced)
+# Triton's language, not Python: tuples grow while they are traced, and have no unpacking.
+# mypy: ignore-errors
+# ruff: noqa: RUF005
 from __future__ import annotations
 
 import triton

@@ -6,7 +6,9 @@ then the groups in ascending order. It does not depend on how many programs shar
 algorithm, so the same row always gives the same bits.
 """
 
-# mypy: ignore-errors  (the kernels are Triton's language: tuples grow while they are traced)
+# Triton's language, not Python: tuples grow while they are traced, and have no unpacking.
+# mypy: ignore-errors
+# ruff: noqa: RUF005, SIM300, PLR1714
 from __future__ import annotations
 
 import triton

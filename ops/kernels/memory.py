@@ -23,7 +23,9 @@ record addresses (device memory for the next kernels, pinned host memory for the
 The portable body has no clock and counts a poll as one microsecond.
 """
 
-# mypy: ignore-errors  (the kernels are Triton's language: tuples grow while they are traced)
+# Triton's language, not Python: tuples grow while they are traced, and have no unpacking.
+# mypy: ignore-errors
+# ruff: noqa: RUF005
 from __future__ import annotations
 
 import triton

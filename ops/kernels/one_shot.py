@@ -5,7 +5,9 @@ latency dominates. On one H200 shared by all ranks see the table in ``docs/measu
 ``ops/select.py`` puts the crossing to two-shot at 370 KB for W = 4 and 106 KB for W = 8, and never for W = 2.
 """
 
-# mypy: ignore-errors  (the kernels are Triton's language: tuples grow while they are traced)
+# Triton's language, not Python: tuples grow while they are traced, and have no unpacking.
+# mypy: ignore-errors
+# ruff: noqa: RUF005
 from __future__ import annotations
 
 import triton

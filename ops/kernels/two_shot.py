@@ -4,7 +4,9 @@ Two store-to-visible latencies, but only about ``2 * B`` bytes out of each rank 
 sizes up. Every program reduces only rows that it also finishes, so programs of one rank never wait for one another.
 """
 
-# mypy: ignore-errors  (the kernels are Triton's language: tuples grow while they are traced)
+# Triton's language, not Python: tuples grow while they are traced, and have no unpacking.
+# mypy: ignore-errors
+# ruff: noqa: RUF005
 from __future__ import annotations
 
 import triton

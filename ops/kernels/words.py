@@ -4,7 +4,9 @@ A lane holds four words: eight bf16 or fp16 values, or four fp32 values, kept as
 the order of every addition is written in the code and never left to a layout that the compiler picked.
 """
 
-# mypy: ignore-errors  (the kernels are Triton's language: tuples grow while they are traced)
+# Triton's language, not Python: tuples grow while they are traced, and have no unpacking.
+# mypy: ignore-errors
+# ruff: noqa: RUF005, SIM300, PLR0124
 from __future__ import annotations
 
 import triton

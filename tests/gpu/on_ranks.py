@@ -15,11 +15,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from interpreted_ranks import Call, expected, inputs, ulps_apart  # noqa: E402
-
-from tpfuse.ops import all_reduce_add_rms_norm, bench, dispatch, launch, plane, raise_if_failed, reset  # noqa: E402
-from tpfuse.ops.flavour import NAMED  # noqa: E402
-from tpfuse.ops.kernels.constants import constants, supports  # noqa: E402
+from interpreted_ranks import Call, expected, inputs, ulps_apart
+from tpfuse.ops import all_reduce_add_rms_norm, bench, dispatch, launch, plane, raise_if_failed, reset
+from tpfuse.ops.flavour import NAMED
+from tpfuse.ops.kernels.constants import constants, supports
 
 
 def _to_gpu(t: Tensor | None) -> Tensor | None:

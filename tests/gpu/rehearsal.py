@@ -14,12 +14,11 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from interpreted_ranks import Call, expected, inputs, ulps_apart  # noqa: E402
-
-from tpfuse.ops import dispatch  # noqa: E402
-from tpfuse.ops.flavour import NAMED  # noqa: E402
-from tpfuse.ops.kernels.constants import constants  # noqa: E402
-from tpfuse.ops.kernels.epilogue import STATE_WORDS  # noqa: E402
+from interpreted_ranks import Call, expected, inputs, ulps_apart
+from tpfuse.ops import dispatch
+from tpfuse.ops.flavour import NAMED
+from tpfuse.ops.kernels.constants import constants
+from tpfuse.ops.kernels.epilogue import STATE_WORDS
 
 
 def _marked(t: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,6 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import on_ranks
-
 from tpfuse.ops.one_gpu import run_ranks, why_not
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
