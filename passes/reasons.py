@@ -51,7 +51,7 @@ class Reason(str, Enum):
 
 
 REMEDIES: dict[Reason, str] = {
-    Reason.REDUCE_OP: "Only a sum can be fused. Use all_reduce(op=SUM); multiply by 1 / world size afterwards if a mean is meant.",
+    Reason.REDUCE_OP: "Only a sum can be fused. Use all_reduce(op=SUM); for a mean, multiply by 1 / world size afterwards.",
     Reason.UNKNOWN_GROUP: "The group's name could not be resolved to ranks in this process. Compile after the group is "
     "created and before it is destroyed, on a rank that is a member.",
     Reason.GROUP_SIZE: "The group has one rank, so there is nothing to reduce. Use a larger tensor-parallel size or "
