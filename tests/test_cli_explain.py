@@ -63,10 +63,12 @@ def compiled_on_gloo(rank, world_size, name, sizes, layers):
     model = parallelize(models.unsharded(name, **layers), ParallelConfig(*sizes))
     torch.compiler.reset()
     package.clear_reports()
-    exchange_rows(model, explaining.SEQUENCES)
+    largest = exchange_rows(model, explaining.SEQUENCES)
     tokens = torch.zeros(explaining.SEQUENCES, 1, dtype=torch.long)
     with torch.no_grad():
-        torch.compile(model, backend="tpfuse", options={"tpfuse.inner": "aot_eager"})(input_ids=tokens, use_cache=False)
+        torch.compile(model, backend="tpfuse", options={"tpfuse.inner": "aot_eager"})(
+            input_ids=tokens, use_cache=False, largest_block=largest
+        )
     return decisions(package.reports())
 
 

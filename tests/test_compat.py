@@ -235,6 +235,20 @@ def test_source_name():
     assert "L['x']" in captured(Scaled(), torch.ones(3), look=look, dynamic=True)
 
 
+def test_in_compiled_module():
+    class Asks(torch.nn.Module):
+        def forward(self, x):
+            torch._dynamo.graph_break()
+            return x + inside()
+
+    @torch.compiler.disable
+    def inside():
+        return float(compat.in_compiled_module())
+
+    assert not compat.in_compiled_module()
+    assert torch.compile(Asks(), backend="eager")(torch.zeros(1)).item() == 1.0
+
+
 # -- the list is complete --------------------------------------------------------------------------------------------
 
 

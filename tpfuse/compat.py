@@ -200,3 +200,12 @@ def source_name(source: Any) -> str:
 def guarded_float(symbol: torch.SymFloat) -> float:
     """The value of a symbolic float, guarded. Why private: ``float()`` of it guards too, but names no place for logs."""
     return symbol.node.guard_float(__file__, 0)
+
+
+def in_compiled_module() -> bool:
+    """Whether a compiled module's call is under way, also in frames that a graph break left to eager.
+
+    Why private: ``torch.compiler.is_compiling`` is false in such frames, and nothing public tells them apart.
+    """
+    inside = getattr(torch._dynamo.eval_frame, "_is_in_optimized_module", None)
+    return inside is not None and bool(inside())

@@ -240,9 +240,8 @@ def _compile(model: Any, request: Request, folder: str | None, tick: Tick) -> li
     torch.compiler.reset()
     compiled = torch.compile(model, backend="tpfuse", options=options)
     tokens = torch.zeros(SEQUENCES, 1, dtype=torch.long, device="meta")
-    exchange_rows(model, SEQUENCES)
     with torch.no_grad(), _layers_counted(model, tick):
-        compiled(input_ids=tokens, use_cache=False)
+        compiled(input_ids=tokens, use_cache=False, largest_block=exchange_rows(model, SEQUENCES))
     return [report for report in tpfuse.reports() if id(report) not in before]
 
 

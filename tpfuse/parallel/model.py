@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from tpfuse import compat
+
 from . import layers as layer_forwards
 from .architecture import Architecture, architecture_of
 from .config import ConfigError, ParallelConfig
@@ -163,8 +165,7 @@ def _in_compiled_call() -> bool:
 
     There an exchange would start on one replica alone, the one whose shapes changed, and wait for the others for ever.
     """
-    in_module = getattr(torch._dynamo.eval_frame, "_is_in_optimized_module", None)
-    return torch.compiler.is_compiling() or (in_module is not None and in_module())
+    return torch.compiler.is_compiling() or compat.in_compiled_module()
 
 
 def token_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
