@@ -46,9 +46,7 @@ class Decoder(nn.Module):
         self.embedding, self.head = weights(VOCAB, HIDDEN), weights(VOCAB, HIDDEN)
 
     def reduce(self, x: Tensor) -> Tensor:
-        return torch.ops._c10d_functional.wait_tensor(
-            torch.ops._c10d_functional.all_reduce(x, "sum", self.group_name)
-        )
+        return torch.ops._c10d_functional.wait_tensor(torch.ops._c10d_functional.all_reduce(x, "sum", self.group_name))
 
     def forward(self, tokens: Tensor) -> Tensor:
         h = nn.functional.embedding(tokens, self.embedding)

@@ -1,6 +1,6 @@
 """Kernel benchmark: a table in the terminal, JSON and a plot.
 
-    python benchmarks/kernel.py --worlds 2,4,8 --rows 1,8,64 --hidden 4096,8192 --out results/
+python benchmarks/kernel.py --worlds 2,4,8 --rows 1,8,64 --hidden 4096,8192 --out results/
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Start several ranks on one GPU: the launcher lives in ``tpfuse.ops.one_gpu``; this shows how to use it.
 
-    python benchmarks/one_gpu_ranks.py 4
+python benchmarks/one_gpu_ranks.py 4
 """
 
 from __future__ import annotations

@@ -40,7 +40,14 @@ class Plan:
     hiddens: tuple[int, ...] = (4096, 5120, 7168, 8192)
     rows: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
     contenders: tuple[str, ...] = (
-        "tpfuse", "tpfuse early pdl", "floor", "symm one-shot", "symm two-shot", "flashinfer", "flashinfer pdl", "nccl",
+        "tpfuse",
+        "tpfuse early pdl",
+        "floor",
+        "symm one-shot",
+        "symm two-shot",
+        "flashinfer",
+        "flashinfer pdl",
+        "nccl",
     )
     timeout: float = 300.0
 
@@ -76,11 +83,13 @@ def _forced(algorithm: str | None, pdl: str | None = None, wait: bool = True) ->
             raise Unavailable(path.cause)
         settings = path.settings
         settings = replace(
-            settings, algorithm=algorithm or settings.algorithm,
+            settings,
+            algorithm=algorithm or settings.algorithm,
             dependent_launch=settings.dependent_launch if pdl is None else pdl,
         )
         prepared = next(
-            q for k, q in dispatch._prepared.items()
+            q
+            for k, q in dispatch._prepared.items()
             if k[0] == p.group_name and k[2] == p.hidden and q.flavour == LLAMA and k[1] == p.x.dtype and not k[5]
         )
         assert prepared.constants is not None
@@ -97,8 +106,18 @@ def _forced(algorithm: str | None, pdl: str | None = None, wait: bool = True) ->
             for launch in plan.launches:
                 part = slice(launch.start, launch.start + launch.rows)
                 dispatch._launch(
-                    launch, stream, ours, prepared, p.x[part], p.residual[part], p.weight, None, normed[part],
-                    h[part], p.eps, 1.0,
+                    launch,
+                    stream,
+                    ours,
+                    prepared,
+                    p.x[part],
+                    p.residual[part],
+                    p.weight,
+                    None,
+                    normed[part],
+                    h[part],
+                    p.eps,
+                    1.0,
                 )
             return normed, h
 
@@ -132,7 +151,9 @@ CONTENDERS: dict[str, Callable[[Problem], Call]] = {
 LEAVES_WORDS = ("floor",)  # pushes that nobody waits for: the plane must be reset afterwards
 
 
-def _problem(rank: int, world: int, rows: int, hidden: int, group_name: str, shared: bool) -> tuple[Problem, list[Tensor]]:
+def _problem(
+    rank: int, world: int, rows: int, hidden: int, group_name: str, shared: bool
+) -> tuple[Problem, list[Tensor]]:
     device = torch.device("cuda", torch.cuda.current_device())
 
     def make(seed: int, *shape: int) -> Tensor:
@@ -319,7 +340,8 @@ def plot(results: Sequence[Result], path: Path) -> None:
             axis = axes[i][j]
             for name in names:
                 points = sorted(
-                    (r.rows, r.median) for r in results
+                    (r.rows, r.median)
+                    for r in results
                     if r.contender == name and r.world == world and r.hidden == hidden and r.median
                 )
                 if points:

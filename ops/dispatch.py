@@ -62,7 +62,14 @@ _kernels: dict[tuple[Any, ...], Kernel] = {}
 
 
 def kernel_of(
-    algorithm: str, c: Constants, world: int, groups: int, split: int, pdl: str, wait: bool = True, attribute: bool = True
+    algorithm: str,
+    c: Constants,
+    world: int,
+    groups: int,
+    split: int,
+    pdl: str,
+    wait: bool = True,
+    attribute: bool = True,
 ) -> Kernel:
     """The kernel of a launch, not necessarily compiled yet."""
     key = (algorithm, c, world, groups, split, pdl, wait, attribute)
@@ -83,9 +90,7 @@ def kernel_of(
 
 def plan_of(p: Plane, settings: plane.Settings, c: Constants, dtype: torch.dtype, rows: int, wait: bool = True) -> Plan:
     """Selection, geometry and kernels of a call. Pure apart from the cache of kernels."""
-    chosen = select(
-        p.architecture, p.world, dtype, c.hidden, rows, override=settings.algorithm, table=settings.table
-    )
+    chosen = select(p.architecture, p.world, dtype, c.hidden, rows, override=settings.algorithm, table=settings.table)
     if chosen.algorithm == "library":
         return Plan(chosen, ())
     processors = torch.cuda.get_device_properties(p.device).multi_processor_count
@@ -109,8 +114,15 @@ def plan_of(p: Plane, settings: plane.Settings, c: Constants, dtype: torch.dtype
 
 
 def _prepare(
-    key: tuple[Any, ...], x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-    scale: float, flavour: str, post_norm: bool, group_name: str,
+    key: tuple[Any, ...],
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+    flavour: str,
+    post_norm: bool,
+    group_name: str,
 ) -> Prepared:
     parsed = Flavour.parse(flavour)
     check(x, residual, weight, bias, parsed, post_norm)
@@ -125,9 +137,14 @@ def _prepare(
         constants=None
         if why_not
         else constants(
-            x.dtype, weight_dtype, hidden, parsed,
+            x.dtype,
+            weight_dtype,
+            hidden,
+            parsed,
             bias="none" if bias is None else "full" if bias.shape == x.shape and x.dim() > 1 else "row",
-            scaled=scale != 1.0, has_residual=residual is not None, post_norm=post_norm,
+            scaled=scale != 1.0,
+            has_residual=residual is not None,
+            post_norm=post_norm,
         ),
         why_not=why_not,
         normed_dtype=normed_dtype,
@@ -199,8 +216,17 @@ def _cuda(
 ) -> tuple[Tensor, Tensor]:
     index = x.device.index
     key = (
-        group_name, x.dtype, x.shape[-1] if x.dim() else 0, flavour, scale != 1.0, residual is None,
-        None if weight is None else weight.dtype, 0 if bias is None else bias.dim(), x.dim(), post_norm, index,
+        group_name,
+        x.dtype,
+        x.shape[-1] if x.dim() else 0,
+        flavour,
+        scale != 1.0,
+        residual is None,
+        None if weight is None else weight.dtype,
+        0 if bias is None else bias.dim(),
+        x.dim(),
+        post_norm,
+        index,
         plane.current_stream_class(),
     )
     prepared = _prepared.get(key)
@@ -227,7 +253,9 @@ def _cuda(
         if plan.launches:
             stream = torch._C._cuda_getCurrentRawStream(index)
             if len(plan.launches) == 1:
-                _launch(plan.launches[0], stream, p, prepared, x, residual, weight, bias, normed, residual_out, eps, scale)
+                _launch(
+                    plan.launches[0], stream, p, prepared, x, residual, weight, bias, normed, residual_out, eps, scale
+                )
             else:
                 flat = [None if t is None else t.view(rows, -1) for t in (x, residual, normed, residual_out)]
                 full_bias = bias is not None and c.bias == "full"
@@ -243,13 +271,35 @@ def _cuda(
 
 
 def _launch(
-    launch: Launch, stream: int, p: Plane, prepared: Prepared, x: Tensor, residual: Tensor | None,
-    weight: Tensor | None, bias: Tensor | None, normed: Tensor, residual_out: Tensor, eps: float, scale: float,
+    launch: Launch,
+    stream: int,
+    p: Plane,
+    prepared: Prepared,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    normed: Tensor,
+    residual_out: Tensor,
+    eps: float,
+    scale: float,
 ) -> None:
     kernel = launch.kernel
     args = (
-        x, x if residual is None else residual, x if weight is None else weight, x if bias is None else bias, normed,
-        residual_out, p.peers, p.state, p.rank, launch.rows, p.phase_bytes, prepared.limit, eps, scale,
+        x,
+        x if residual is None else residual,
+        x if weight is None else weight,
+        x if bias is None else bias,
+        normed,
+        residual_out,
+        p.peers,
+        p.state,
+        p.rank,
+        launch.rows,
+        p.phase_bytes,
+        prepared.limit,
+        eps,
+        scale,
     )
     if not kernel.ready:
         kernel.compile(*args)

@@ -73,7 +73,16 @@ class Kernel:
         compiled = self._compiled
         assert self._run is not None
         self._run(
-            programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *args,
+            programs,
+            1,
+            1,
+            stream,
+            compiled.function,
+            compiled.packed_metadata,
+            None,
+            None,
+            None,
+            *args,
             *self.constexprs,
         )
 

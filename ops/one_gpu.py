@@ -64,8 +64,17 @@ def mps(folder: Path) -> Iterator[dict[str, str]]:
             subprocess.run([MPS], input=b"quit\n", env=env, timeout=60, check=False)
 
 
-def _serve(fn: Callable[..., Any], rank: int, world: int, args: tuple[Any, ...], store: str, env: dict[str, str],
-           shared: bool, timeout: float, conn: Any) -> None:
+def _serve(
+    fn: Callable[..., Any],
+    rank: int,
+    world: int,
+    args: tuple[Any, ...],
+    store: str,
+    env: dict[str, str],
+    shared: bool,
+    timeout: float,
+    conn: Any,
+) -> None:
     os.environ.update(env)
     # A rank that hangs says where before it is killed.
     faulthandler.dump_traceback_later(max(1.0, timeout - 5), exit=False)

@@ -165,9 +165,20 @@ def flashinfer_library() -> Path:
         arch = f"{major}{minor}" + ("a" if major >= 9 else "")
         built = folder / f"shim_{os.getpid()}.so"
         command = [
-            nvcc, "-O3", "-std=c++17", "--expt-relaxed-constexpr", f"-gencode=arch=compute_{arch},code=sm_{arch}",
-            "-shared", "-Xcompiler", "-fPIC", "-DNDEBUG", f"-I{data / 'include'}", f"-I{data / 'spdlog' / 'include'}",
-            str(source), "-o", str(built),
+            nvcc,
+            "-O3",
+            "-std=c++17",
+            "--expt-relaxed-constexpr",
+            f"-gencode=arch=compute_{arch},code=sm_{arch}",
+            "-shared",
+            "-Xcompiler",
+            "-fPIC",
+            "-DNDEBUG",
+            f"-I{data / 'include'}",
+            f"-I{data / 'spdlog' / 'include'}",
+            str(source),
+            "-o",
+            str(built),
         ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
         if done.returncode:
@@ -242,8 +253,14 @@ def flashinfer(pdl: bool) -> Callable[[Problem], Call]:
         def call() -> tuple[Tensor, Tensor]:
             pointers = [t.data_ptr() for t in (workspace.pointers, p.x, p.residual, h, normed, p.weight)]
             error = library.call(
-                p.world, p.rank, p.rows, p.hidden, *(ctypes.c_void_p(a) for a in pointers), ctypes.c_float(p.eps),
-                int(pdl), ctypes.c_void_p(torch.cuda.current_stream().cuda_stream),
+                p.world,
+                p.rank,
+                p.rows,
+                p.hidden,
+                *(ctypes.c_void_p(a) for a in pointers),
+                ctypes.c_float(p.eps),
+                int(pdl),
+                ctypes.c_void_p(torch.cuda.current_stream().cuda_stream),
             )
             if error:
                 raise RuntimeError(f"FlashInfer's launch failed with CUDA error {error}")

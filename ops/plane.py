@@ -198,7 +198,9 @@ class Plane:
         if self.seen[0]:
             _, missing, row, phase = (int(v) for v in self.seen)
             waited = {0: "its rows", 1: "a program of the same rank (split row)", 2: "the sum of a row from its owner"}
-            source = f"rank {self.ranks[missing]}" if phase // 2 == 0 else f"the owner, rank {self.ranks[row % self.world]}"
+            source = (
+                f"rank {self.ranks[missing]}" if phase // 2 == 0 else f"the owner, rank {self.ranks[row % self.world]}"
+            )
             if phase // 2 == 1:
                 source = "a sibling program"
             raise RuntimeError(
@@ -394,7 +396,9 @@ def group_name_of(group: dist.ProcessGroup | str | None) -> str:
         return group
     group = group or dist.group.WORLD
     if group is None:
-        raise ValueError("no process group is initialised; call torch.distributed.init_process_group first or pass group=")
+        raise ValueError(
+            "no process group is initialised; call torch.distributed.init_process_group first or pass group="
+        )
     return group.group_name
 
 

@@ -54,7 +54,9 @@ class Entry:
 
 KIB, MIB = 1 << 10, 1 << 20
 _MODEL = "model of NVLink4 (370 GB/s, 1.25 us a round), not yet measured"
-_SHARED = "one H200 shared by the ranks under MPS, 2026-11-24, rows 1 to 64: docs/measuring.md; larger sizes not measured"
+_SHARED = (
+    "one H200 shared by the ranks under MPS, 2026-11-24, rows 1 to 64: docs/measuring.md; larger sizes not measured"
+)
 _GUESSED = "between and beyond the measured world sizes 2 and 4; not measured"
 TABLE: tuple[Entry, ...] = (
     Entry("any", 2, 16 * MIB, 16 * MIB, 8 * MIB, _MODEL),

@@ -86,9 +86,7 @@ def inputs(call: Call, world: int) -> Inputs:
     if call.flavour != "weightless":
         weight = torch.randn(call.hidden, generator=g).to(call.weight_dtype or call.dtype)
     bias = {"none": None, "row": (call.hidden,), "full": shape}[call.bias]
-    return Inputs(
-        xs, make(*shape) if call.residual else None, weight, None if bias is None else make(*bias)
-    )
+    return Inputs(xs, make(*shape) if call.residual else None, weight, None if bias is None else make(*bias))
 
 
 def expected(call: Call, given: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
@@ -130,8 +128,18 @@ def _attach(name: str) -> tuple[shared_memory.SharedMemory, torch.Tensor]:
     return memory, torch.frombuffer(memory.buf, dtype=torch.int32)
 
 
-def _worker(rank: int, program: int | None, world: int, names: dict[str, list[str]], calls: list[Call], delay: float,
-            dies_at: int, watchdog: int, together: Any, conn: Any) -> None:
+def _worker(
+    rank: int,
+    program: int | None,
+    world: int,
+    names: dict[str, list[str]],
+    calls: list[Call],
+    delay: float,
+    dies_at: int,
+    watchdog: int,
+    together: Any,
+    conn: Any,
+) -> None:
     outcome = Outcome(rank)
     try:
         os.environ["TRITON_INTERPRET"] = "1"
@@ -182,8 +190,14 @@ def _worker(rank: int, program: int | None, world: int, names: dict[str, list[st
             if delay:
                 time.sleep(rng.random() * delay)
             c = constants(
-                call.dtype, None if given.weight is None else given.weight.dtype, call.hidden, NAMED[call.flavour],
-                bias=call.bias, scaled=call.scale != 1.0, has_residual=call.residual, post_norm=call.post_norm,
+                call.dtype,
+                None if given.weight is None else given.weight.dtype,
+                call.hidden,
+                NAMED[call.flavour],
+                bias=call.bias,
+                scaled=call.scale != 1.0,
+                has_residual=call.residual,
+                post_norm=call.post_norm,
             )
             held_groups = call.groups or c.groups
             split = -(-c.groups // held_groups)
@@ -201,10 +215,20 @@ def _worker(rank: int, program: int | None, world: int, names: dict[str, list[st
                 x = given.xs[rank].contiguous()
                 none = x
                 args = (
-                    x, given.residual if given.residual is not None else none,
+                    x,
+                    given.residual if given.residual is not None else none,
                     given.weight if given.weight is not None else none,
-                    given.bias if given.bias is not None else none, views[0], views[1], peers, state, rank, call.rows,
-                    phase_bytes, watchdog, call.eps, call.scale,
+                    given.bias if given.bias is not None else none,
+                    views[0],
+                    views[1],
+                    peers,
+                    state,
+                    rank,
+                    call.rows,
+                    phase_bytes,
+                    watchdog,
+                    call.eps,
+                    call.scale,
                 )
                 function = {"one_shot": one_shot_kernel, "two_shot": two_shot_kernel}[call.algorithm]
                 if program is not None:
@@ -221,7 +245,9 @@ def _worker(rank: int, program: int | None, world: int, names: dict[str, list[st
             want = expected(call, given)
             apart = (ulps_apart(normed, want[0]), ulps_apart(residual_out, want[1]))
             # The sum of squares is added in the kernel's order, not in torch's: the root may differ in its last places.
-            allowed = (4, 4 if call.post_norm else 0) if call.dtype == torch.float32 else (1, 1 if call.post_norm else 0)
+            allowed = (
+                (4, 4 if call.post_norm else 0) if call.dtype == torch.float32 else (1, 1 if call.post_norm else 0)
+            )
             if apart[0] > allowed[0] or apart[1] > allowed[1]:
                 outcome.mistakes.append(f"call {number} {call}: {apart} ulps from the reference, allowed {allowed}")
         partials = state[PARTIALS.value : PARTIALS.value + MAX_PROGRAMS.value * 16]
@@ -243,9 +269,16 @@ def _wait_for_siblings(names: dict[str, list[str]], number: int, programs: int, 
     memory.close()
 
 
-def run(world: int, calls: list[Call], *, delay: float = 0.0, split: bool = False, dies: tuple[int, int] = (-1, -1),
-        watchdog: int = WATCHDOG_NS,
-        timeout: float = 240.0) -> list[Outcome]:
+def run(
+    world: int,
+    calls: list[Call],
+    *,
+    delay: float = 0.0,
+    split: bool = False,
+    dies: tuple[int, int] = (-1, -1),
+    watchdog: int = WATCHDOG_NS,
+    timeout: float = 240.0,
+) -> list[Outcome]:
     """Make ``calls`` on ``world`` interpreted ranks and return what each saw.
 
     Args:

@@ -24,10 +24,16 @@ TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"
 NVIDIA = (80, 90, 100)
 
 
-def _constants(hidden: int = 8192, dtype: torch.dtype = torch.bfloat16, weight: torch.dtype | None = None,
-               flavour: Flavour = LLAMA, post_norm: bool = False) -> Constants:
-    return constants(dtype, weight or dtype, hidden, flavour, bias="none", scaled=False, has_residual=True,
-                     post_norm=post_norm)
+def _constants(
+    hidden: int = 8192,
+    dtype: torch.dtype = torch.bfloat16,
+    weight: torch.dtype | None = None,
+    flavour: Flavour = LLAMA,
+    post_norm: bool = False,
+) -> Constants:
+    return constants(
+        dtype, weight or dtype, hidden, flavour, bias="none", scaled=False, has_residual=True, post_norm=post_norm
+    )
 
 
 def _compile(algorithm: str, c: Constants, world: int, groups: int, target: GPUTarget, pdl: str = "off") -> Any:
@@ -42,7 +48,9 @@ def _compile(algorithm: str, c: Constants, world: int, groups: int, target: GPUT
     names = function.arg_names
     signature = dict(zip(names, (*kinds, *("constexpr",) * len(constexprs)), strict=True))
     source = ASTSource(
-        function, signature, dict(zip(names[len(kinds):], constexprs, strict=True)),
+        function,
+        signature,
+        dict(zip(names[len(kinds) :], constexprs, strict=True)),
         {(i,): [["tt.divisibility", 16]] for i in range(8)},
     )
     options: dict[str, Any] = {"num_warps": 4 if ptx else 2, "enable_fp_fusion": False}
@@ -61,7 +69,9 @@ def _resources(ptx: str, folder: Path) -> tuple[int, int]:
     for tool in (triton.knobs.nvidia.ptxas, triton.knobs.nvidia.ptxas_blackwell):  # the second reads newer PTX
         done = subprocess.run(
             [tool.path, "-v", "--fmad=false", "--gpu-name", arch, str(path), "-o", str(folder / "kernel.cubin")],
-            capture_output=True, text=True, check=False,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         said = done.stdout + done.stderr
         if done.returncode == 0:
@@ -94,8 +104,13 @@ def test_no_variant_of_the_table_spills(algorithm: str, arch: int, tmp_path: Pat
         for groups in (1, 2, 4, 8):
             _check(algorithm, _constants(), world, groups, arch, tmp_path)
     for c in (
-        _constants(flavour=GEMMA), _constants(flavour=OLMO2), _constants(dtype=torch.float16), _constants(hidden=7168),
-        _constants(hidden=4096, dtype=torch.float32), _constants(hidden=2880), _constants(flavour=OLMO2, post_norm=True),
+        _constants(flavour=GEMMA),
+        _constants(flavour=OLMO2),
+        _constants(dtype=torch.float16),
+        _constants(hidden=7168),
+        _constants(hidden=4096, dtype=torch.float32),
+        _constants(hidden=2880),
+        _constants(flavour=OLMO2, post_norm=True),
     ):
         _check(algorithm, c, 8, 1, arch, tmp_path)
 
@@ -114,7 +129,9 @@ def test_add_and_norm_compiles_for_every_nvidia_target() -> None:
     constexprs = (c, c.groups, True)
     for arch in NVIDIA:
         source = ASTSource(
-            add_norm_kernel, dict(zip(names, (*kinds, *("constexpr",) * 3), strict=True)),
-            dict(zip(names[9:], constexprs, strict=True)), {(i,): [["tt.divisibility", 16]] for i in range(6)},
+            add_norm_kernel,
+            dict(zip(names, (*kinds, *("constexpr",) * 3), strict=True)),
+            dict(zip(names[9:], constexprs, strict=True)),
+            {(i,): [["tt.divisibility", 16]] for i in range(6)},
         )
         assert triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": 4}).asm["cubin"]

@@ -70,8 +70,11 @@ def test_widths_that_are_no_power_of_two_and_rows_of_several_groups() -> None:
 
 
 def test_flavours_and_epilogues() -> None:
-    calls = [Call(2, 72, flavour=f, dtype=d) for f in ("llama", "gemma", "olmo2", "gemma4", "weightless")
-             for d in (torch.bfloat16, torch.float16, torch.float32)]
+    calls = [
+        Call(2, 72, flavour=f, dtype=d)
+        for f in ("llama", "gemma", "olmo2", "gemma4", "weightless")
+        for d in (torch.bfloat16, torch.float16, torch.float32)
+    ]
     calls += [Call(2, 72, flavour=f, weight_dtype=torch.float32) for f in ("llama", "gemma", "olmo2", "gemma4")]
     calls += [
         Call(2, 72, algorithm, bias=bias, scale=scale, post_norm=post, flavour=flavour, seed=9)
@@ -108,8 +111,14 @@ def test_two_hundred_calls_alternate_algorithm_rows_and_width_with_random_delays
 def test_the_same_two_hundred_calls_on_four_ranks_with_wide_rows() -> None:
     rng = random.Random(4)
     calls = [
-        Call(rng.choice((1, 3, 4, 5)), rng.choice((64, 576, 2880)), rng.choice(("one_shot", "two_shot")), seed=n,
-             special=rng.choice(("none", "zeros")), programs=rng.choice((1, 2, 3)))
+        Call(
+            rng.choice((1, 3, 4, 5)),
+            rng.choice((64, 576, 2880)),
+            rng.choice(("one_shot", "two_shot")),
+            seed=n,
+            special=rng.choice(("none", "zeros")),
+            programs=rng.choice((1, 2, 3)),
+        )
         for n in range(200)
     ]
     _agree(run(4, calls, delay=0.003, timeout=580), 4)
@@ -117,10 +126,14 @@ def test_the_same_two_hundred_calls_on_four_ranks_with_wide_rows() -> None:
 
 def test_rows_split_over_programs_have_the_bits_of_whole_rows() -> None:
     """Programs of one row wait for each other, so each is a process: 2 ranks x 3 programs; then the same rows unsplit."""
-    split = [Call(1, 2880, algorithm, groups=1, programs=3, seed=n)
-             for n, algorithm in enumerate(("one_shot", "two_shot", "one_shot"))]
-    whole = [Call(1, 2880, algorithm, groups=None, programs=1, seed=n)
-             for n, algorithm in enumerate(("one_shot", "two_shot", "one_shot"))]
+    split = [
+        Call(1, 2880, algorithm, groups=1, programs=3, seed=n)
+        for n, algorithm in enumerate(("one_shot", "two_shot", "one_shot"))
+    ]
+    whole = [
+        Call(1, 2880, algorithm, groups=None, programs=1, seed=n)
+        for n, algorithm in enumerate(("one_shot", "two_shot", "one_shot"))
+    ]
     pieces = run(2, split, split=True)
     for outcome in pieces:
         assert not outcome.error, outcome.error
@@ -132,7 +145,9 @@ def test_rows_split_over_programs_have_the_bits_of_whole_rows() -> None:
 
 def test_a_row_has_the_same_bits_whatever_the_other_rows_are() -> None:
     """Batch invariance: the first row of one call equals the first row of another with the same seed and one row."""
-    calls = [Call(rows, 128, algorithm, seed=3, special="none") for rows in (1, 1) for algorithm in ("one_shot", "two_shot")]
+    calls = [
+        Call(rows, 128, algorithm, seed=3, special="none") for rows in (1, 1) for algorithm in ("one_shot", "two_shot")
+    ]
     digests = run(2, calls)[0].digests
     assert len(set(digests)) == 1
 

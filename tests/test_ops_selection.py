@@ -28,7 +28,7 @@ def test_two_ranks_never_take_two_shot_with_a_gpu_each() -> None:
 
 
 def test_the_choice_depends_on_bytes_alone() -> None:
-    assert select("sm_90", 4, torch.float32, 2048, 8) .algorithm == select("sm_90", 4, torch.bfloat16, 4096, 8).algorithm
+    assert select("sm_90", 4, torch.float32, 2048, 8).algorithm == select("sm_90", 4, torch.bfloat16, 4096, 8).algorithm
 
 
 @pytest.mark.parametrize("thresholds", TABLE, ids=lambda e: f"{e.architecture}-{e.world}")
@@ -106,7 +106,9 @@ def test_different_settings_are_an_error_on_every_rank() -> None:
         judge([_ballot(), _ballot(settings="algorithm=library")])
 
 
-def test_settings_come_from_the_environment_and_wrong_values_name_the_valid_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_come_from_the_environment_and_wrong_values_name_the_valid_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("TPFUSE_ALGORITHM", "two_shot")
     monkeypatch.setenv("TPFUSE_WATCHDOG_SECONDS", "2.5")
     settings = Settings.from_environment()
@@ -147,8 +149,18 @@ def test_a_failure_record_names_group_rank_phase_and_row() -> None:
     import numpy as np
 
     p = plane.Plane(
-        "tp", 0, 4, torch.device("cpu"), "", "sm_90", 1, 1 << 20, *(torch.zeros(1),) * 4,
-        seen=np.array([1, 2, 7, 1]), handle=None, ranks=(4, 5, 6, 7),
+        "tp",
+        0,
+        4,
+        torch.device("cpu"),
+        "",
+        "sm_90",
+        1,
+        1 << 20,
+        *(torch.zeros(1),) * 4,
+        seen=np.array([1, 2, 7, 1]),
+        handle=None,
+        ranks=(4, 5, 6, 7),
     )
     with pytest.raises(RuntimeError, match=r"rank 4 of group 'tp' .* waiting for rank 6: its rows, row 7, phase 1"):
         p.raise_if_failed()

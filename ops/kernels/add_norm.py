@@ -42,6 +42,22 @@ def add_norm_kernel(
             loads = loads + (load,)
             held = held + (accept(reduced, row, 0, i, residual_out, scale, load, C, GROUPS, PTX),)
         finish(
-            held, row, 0, residual, weight, normed, residual_out, reduced_rows, 0, 0, 0, eps, loads,
-            C, GROUPS, 1, False, PTX,
+            held,
+            row,
+            0,
+            residual,
+            weight,
+            normed,
+            residual_out,
+            reduced_rows,
+            0,
+            0,
+            0,
+            eps,
+            loads,
+            C,
+            GROUPS,
+            1,
+            False,
+            PTX,
         )

@@ -221,7 +221,15 @@ def prefetch(
 
 @triton.jit
 def accept(
-    reduced, row, part, i: tl.constexpr, residual_out, scale, loads, C: tl.constexpr, GROUPS: tl.constexpr,
+    reduced,
+    row,
+    part,
+    i: tl.constexpr,
+    residual_out,
+    scale,
+    loads,
+    C: tl.constexpr,
+    GROUPS: tl.constexpr,
     PTX: tl.constexpr,
 ):
     """Bias, scale and residual add of one group; returns the words of what will be normalised.

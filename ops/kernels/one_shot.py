@@ -69,8 +69,11 @@ def end(state, phase):
     tl.store(state + EPOCHS + tl.program_id(0), phase ^ 1)
     if tl.program_id(0) == 0:
         others = tl.arange(0, MAX_PROGRAMS)
-        tl.store(state + EPOCHS + others, tl.zeros((MAX_PROGRAMS,), tl.int32) + (phase ^ 1),
-                 mask=others >= tl.num_programs(0))
+        tl.store(
+            state + EPOCHS + others,
+            tl.zeros((MAX_PROGRAMS,), tl.int32) + (phase ^ 1),
+            mask=others >= tl.num_programs(0),
+        )
 
 
 @triton.jit(do_not_specialize=["rank", "rows", "phase_bytes", "limit"])
@@ -165,8 +168,24 @@ def one_shot_kernel(
             reduced = sum_over_ranks(words, C, W, PTX)
             held = held + (accept(reduced, row, part, i, residual_out, scale, load, C, GROUPS, PTX),)
         finish(
-            held, row, part, residual, weight, normed, residual_out, state, phase, host_record, limit, eps, loads,
-            C, GROUPS, SPLIT, WAIT, PTX,
+            held,
+            row,
+            part,
+            residual,
+            weight,
+            normed,
+            residual_out,
+            state,
+            phase,
+            host_record,
+            limit,
+            eps,
+            loads,
+            C,
+            GROUPS,
+            SPLIT,
+            WAIT,
+            PTX,
         )
     end(state, phase)
     let_next_kernel_start(PDL)

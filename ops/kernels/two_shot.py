@@ -163,8 +163,24 @@ def two_shot_kernel(
                 reduced = plus_scalar(unpack(words, C.dtype), 0.0)
                 held = held + (accept(reduced, row, part, i, residual_out, scale, load, C, GROUPS, PTX),)
             finish(
-                held, row, part, residual, weight, normed, residual_out, state, phase, host_record, limit, eps, loads,
-                C, GROUPS, SPLIT, WAIT, PTX,
+                held,
+                row,
+                part,
+                residual,
+                weight,
+                normed,
+                residual_out,
+                state,
+                phase,
+                host_record,
+                limit,
+                eps,
+                loads,
+                C,
+                GROUPS,
+                SPLIT,
+                WAIT,
+                PTX,
             )
     end(state, phase)
     let_next_kernel_start(PDL)

@@ -28,8 +28,15 @@ def _to_gpu(t: Tensor | None) -> Tensor | None:
 def make_call(call: Call, rank: int, world: int, group: Any = None) -> tuple[Tensor, Tensor]:
     given = inputs(call, world)
     return all_reduce_add_rms_norm(
-        given.xs[rank].cuda(), _to_gpu(given.residual), _to_gpu(given.weight), eps=call.eps, bias=_to_gpu(given.bias),
-        scale=call.scale, flavour=NAMED[call.flavour], post_norm=call.post_norm, group=group,
+        given.xs[rank].cuda(),
+        _to_gpu(given.residual),
+        _to_gpu(given.weight),
+        eps=call.eps,
+        bias=_to_gpu(given.bias),
+        scale=call.scale,
+        flavour=NAMED[call.flavour],
+        post_norm=call.post_norm,
+        group=group,
     )
 
 
@@ -105,8 +112,16 @@ def warm(calls: list[Call], rank: int, world: int, group: Any = None) -> None:
         weight = None if call.flavour == "weightless" else call.weight_dtype or call.dtype
         if not call.rows or supports(call.dtype, weight, call.hidden, flavour):
             continue
-        c = constants(call.dtype, weight, call.hidden, flavour, bias=call.bias, scaled=call.scale != 1.0,
-                      has_residual=call.residual, post_norm=call.post_norm)
+        c = constants(
+            call.dtype,
+            weight,
+            call.hidden,
+            flavour,
+            bias=call.bias,
+            scaled=call.scale != 1.0,
+            has_residual=call.residual,
+            post_norm=call.post_norm,
+        )
         for one in dispatch.plan_of(path.plane, path.settings, c, call.dtype, call.rows).launches:
             found.setdefault(id(one.kernel), (one.kernel, c))
     for mine in (True, False):
@@ -157,8 +172,10 @@ def correctness(rank: int, world: int) -> list[str]:
     normed, h = make_call(big, rank, world)
     for row in (0, 17, 63):
         one, one_h = all_reduce_add_rms_norm(
-            given.xs[rank][row : row + 1].cuda(), given.residual[row : row + 1].cuda(),  # type: ignore[index]
-            given.weight.cuda(), eps=big.eps,  # type: ignore[union-attr]
+            given.xs[rank][row : row + 1].cuda(),
+            given.residual[row : row + 1].cuda(),  # type: ignore[index]
+            given.weight.cuda(),
+            eps=big.eps,  # type: ignore[union-attr]
         )
         if bench.output_hash(one, one_h) != bench.output_hash(normed[row], h[row]):
             complaints.append(f"row {row} alone has other bits than among {rows} rows")
@@ -171,7 +188,9 @@ def correctness(rank: int, world: int) -> list[str]:
 class _Site:
     """One call with fixed inputs, made eagerly or captured, and a count of wrong elements kept on the device."""
 
-    def __init__(self, rows: int, hidden: int, offset: int, pools: list[Tensor], ranks: list[int], rank: int, group: Any):
+    def __init__(
+        self, rows: int, hidden: int, offset: int, pools: list[Tensor], ranks: list[int], rank: int, group: Any
+    ):
         size = rows * hidden
         self.xs = [pools[r][offset : offset + size].view(rows, hidden) for r in ranks]
         self.x = pools[rank][offset : offset + size].view(rows, hidden)
@@ -315,8 +334,10 @@ def random_calls(rank: int, world: int, count: int, seed: int) -> list[str]:
 
 def two_streams(rank: int, world: int, count: int) -> list[str]:
     """Two stream classes on two streams at once, no order between them."""
-    pools = [torch.randn(1 << 20, device="cuda", generator=torch.Generator(device="cuda").manual_seed(r)).bfloat16()
-             for r in range(world + 1)]
+    pools = [
+        torch.randn(1 << 20, device="cuda", generator=torch.Generator(device="cuda").manual_seed(r)).bfloat16()
+        for r in range(world + 1)
+    ]
     streams = [torch.cuda.Stream(), torch.cuda.Stream()]
     wrong = [torch.zeros((), dtype=torch.int64, device="cuda") for _ in streams]
     grow_the_cache()
@@ -395,7 +416,20 @@ def host_cost(rank: int, world: int) -> dict[str, float]:
     one = prepared.plans[8].launches[0]
     normed, h = torch.empty_like(x), torch.empty_like(x)
     args = (
-        x, residual, weight, x, normed, h, p.peers, p.state, p.rank, 8, p.phase_bytes, prepared.limit, 1e-6, 1.0,
+        x,
+        residual,
+        weight,
+        x,
+        normed,
+        h,
+        p.peers,
+        p.state,
+        p.rank,
+        8,
+        p.phase_bytes,
+        prepared.limit,
+        1e-6,
+        1.0,
         *one.kernel.constexprs,
     )
     options = {"num_warps": 4, "enable_fp_fusion": False, **one.kernel.options}
@@ -409,7 +443,9 @@ def host_cost(rank: int, world: int) -> dict[str, float]:
         one.kernel.function[(one.programs,)](*args, **options)
 
     def op() -> None:
-        torch.ops.tpfuse.all_reduce_add_rms_norm(x, residual, weight, None, 1e-6, 1.0, str(prepared.flavour), False, name)
+        torch.ops.tpfuse.all_reduce_add_rms_norm(
+            x, residual, weight, None, 1e-6, 1.0, str(prepared.flavour), False, name
+        )
 
     def public() -> None:
         all_reduce_add_rms_norm(x, residual, weight)
@@ -418,8 +454,13 @@ def host_cost(rank: int, world: int) -> dict[str, float]:
         one.kernel(one.programs, torch._C._cuda_getCurrentRawStream(0), *args[:14])
 
     times = {}
-    for label, fn in (("bare", bare), ("bare + 2 empty_like", allocating), ("op", op), ("public function", public),
-                      ("direct launch", direct)):
+    for label, fn in (
+        ("bare", bare),
+        ("bare + 2 empty_like", allocating),
+        ("op", op),
+        ("public function", public),
+        ("direct launch", direct),
+    ):
         best = []
         for _ in range(7):
             torch.cuda.synchronize()

@@ -31,7 +31,13 @@ def play(call: Call, world: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]
     given = inputs(call, world)
     device = torch.device("cuda")
     c = constants(
-        call.dtype, call.dtype, call.hidden, NAMED[call.flavour], bias="none", scaled=False, has_residual=True,
+        call.dtype,
+        call.dtype,
+        call.hidden,
+        NAMED[call.flavour],
+        bias="none",
+        scaled=False,
+        has_residual=True,
         post_norm=False,
     )
     words = call.hidden * call.dtype.itemsize // 4

@@ -78,8 +78,19 @@ def test_a_call_costs_little_more_cpu_time_than_its_launch() -> None:
 @pytest.mark.timeout(300)
 def test_compute_sanitizer_finds_nothing() -> None:
     done = subprocess.run(
-        ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", sys.executable, str(HERE / "rehearsal.py")],
-        capture_output=True, text=True, timeout=280, check=False,
+        [
+            "compute-sanitizer",
+            "--tool",
+            "memcheck",
+            "--error-exitcode",
+            "9",
+            sys.executable,
+            str(HERE / "rehearsal.py"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     assert "ERROR SUMMARY: 0 errors" in done.stdout
