@@ -14,7 +14,7 @@ from tpfuse import compat
 
 from ..ops import reference
 from ..ops.flavour import Flavour
-from . import norms, values
+from . import values
 from .collectives import Collective, spelling_of
 from .sites import Candidate
 
@@ -204,8 +204,3 @@ def verify(candidate: Candidate, fused: Node, rows: int = 3) -> str | None:
                 worst = (model.double() - got.double()).abs().max().item()
                 return f"{name} differs by up to {worst:.3g} ({model.dtype} in the model, {got.dtype} fused)"
     return None
-
-
-def forget() -> None:
-    """Empty what the pass remembers between graphs."""
-    norms.forget()

@@ -15,12 +15,10 @@ class TinyModel:
     Attributes:
         name: transformers' model type.
         extra: configuration values beyond :data:`COMMON`.
-        plan: additions to transformers' own tensor-parallel plan.
     """
 
     name: str
     extra: dict[str, Any] = field(default_factory=dict)
-    plan: dict[str, str] = field(default_factory=dict)
 
 
 COMMON: dict[str, Any] = {
@@ -104,15 +102,11 @@ def save(name: str, folder: str, dtype: torch.dtype = torch.float32, **changes: 
     unsharded(name, dtype, **changes).save_pretrained(folder)
 
 
-def sharded(
-    folder: str, world_size: int, dtype: torch.dtype = torch.float32, plan: dict[str, str] | None = None
-) -> Any:
+def sharded(folder: str, world_size: int, dtype: torch.dtype = torch.float32) -> Any:
     """Load a checkpoint under transformers' own tensor parallelism on this rank."""
     from transformers import AutoModelForCausalLM
     from transformers.distributed import DistributedConfig
 
-    tp_plan: Any = "auto"
-    del plan
     return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, distributed_config=DistributedConfig(tp_size=world_size, tp_plan=tp_plan)
+        folder, dtype=dtype, distributed_config=DistributedConfig(tp_size=world_size, tp_plan="auto")
     ).eval()
