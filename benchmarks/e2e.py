@@ -1,115 +1,146 @@
-"""Decode steps of a Llama: tpfuse against inductor alone, both in mode="reduce-overhead" over the same group.
+"""Steps of whole models: tpfuse against Inductor alone, the same weights over the same group, both as CUDA graphs.
 
-    python benchmarks/e2e.py --worlds 2,4 --batch 1,8,32
+    python benchmarks/e2e.py --worlds 2,4 --batch 1,8,32 --out e2e.json
+    python benchmarks/e2e.py --worlds 2 --batch 1,8,32,128 --prefill 2048
+    python benchmarks/e2e.py --model deepseek --tp 4 --dp 2 --k 2 --batch 1,8,32,128 --prefill 2048
+    python benchmarks/e2e.py --device cpu --tiny [--model deepseek]        # gloo ranks: shows that it runs, times nothing
 
-16 layers of H = 4096 with random weights. The baseline reduces with torch's symmetric-memory one-shot, the fused model with the
-op. Prints step time, ratio and whether all ranks chose the same tokens.
+Models. ``llama``: 16 layers of H = 4096, one rank's shard written out here, random weights; a decode step attends to a cache
+that is full and constant, so every step costs the same; a prefill attends causally to its own rows. ``deepseek``: see
+``benchmarks/e2e_deepseek.py``.
+
+Contenders, all under ``torch.compile(mode="reduce-overhead", dynamic=False, fullgraph=True)``:
+
+- ``tpfuse``: ``backend="tpfuse"`` on the plain functional all-reduces of the model.
+- ``symm one-shot``, ``symm two-shot``: ``backend="inductor"``, and every all-reduce is torch's symmetric-memory one, behind an
+  op that Inductor does not look into (left alone it would copy the symmetric buffer, which is a graph input to it).
+  Two-shot takes part in prefills only.
+- ``nccl`` (``gloo`` on a CPU): ``backend="inductor"`` on the functional all-reduces. NCCL needs a GPU for each rank.
+
+Method. Before each step all ranks meet; a step's time is the *minimum over ranks*, because the last rank to start waits for
+nobody; the figure is the median of the steps, launch from Python included. ``back to back`` is the time of a step among 20
+that were launched without waiting for one another, where the GPU sets the pace. Tokens of a decode step are the input of the
+next. Ratios of both times are printed, against each baseline and against the one that is fastest back to back.
+
+Checks. The number of fused all-reduces must be what the model has (exit code 1 otherwise); every rank must choose the same
+tokens (likewise). Tokens of tpfuse and of each baseline are compared on equal inputs and reported as a fraction: baselines
+add in another order or precision (torch's one-shot in bf16), so near ties may fall either way.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-from typing import Any
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
 
+import e2e_deepseek
+import e2e_llama
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from tpfuse.ops.one_gpu import run_ranks
-
-LAYERS, HIDDEN, HEADS, INNER, CONTEXT, VOCAB = 16, 4096, 32, 11008, 256, 8192
+from e2e_measure import CHAIN, CHAINS, CHECKS, STEPS, WARM, Line, Plan, table
+from tpfuse.ops.one_gpu import gpu_count, run_ranks
 
 
-def rms_norm(h: Tensor, weight: Tensor) -> Tensor:
-    c = h.float()
-    return weight * (c * torch.rsqrt(c.pow(2).mean(-1, keepdim=True) + 1e-6)).to(h.dtype)
+def _gloo_rank(rank: int, fn: Callable[..., list[Line]], world: int, folder: str, plan: Plan) -> None:
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", world), rank=rank, world_size=world)
+    lines = fn(rank, world, plan)
+    if rank == 0:
+        torch.save([asdict(line) for line in lines], f"{folder}/lines")
+    dist.destroy_process_group()
 
 
-class Decoder(nn.Module):
-    """One rank's shard of the model; the cache is full and constant, so every step costs the same."""
+def on_ranks(fn: Callable[..., list[Line]], world: int, plan: Plan, timeout: float) -> list[Line]:
+    """Rank 0's lines of ``fn(rank, world, plan)``. On a CPU the ranks are gloo processes."""
+    environment = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    if plan.device == "cuda":
+        return run_ranks(fn, world, plan, timeout=timeout, env=environment)[0]
+    import torch.multiprocessing as mp
 
-    def __init__(self, world: int, batch: int, group_name: str) -> None:
-        super().__init__()
-        self.group_name = group_name
-        heads, inner = HEADS // world, INNER // world
-        self.heads = heads
-
-        def weights(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.randn(*shape, device="cuda", dtype=torch.bfloat16) * 0.02, requires_grad=False)
-
-        self.norms = nn.ParameterList([weights(HIDDEN) for _ in range(2 * LAYERS + 1)])
-        self.qkv = nn.ParameterList([weights(3 * heads * 128, HIDDEN) for _ in range(LAYERS)])
-        self.out = nn.ParameterList([weights(HIDDEN, heads * 128) for _ in range(LAYERS)])
-        self.up = nn.ParameterList([weights(2 * inner, HIDDEN) for _ in range(LAYERS)])
-        self.down = nn.ParameterList([weights(HIDDEN, inner) for _ in range(LAYERS)])
-        self.keys = nn.ParameterList([weights(2, batch, heads, CONTEXT, 128) for _ in range(LAYERS)])
-        self.embedding, self.head = weights(VOCAB, HIDDEN), weights(VOCAB, HIDDEN)
-
-    def reduce(self, x: Tensor) -> Tensor:
-        return torch.ops._c10d_functional.wait_tensor(torch.ops._c10d_functional.all_reduce(x, "sum", self.group_name))
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        h = nn.functional.embedding(tokens, self.embedding)
-        for i in range(LAYERS):
-            x = rms_norm(h, self.norms[2 * i])
-            q = (x @ self.qkv[i].T).chunk(3, -1)[0].view(len(tokens), self.heads, 1, 128)
-            a = nn.functional.scaled_dot_product_attention(q, self.keys[i][0], self.keys[i][1])
-            h = h + self.reduce(a.reshape(len(tokens), -1) @ self.out[i].T)
-            gate, up = (rms_norm(h, self.norms[2 * i + 1]) @ self.up[i].T).chunk(2, -1)
-            h = h + self.reduce((nn.functional.silu(gate) * up) @ self.down[i].T)
-        return (rms_norm(h, self.norms[-1]) @ self.head.T).argmax(-1)
-
-
-def measure(rank: int, world: int, batches: tuple[int, ...]) -> list[str]:
-    torch._inductor.config.compile_threads = 1  # type: ignore[attr-defined]
-    torch._inductor.config._collective.auto_select = True  # type: ignore[attr-defined]
-    name = dist.group.WORLD.group_name  # type: ignore[union-attr]
-    lines = []
-    for batch in batches:
-        torch.manual_seed(rank)
-        model = Decoder(world, batch, name)
-        for shared in (model.embedding, model.head, *model.norms):
-            dist.broadcast(shared.data, 0)
-        times: dict[str, float] = {}
-        same = True
-        for backend in ("inductor", "tpfuse"):
-            torch._dynamo.reset()
-            step = torch.compile(model, backend=backend, mode="reduce-overhead", dynamic=False)
-            tokens = torch.arange(batch, device="cuda")
-            taken = []
-            with torch.no_grad():
-                for number in range(30):
-                    torch.cuda.synchronize()
-                    dist.barrier()
-                    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                    start.record()
-                    tokens = step(tokens).clone()
-                    stop.record()
-                    torch.cuda.synchronize()
-                    if number >= 10:
-                        taken.append(start.elapsed_time(stop) * 1e3)
-            everyone: list[Any] = [None] * world
-            dist.all_gather_object(everyone, (taken, tokens.tolist()))
-            times[backend] = statistics.median(min(at) for at in zip(*(t for t, _ in everyone), strict=True))
-            same = same and len({tuple(chosen) for _, chosen in everyone}) == 1
-        lines.append(
-            f"W={world} batch={batch}: inductor {times['inductor']:.0f} us, tpfuse {times['tpfuse']:.0f} us, ratio "
-            f"{times['tpfuse'] / times['inductor']:.3f}, tokens equal on all ranks: {same}"
-        )
-    return lines
+    os.environ.update(environment, OMP_NUM_THREADS="1")
+    with tempfile.TemporaryDirectory(prefix="tpfuse-e2e-") as folder:
+        mp.spawn(_gloo_rank, args=(fn, world, folder, plan), nprocs=world)
+        return [Line(**one) for one in torch.load(f"{folder}/lines")]
 
 
 def numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
+    found = tuple(int(part) for part in text.split(",") if part)
+    if any(n < 1 for n in found):
+        raise argparse.ArgumentTypeError(f"{text!r}: give numbers of at least 1, separated by commas")
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--worlds", type=numbers, default=(2, 4))
-    parser.add_argument("--batch", type=numbers, default=(1, 8, 32))
+    parser.add_argument("--model", choices=("llama", "deepseek"), default="llama")
+    parser.add_argument("--worlds", type=numbers, default=(2, 4), help="llama: world sizes")
+    parser.add_argument("--tp", type=int, default=4, help="deepseek: ranks")
+    parser.add_argument("--dp", type=int, default=2, help="deepseek: replicas of attention")
+    parser.add_argument("--k", type=int, default=2, help="deepseek: ranks of the dense MLP (tp / dp shares)")
+    parser.add_argument("--batch", type=numbers, default=(1, 8, 32), help="rows of a decode step, for each replica")
+    parser.add_argument("--prefill", type=numbers, default=(), help="rows of a prefill, for each replica")
+    parser.add_argument("--contenders", help="only these, separated by commas")
+    parser.add_argument("--layers", type=int, help="instead of the model's own number")
+    parser.add_argument("--dense-layers", type=int, help="deepseek: how many of the layers are dense")
+    parser.add_argument("--experts", type=int, help="deepseek: routed experts of a layer")
+    parser.add_argument("--hidden", type=int, help="deepseek: hidden size")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--inner", choices=("inductor", "aot_eager"), help="default: inductor, aot_eager on a CPU")
+    parser.add_argument("--tiny", action="store_true", help="sizes for a rehearsal")
+    parser.add_argument("--timeout", type=float, default=560.0, help="seconds for one world size")
+    parser.add_argument("--out", type=Path, help="JSON file, rewritten after every shape")
     args = parser.parse_args()
-    for world in args.worlds:
-        print("\n".join(run_ranks(measure, world, args.batch, timeout=600)[0]), flush=True)
+    if args.device == "cuda" and gpu_count() == 0:
+        parser.exit(2, "e2e.py: no GPU is visible; --device cpu --tiny rehearses on a CPU\n")
+    shapes = (*(("decode", n) for n in args.batch), *(("prefill", n) for n in args.prefill))
+    if not shapes:
+        parser.error("nothing to measure: give --batch or --prefill")
+    if args.out is not None:
+        try:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            args.out.unlink(missing_ok=True)
+            args.out.touch()
+            args.out.unlink()
+        except OSError as error:
+            parser.exit(2, f"e2e.py: {args.out} cannot be written: {error.strerror}\n")
+    plan = Plan(
+        shapes=shapes,
+        device=args.device,
+        inner=args.inner or ("inductor" if args.device == "cuda" else "aot_eager"),
+        sizes=None,
+        contenders=tuple(args.contenders.split(",")) if args.contenders else None,
+        out=str(args.out) if args.out else None,
+        steps=(3, 2, 2, 2, 1) if args.tiny else (WARM, CHECKS, STEPS, CHAIN, CHAINS),
+    )
+    lines: list[Line] = []
+    runs: list[tuple[int, Callable[..., list[Line]], Plan]]
+    if args.model == "llama":
+        sizes = e2e_llama.TINY if args.tiny else e2e_llama.Sizes()
+        if args.layers:
+            sizes = replace(sizes, layers=args.layers)
+        runs = [(world, e2e_llama.llama, replace(plan, sizes=sizes)) for world in args.worlds]
+    else:
+        try:
+            runs = [e2e_deepseek.run_of(args, plan)]
+        except ValueError as error:
+            parser.exit(2, f"e2e.py: {error}\n")
+    failed = False
+    for world, fn, one in runs:
+        try:
+            lines += on_ranks(fn, world, one, args.timeout)
+        except Exception as error:  # a world size that fails leaves the others their figures
+            failed = True
+            print(f"W={world}: {type(error).__name__}: {str(error)[-3000:]}", flush=True)
+    if lines:
+        print(table(lines), flush=True)
+    for line in lines:
+        for problem in line.problems:
+            failed = True
+            print(f"PROBLEM W={line.world} {line.phase} {line.rows} rows, {line.contender}: {problem}", flush=True)
+    sys.exit(1 if failed else 0)
 
 
 if __name__ == "__main__":

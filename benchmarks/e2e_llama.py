@@ -1,0 +1,155 @@
+"""The Llama of ``e2e.py``: one rank's shard, written out, with random weights.
+
+A decode step attends to a cache that is full and constant, so every step costs the same. A prefill is one sequence that
+attends causally to its own rows and needs no cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from e2e_measure import Case, Line, Plan, Recorder, Say, all_reduce, allocate, measure_shape, memory, prepare
+from torch import Tensor, nn
+
+import tpfuse
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of the Llama; ``heads`` and ``inner`` divide by the world size. Heads are ``width`` wide."""
+
+    layers: int = 16
+    hidden: int = 4096
+    heads: int = 32
+    width: int = 128
+    inner: int = 11008
+    context: int = 256
+    vocabulary: int = 8192
+    dtype: torch.dtype = torch.bfloat16
+
+
+TINY = Sizes(layers=3, hidden=64, heads=4, width=16, inner=128, context=8, vocabulary=97, dtype=torch.float32)
+
+
+def rms_norm(h: Tensor, weight: Tensor) -> Tensor:
+    c = h.float()
+    return weight * (c * torch.rsqrt(c.pow(2).mean(-1, keepdim=True) + 1e-6)).to(h.dtype)
+
+
+class Weights:
+    """Makes random parameters: ``own`` ones of this rank, ``common`` ones that every rank holds whole."""
+
+    def __init__(self, dtype: torch.dtype, rank: int, device: torch.device) -> None:
+        self.dtype, self.device = dtype, device
+        self._own = torch.Generator(device).manual_seed(1 + rank)
+        self._common = torch.Generator(device).manual_seed(0)
+
+    def own(self, *shape: int, scale: float = 0.02) -> nn.Parameter:
+        return self._make(shape, 0.0, scale, self._own)
+
+    def common(self, *shape: int, mean: float = 0.0) -> nn.Parameter:
+        return self._make(shape, mean, 0.02, self._common)
+
+    def _make(self, shape: tuple[int, ...], mean: float, scale: float, generator: torch.Generator) -> nn.Parameter:
+        values = torch.empty(shape, device=self.device, dtype=self.dtype)
+        return nn.Parameter(values.normal_(mean, scale, generator=generator), requires_grad=False)
+
+
+class Attention(nn.Module):
+    """This rank's heads: (rows, H) -> partial sums (rows, H)."""
+
+    def __init__(self, sizes: Sizes, heads: int, batch: int, weights: Weights) -> None:
+        super().__init__()
+        self.heads, self.width, self.prefill = heads, sizes.width, False
+        self.qkv = weights.own(3 * heads * sizes.width, sizes.hidden)
+        self.out = weights.own(sizes.hidden, heads * sizes.width)
+        # Keys and values of a full cache; a smaller batch uses its first rows.
+        self.cache = weights.own(2, batch, heads, sizes.context, sizes.width, scale=1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.shape[0]
+        q, k, v = (part.view(rows, self.heads, self.width) for part in (x @ self.qkv.T).chunk(3, -1))
+        attention = nn.functional.scaled_dot_product_attention
+        if self.prefill:
+            q, k, v = (part.transpose(0, 1).unsqueeze(0) for part in (q, k, v))
+            a = attention(q, k, v, is_causal=True)[0].transpose(0, 1)
+        else:
+            a = attention(q.unsqueeze(2), self.cache[0, :rows], self.cache[1, :rows])
+        return a.reshape(rows, -1) @ self.out.T
+
+
+class Mlp(nn.Module):
+    """This rank's columns: (rows, H) -> partial sums (rows, H)."""
+
+    def __init__(self, sizes: Sizes, inner: int, weights: Weights) -> None:
+        super().__init__()
+        self.up, self.down = weights.own(2 * inner, sizes.hidden), weights.own(sizes.hidden, inner)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = (x @ self.up.T).chunk(2, -1)
+        return (nn.functional.silu(gate) * up) @ self.down.T
+
+
+class Layer(nn.Module):
+    def __init__(self, sizes: Sizes, world: int, batch: int, weights: Weights) -> None:
+        super().__init__()
+        self.attention_norm, self.mlp_norm = (weights.common(sizes.hidden, mean=1.0) for _ in range(2))
+        self.attention = Attention(sizes, sizes.heads // world, batch, weights)
+        self.mlp = Mlp(sizes, sizes.inner // world, weights)
+
+
+class Decoder(nn.Module):
+    """One rank's shard: tokens (rows,) -> the likeliest next tokens (rows,). ``reduction`` names a contender."""
+
+    def __init__(self, sizes: Sizes, rank: int, world: int, batch: int, group_name: str, device: torch.device) -> None:
+        super().__init__()
+        if sizes.heads % world or sizes.inner % world:
+            raise ValueError(f"{sizes.heads} heads and {sizes.inner} columns do not split over {world} ranks")
+        weights = Weights(sizes.dtype, rank, device)
+        self.group_name, self.reduction = group_name, "tpfuse"
+        self.embedding, self.head = (weights.common(sizes.vocabulary, sizes.hidden) for _ in range(2))
+        self.layers = nn.ModuleList([Layer(sizes, world, batch, weights) for _ in range(sizes.layers)])
+        self.norm = weights.common(sizes.hidden, mean=1.0)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        h = nn.functional.embedding(tokens, self.embedding)
+        for layer in self.layers:
+            x = layer.attention(rms_norm(h, layer.attention_norm))
+            h = h + all_reduce(x, self.reduction, self.group_name)
+            x = layer.mlp(rms_norm(h, layer.mlp_norm))
+            h = h + all_reduce(x, self.reduction, self.group_name)
+        return (rms_norm(h, self.norm) @ self.head.T).argmax(-1)
+
+
+def llama(rank: int, world: int, plan: Plan) -> list[Line]:
+    """On every rank: all shapes of the plan on one instance of the model."""
+    device = prepare(plan)
+    sizes: Sizes = plan.sizes
+    name = dist.group.WORLD.group_name  # type: ignore[union-attr]
+    say = Say(rank, f"llama W={world}")
+    batch = max((rows for phase, rows in plan.shapes if phase == "decode"), default=1)
+    model = Decoder(sizes, rank, world, batch, name, device)
+    if plan.device == "cuda":
+        allocate(name, max(rows for _, rows in plan.shapes) * sizes.hidden, sizes.dtype)
+        # The plane is built here and not by the first compiled step, whose allocations belong to the CUDA graphs' pool.
+        path = tpfuse.ops.describe_path(name)
+        say(f"tpfuse takes the {path.kind} path {path.cause}")
+    say(f"weights made{memory(plan)}")
+    recorder = Recorder(plan, rank)
+
+    def case(phase: str, rows: int) -> Case:
+        def tokens(number: int) -> Tensor:
+            seeded = torch.Generator().manual_seed(number)
+            return torch.randint(sizes.vocabulary, (rows,), generator=seeded).to(device)
+
+        for layer in model.layers:
+            layer.attention.prefill = phase == "prefill"  # type: ignore[union-attr]
+        return Case(
+            model, lambda step, given: step(given), lambda: None, tokens, 2 * sizes.layers, tuple(range(world)), (name,)
+        )
+
+    for phase, rows in plan.shapes:
+        measure_shape("llama", phase, rows, case(phase, rows), plan, say, recorder)
+    return recorder.lines

@@ -1,0 +1,388 @@
+"""What ``e2e.py`` measures with: contenders, the baselines' all-reduces, the time of a step, lines and tables."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from tpfuse.ops import bench
+from tpfuse.ops.one_gpu import gpu_count
+
+import tpfuse
+
+WARM, CHECKS, STEPS, CHAIN, CHAINS = 4, 4, 20, 20, 5
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure. ``shapes`` are (phase, rows) with phase ``decode`` or ``prefill``."""
+
+    shapes: tuple[tuple[str, int], ...]
+    device: str
+    inner: str
+    sizes: Any
+    contenders: tuple[str, ...] | None = None
+    out: str | None = None
+    parallel: tuple[int, int, int] = (0, 1, 0)  # tp, dp, k of the DeepSeek model
+    steps: tuple[int, int, int, int, int] = (WARM, CHECKS, STEPS, CHAIN, CHAINS)
+
+
+@dataclass
+class Line:
+    """One contender at one shape. Times in microseconds; ``note`` says why there are none."""
+
+    model: str
+    world: int
+    phase: str
+    rows: int
+    contender: str
+    step: float | None = None
+    low: float | None = None
+    high: float | None = None
+    back_to_back: float | None = None
+    compile_seconds: float | None = None
+    fused: int | None = None
+    all_reduces: int | None = None
+    ranks_equal: bool | None = None
+    equal_to_tpfuse: float | None = None  # fraction of the tokens
+    graphs_skipped: int = 0  # graphs that Inductor did not turn into CUDA graphs
+    problems: list[str] = field(default_factory=list)
+    note: str = ""
+
+
+@dataclass
+class Case:
+    """A model at one shape, ready to be compiled.
+
+    Attributes:
+        module: what is compiled; ``reduction`` on it names the contender whose all-reduces it makes.
+        call: (compiled, tokens) -> the tokens chosen, shaped so that they may be the next step's input.
+        start: called before a contender runs, to bring caches back to their first state.
+        tokens: number -> input tokens, equal on the ranks that hold the same rows.
+        expected: fused all-reduces.
+        same_rows: ranks that must choose the same tokens as this one, itself included.
+        group_names: groups whose kernels tpfuse runs, to ask whether a poll gave up.
+    """
+
+    module: nn.Module
+    call: Callable[[Any, Tensor], Tensor]
+    start: Callable[[], None]
+    tokens: Callable[[int], Tensor]
+    expected: int
+    same_rows: tuple[int, ...]
+    group_names: tuple[str, ...]
+
+
+library = torch.library.Library("tpfuse_e2e", "DEF")
+library.define("symm_one_shot(Tensor x, str group_name) -> Tensor")
+library.define("symm_two_shot(Tensor x, str group_name) -> Tensor")
+_buffers: dict[str, Tensor] = {}
+
+
+def allocate(group_name: str, numel: int, dtype: torch.dtype) -> None:
+    """The symmetric buffer of a group, for its largest all-reduce. Collective, and before anything is captured."""
+    import torch.distributed._symmetric_memory as symm_mem
+
+    buffer = symm_mem.empty(numel, dtype=dtype, device=torch.device("cuda", torch.cuda.current_device()))
+    symm_mem.rendezvous(buffer, group_name)  # type: ignore[arg-type]
+    _buffers[group_name] = buffer
+
+
+def _flat(x: Tensor) -> Tensor:
+    """``x`` as torch's kernels take it: flat, contiguous, 16-byte aligned."""
+    x = x.contiguous().view(-1)
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
+def _symm_one_shot(x: Tensor, group_name: str) -> Tensor:
+    buffer = _buffers[group_name][: x.numel()]
+    return torch.ops.symm_mem.one_shot_all_reduce_copy(buffer, _flat(x), "sum", group_name).view(x.shape)
+
+
+def _symm_two_shot(x: Tensor, group_name: str) -> Tensor:
+    buffer = _buffers[group_name][: x.numel()]
+    buffer.copy_(x.reshape(-1))
+    out = torch.empty_like(buffer)
+    torch.ops.symm_mem.two_shot_all_reduce_out(buffer, "sum", group_name, out)
+    return out.view(x.shape)
+
+
+def _fake(x: Tensor, group_name: str) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+library.impl("symm_one_shot", _symm_one_shot, "CUDA")
+library.impl("symm_two_shot", _symm_two_shot, "CUDA")
+for _name in ("symm_one_shot", "symm_two_shot"):
+    torch.library.register_fake(f"tpfuse_e2e::{_name}", _fake, lib=library)
+
+
+def all_reduce(x: Tensor, contender: str, group_name: str) -> Tensor:
+    """The sum of ``x`` over the group, the way a contender makes it."""
+    if contender == "symm one-shot":
+        return torch.ops.tpfuse_e2e.symm_one_shot(x, group_name)
+    if contender == "symm two-shot":
+        return torch.ops.tpfuse_e2e.symm_two_shot(x, group_name)
+    reduced = torch.ops._c10d_functional.all_reduce(x, "sum", group_name)
+    return torch.ops._c10d_functional.wait_tensor(reduced)
+
+
+class Say:
+    """Progress on rank 0's standard output, so that a run that is cut short still tells something."""
+
+    def __init__(self, rank: int, about: str) -> None:
+        self.rank, self.about, self.start = rank, about, time.monotonic()
+
+    def __call__(self, text: str) -> None:
+        if self.rank == 0:
+            print(f"[{time.monotonic() - self.start:6.1f} s] {self.about}: {text}", flush=True)
+
+
+class Recorder:
+    """Lines of this rank; rank 0 rewrites the JSON file after every one. Lines of earlier world sizes stay in it."""
+
+    def __init__(self, plan: Plan, rank: int) -> None:
+        self.path = Path(plan.out) if plan.out and rank == 0 else None
+        self.lines: list[Line] = []
+        self.before: list[dict[str, Any]] = []
+        self.facts = {**bench.facts(), "inner": plan.inner, "device": plan.device, "steps": plan.steps}
+        if self.path is not None and self.path.exists():
+            self.before = json.loads(self.path.read_text())["lines"]
+
+    def add(self, line: Line) -> None:
+        self.lines.append(line)
+        if self.path is not None:
+            lines = [*self.before, *(asdict(one) for one in self.lines)]
+            partial = self.path.with_suffix(".part")
+            partial.write_text(json.dumps({"facts": self.facts, "lines": lines}, indent=1) + "\n")
+            partial.replace(self.path)
+
+
+def prepare(plan: Plan) -> torch.device:
+    """Settings of a rank's process, and its device."""
+    # A pool of compiler processes forked from a client of MPS has hung.
+    torch._inductor.config.compile_threads = 1  # type: ignore[attr-defined]
+    if plan.device == "cpu":
+        torch.set_num_threads(1)
+        return torch.device("cpu")
+    device = torch.device("cuda", torch.cuda.current_device())
+    if gpu_count() >= dist.get_world_size():
+        dist.all_reduce(torch.zeros(1, device=device))  # NCCL's communicator exists before anything is captured
+    return device
+
+
+def memory(plan: Plan) -> str:
+    return (
+        f", {torch.cuda.memory_allocated() / 2**30:.1f} GiB on this GPU by this rank" if plan.device == "cuda" else ""
+    )
+
+
+def contenders_for(plan: Plan, phase: str, world: int) -> tuple[str, ...]:
+    """Names in the order of measurement. Pure: the same on every rank."""
+    if plan.device == "cpu":
+        chosen: tuple[str, ...] = ("gloo", "tpfuse")
+    else:
+        shared = gpu_count() < world
+        chosen = (
+            *(() if plan.parallel[0] else ("symm one-shot",)),
+            *(("symm two-shot",) if phase == "prefill" and not plan.parallel[0] else ()),
+            *(() if shared else ("nccl",)),
+            "tpfuse",
+        )
+    return tuple(c for c in chosen if plan.contenders is None or c in plan.contenders)
+
+
+def compiled_for(contender: str, module: nn.Module, inner: str) -> Any:
+    mode = "reduce-overhead" if inner == "inductor" else None
+    if contender == "tpfuse":
+        options = {"tpfuse.inner": inner} if inner != "inductor" else None
+        return torch.compile(module, backend="tpfuse", mode=mode, options=options, dynamic=False, fullgraph=True)
+    return torch.compile(module, backend=inner, mode=mode, dynamic=False, fullgraph=True)
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+@contextlib.contextmanager
+def stopwatch(device: str, into: list[float]) -> Iterator[None]:
+    """Appends microseconds: by CUDA events on a GPU, else by the clock."""
+    if device == "cpu":
+        begin = time.perf_counter()
+        yield
+        into.append((time.perf_counter() - begin) * 1e6)
+        return
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    yield
+    stop.record()
+    torch.cuda.synchronize()
+    into.append(start.elapsed_time(stop) * 1e3)
+
+
+def measure_shape(model: str, phase: str, rows: int, case: Case, plan: Plan, say: Say, recorder: Recorder) -> None:
+    """Every contender at one shape. Collective."""
+    world = dist.get_world_size()
+    empty = Line(model, world, phase, rows, "")
+    chosen: dict[str, Tensor] = {}
+    found: list[Line] = []
+    for contender in contenders_for(plan, phase, world):
+        line = replace(empty, contender=contender, problems=[])
+        error = ""
+        try:
+            chosen[contender] = measure_contender(line, case, plan, say)
+        except Exception as raised:  # the other contenders keep their figures
+            error = f"{type(raised).__name__}: {str(raised)[:600]}"
+        errors: list[Any] = [None] * world
+        dist.all_gather_object(errors, error)
+        failed = next((f"rank {r}: {said}" for r, said in enumerate(errors) if said), "")
+        if failed:
+            line = replace(empty, contender=contender, note=failed, problems=["failed"])
+            chosen.pop(contender, None)
+        found.append(line)
+        say(describe(line))
+    for line in found:
+        if line.contender in chosen and "tpfuse" in chosen:
+            equal = (chosen[line.contender] == chosen["tpfuse"]).float().mean().item()
+            line.equal_to_tpfuse = equal
+        recorder.add(line)
+    say(summary(found))
+
+
+def measure_contender(line: Line, case: Case, plan: Plan, say: Say) -> Tensor:
+    """Fill in a line; returns the tokens chosen on the inputs that every contender gets, on the CPU."""
+    warm, checks, steps, chain, chains = plan.steps
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    tpfuse.clear_reports()
+    case.module.reduction = line.contender  # type: ignore[assignment]
+    case.start()
+    step = compiled_for(line.contender, case.module, plan.inner)
+
+    def once(tokens: Tensor) -> Tensor:
+        if plan.device == "cuda":
+            torch.compiler.cudagraph_mark_step_begin()
+        return case.call(step, tokens).clone()  # the next replay writes over what this one returned
+
+    begin = time.monotonic()
+    with torch.no_grad():
+        for number in range(warm):
+            synchronize(plan.device)
+            dist.barrier()
+            once(case.tokens(number))
+            if number == 0:
+                synchronize(plan.device)
+                line.compile_seconds = time.monotonic() - begin
+                say(
+                    f"{line.phase} {line.rows}, {line.contender}: compiled and run once in {line.compile_seconds:.0f} s"
+                )
+        if line.contender == "tpfuse":
+            reports = tpfuse.reports()
+            line.fused, line.all_reduces = sum(len(r.fused) for r in reports), sum(len(r.sites) for r in reports)
+            if line.fused != case.expected:
+                kept = {f"{site.reason}: {site.detail}" for r in reports for site in r.kept}
+                line.problems.append(f"{line.fused} all-reduces fused instead of {case.expected}; {sorted(kept)[:3]}")
+        skips = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
+        line.graphs_skipped = int(skips)
+        if skips and plan.device == "cuda":
+            line.problems.append(f"Inductor ran {skips} graph(s) without CUDA graphs")
+        checked = torch.stack([once(case.tokens(1000 + number)) for number in range(checks)]).cpu()
+        tokens = case.tokens(0)
+        taken: list[float] = []
+        for _ in range(steps):
+            synchronize(plan.device)
+            dist.barrier()
+            with stopwatch(plan.device, taken):
+                tokens = once(tokens)
+        together: list[float] = []
+        for _ in range(chains):
+            synchronize(plan.device)
+            dist.barrier()
+            with stopwatch(plan.device, together):
+                for _ in range(chain):
+                    tokens = once(tokens)
+    if plan.device == "cuda" and line.contender == "tpfuse":
+        for name in case.group_names:
+            tpfuse.ops.raise_if_failed(name)
+    digest = hashlib.sha256(checked.numpy().tobytes() + tokens.cpu().numpy().tobytes()).hexdigest()
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (taken, together, digest, case.same_rows))
+    fastest = sorted(min(at) for at in zip(*(t for t, _, _, _ in everyone), strict=True))
+    line.step = statistics.median(fastest)
+    line.low, line.high = fastest[len(fastest) // 10], fastest[-1 - len(fastest) // 10]
+    line.back_to_back = statistics.median(min(at) for at in zip(*(t for _, t, _, _ in everyone), strict=True)) / chain
+    line.ranks_equal = all(everyone[r][2] == everyone[same[0]][2] for _, _, _, same in everyone for r in same)
+    if not line.ranks_equal:
+        line.problems.append("ranks chose different tokens")
+    return checked
+
+
+def describe(line: Line) -> str:
+    """One line of text about a contender."""
+    where = f"{line.phase} {line.rows} rows, {line.contender}"
+    if line.step is None:
+        return f"{where}: no figure ({line.note})"
+    fused = "" if line.fused is None else f", {line.fused} of {line.all_reduces} all-reduces fused"
+    problems = f" PROBLEM: {'; '.join(line.problems)}" if line.problems else ""
+    return (
+        f"{where}: step {line.step:.0f} us ({line.low:.0f} to {line.high:.0f}), back to back {line.back_to_back:.0f} us"
+        f"{fused}, tokens equal on all ranks: {line.ranks_equal}{problems}"
+    )
+
+
+def ratios(lines: list[Line]) -> dict[str, tuple[float, float]]:
+    """tpfuse over each baseline, of lines of one shape: (single steps, back to back)."""
+    ours = next((x for x in lines if x.contender == "tpfuse" and x.step and x.back_to_back), None)
+    if ours is None:
+        return {}
+    return {
+        x.contender: (ours.step / x.step, ours.back_to_back / x.back_to_back)  # type: ignore[operator]
+        for x in lines
+        if x.contender != "tpfuse" and x.step and x.back_to_back
+    }
+
+
+def summary(lines: list[Line]) -> str:
+    """The ratios of one shape, the one against the fastest baseline first."""
+    found = ratios(lines)
+    if not found:
+        return "no ratio: tpfuse or every baseline is missing"
+    equal = {x.contender: x.equal_to_tpfuse for x in lines}
+    fastest = max(found, key=lambda name: found[name][1])
+    parts = [
+        f"{name} {step:.3f} / {chained:.3f} (tokens equal {equal[name] or 0.0:.0%})"
+        for name, (step, chained) in found.items()
+    ]
+    return (
+        f"tpfuse / fastest baseline ({fastest}): {found[fastest][0]:.3f} single steps, {found[fastest][1]:.3f} back to back; "
+        f"against each: {', '.join(parts)}"
+    )
+
+
+def table(lines: list[Line]) -> str:
+    """All lines, then the ratios of every shape."""
+    out = [
+        f"{'W':>2} {'phase':>8} {'rows':>5} {'contender':>14} {'step us':>10} {'back to back':>13} {'fused':>9}  equal"
+    ]
+    for x in lines:
+        fused = "" if x.fused is None else f"{x.fused}/{x.all_reduces}"
+        times = f"{x.step:10.0f} {x.back_to_back:13.0f}" if x.step is not None else f"{'-':>10} {'-':>13}"
+        equal = "" if x.ranks_equal is None else f"ranks {x.ranks_equal}, tpfuse {x.equal_to_tpfuse or 0.0:.0%}"
+        out.append(
+            f"{x.world:2d} {x.phase:>8} {x.rows:5d} {x.contender:>14} {times} {fused:>9}  {equal} {x.note[:200]}"
+        )
+    for key in dict.fromkeys((x.world, x.phase, x.rows) for x in lines):
+        mine = [x for x in lines if (x.world, x.phase, x.rows) == key]
+        out.append(f"W={key[0]} {key[1]} {key[2]} rows: {summary(mine)}")
+    return "\n".join(out)

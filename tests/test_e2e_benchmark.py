@@ -1,0 +1,81 @@
+"""``benchmarks/e2e.py`` rehearsed on gloo ranks: what it counts, compares and refuses. Its figures mean nothing there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytestmark = [pytest.mark.ranks, pytest.mark.timeout(300)]
+
+SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "e2e.py"
+
+
+def e2e(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env={**os.environ, **environment},
+        check=False,
+    )
+
+
+def test_llama_fuses_every_reduction_and_chooses_the_tokens_of_the_baseline(tmp_path: Path) -> None:
+    out = tmp_path / "e2e.json"
+    done = e2e("--device", "cpu", "--tiny", "--worlds", 2, "--batch", 2, "--prefill", 8, "--out", out)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = json.loads(out.read_text())["lines"]
+    assert [(x["phase"], x["rows"], x["contender"]) for x in lines] == [
+        ("decode", 2, "gloo"),
+        ("decode", 2, "tpfuse"),
+        ("prefill", 8, "gloo"),
+        ("prefill", 8, "tpfuse"),
+    ]
+    for x in lines:
+        assert (x["ranks_equal"], x["equal_to_tpfuse"], x["problems"]) == (True, 1.0, [])
+        assert x["step"] > 0 and x["back_to_back"] > 0
+        assert (x["fused"], x["all_reduces"]) == ((6, 6) if x["contender"] == "tpfuse" else (None, None))
+    assert done.stdout.count("tpfuse / fastest baseline (gloo)") == 4  # as it goes, and in the table
+
+
+def test_a_wrong_number_of_fused_reductions_is_an_error(tmp_path: Path) -> None:
+    arguments = ("--device", "cpu", "--tiny", "--worlds", 2, "--batch", 1, "--contenders", "tpfuse")
+    done = e2e(*arguments, TPFUSE_POLICY="off")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "PROBLEM W=2 decode 1 rows, tpfuse: 0 all-reduces fused instead of 6" in done.stdout
+
+
+@pytest.mark.slow
+def test_deepseek_fuses_what_its_plan_says(tmp_path: Path) -> None:
+    out = tmp_path / "e2e.json"
+    arguments = ("--model", "deepseek", "--tp", 4, "--dp", 2, "--k", 2, "--batch", 2, "--prefill", 8)
+    done = e2e(*arguments, "--device", "cpu", "--tiny", "--out", out)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = json.loads(out.read_text())["lines"]
+    assert [(x["phase"], x["contender"]) for x in lines] == [
+        (phase, contender) for phase in ("decode", "prefill") for contender in ("gloo", "tpfuse")
+    ]
+    for x in lines:
+        assert (x["ranks_equal"], x["equal_to_tpfuse"], x["problems"]) == (True, 1.0, [])
+        assert (x["fused"], x["all_reduces"]) == ((6, 8) if x["contender"] == "tpfuse" else (None, None))
+
+
+def test_what_cannot_run_is_one_clear_line(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    refused = e2e("--worlds", 2)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr == "e2e.py: no GPU is visible; --device cpu --tiny rehearses on a CPU\n"
+    wrong = e2e("--device", "cpu", "--tiny", "--model", "deepseek", "--tp", 4, "--dp", 2, "--k", 3)
+    assert wrong.returncode == 2
+    assert "moe_dense_tp_size=3 is not possible with attn_tp_size=2" in wrong.stderr
+    unwritable = e2e("--device", "cpu", "--tiny", "--out", tmp_path)
+    assert unwritable.returncode == 2
+    assert "cannot be written" in unwritable.stderr
