@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, cast
@@ -45,6 +46,16 @@ def known_groups() -> list[tuple[str, tuple[int, ...]]]:
         except (RuntimeError, KeyError):  # a group that is being destroyed
             continue
     return groups
+
+
+def default_store() -> Any:
+    """The key-value store over which the default group was made.
+
+    Why private: ranks compare what they decided without a collective, and no public name reaches that store.
+    """
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    return _get_default_store()
 
 
 def rank() -> int:
@@ -174,20 +185,6 @@ def boxed(function: Callable[..., Any]) -> Callable[..., Any]:
     return make_boxed_func(function)
 
 
-def dynamo_backend_names() -> list[str]:
-    """Names of the compile backends that torch knows in this process."""
-    import torch._dynamo
-
-    return torch._dynamo.list_backends(exclude_tags=())
-
-
-def decomposition_overrides(ops: Sequence[Any]) -> dict[Any, Callable[..., Any]]:
-    """Core decompositions for ``ops``, to bring a graph to the level at which the pass matches."""
-    from torch._decomp import get_decompositions
-
-    return get_decompositions(ops)
-
-
 def source_name(source: Any) -> str:
     """Where Dynamo took a graph input from, e.g. ``L['self'].eps``.
 
@@ -209,3 +206,45 @@ def in_compiled_module() -> bool:
     """
     inside = getattr(torch._dynamo.eval_frame, "_is_in_optimized_module", None)
     return inside is not None and bool(inside())
+
+
+def trace_time_call() -> Callable[[Callable[[Any], None]], None]:
+    """What compiled code calls as ``call(function)`` so that Dynamo runs ``function`` while it traces that place.
+
+    Why private: Dynamo traces a plain call into the graph; only its own ``comptime`` runs at trace time, and only when the
+    traced code holds that very object. Outside of a compile the call does nothing.
+    """
+    from torch._dynamo.comptime import comptime
+
+    return cast(Callable[[Callable[[Any], None]], None], comptime)
+
+
+def trace_artifact(name: str, payload: Callable[[], str]) -> None:
+    """Add a JSON document to the structured trace of ``TORCH_TRACE=DIR``. With that off, ``payload`` is called for the
+    first record of a process at most.
+
+    Why private: torch documents the trace and ``tlparse``, but its writer is ``torch._logging.trace_structured``.
+    Raises whatever a torch with another signature raises.
+    """
+    from torch._logging import trace_structured
+
+    trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": "json"}, payload_fn=payload)
+
+
+def start_fake_group(world_size: int, rank: int = 0) -> None:
+    """A default process group whose collectives return at once and that has no peers.
+
+    Why private: torch keeps its fake backend among its test helpers; importing the module registers it.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+
+
+def symmetric_memory_error() -> str | None:
+    """Why torch's symmetric memory cannot be imported; None when it can. Why private: the module has no public name."""
+    try:
+        importlib.import_module("torch.distributed._symmetric_memory")
+    except ImportError as error:
+        return str(error)
+    return None

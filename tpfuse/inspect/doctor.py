@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import importlib
 import json
 import os
 import platform
@@ -17,6 +16,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from tpfuse import compat
 
 OK, NOTE, WARN, FAIL = "ok", "note", "warn", "fail"
 OLDEST, BEYOND = (2, 11), (2, 16)
@@ -192,9 +193,8 @@ def _peer_access(count: int) -> Iterator[Check]:
 
 
 def symmetric_memory() -> Iterator[Check]:
-    try:
-        importlib.import_module("torch.distributed._symmetric_memory")
-    except ImportError as error:
+    error = compat.symmetric_memory_error()
+    if error is not None:
         yield Check(
             "symmetric memory", WARN, f"not in this torch: {error}", "upgrade torch; the library path runs instead"
         )

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 import tpfuse
+from tpfuse import compat
 from tpfuse.ops.select import select
 from tpfuse.parallel import GROUP_NAMES, Op, ParallelConfig, Plan
 from tpfuse.parallel.architecture import architecture_of
@@ -268,12 +269,11 @@ def _layer_traced(_: object) -> None:
 @contextmanager
 def _layers_counted(model: Any, tick: Tick) -> Iterator[None]:
     """Make each decoder layer report when it is traced: the long part of a large model's compile."""
-    from torch._dynamo.comptime import comptime
-
     global _traced  # noqa: PLW0603
+    at_trace_time = compat.trace_time_call()
     layers = model.get_submodule(architecture_of(model).layers)
     # A hook, because a wrapped forward would change the module paths from which the pass reads roles.
-    hooks = [layer.register_forward_pre_hook(lambda *_: comptime(_layer_traced)) for layer in layers]
+    hooks = [layer.register_forward_pre_hook(lambda *_: at_trace_time(_layer_traced)) for layer in layers]
     _traced = _Traced(tick, len(layers))
     tick("tracing", 0, len(layers))
     try:

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 
+from tpfuse import compat
+
 
 class WorldError(RuntimeError):
     """The process has a process group already."""
@@ -21,10 +23,7 @@ def fake_world(world_size: int, rank: int = 0) -> Iterator[None]:
     """
     if dist.is_initialized():
         raise WorldError("this process has a process group already; run this in a process of its own")
-    # torch keeps its fake backend among its test helpers; importing the module registers it.
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    compat.start_fake_group(world_size, rank)
     try:
         yield
     finally:

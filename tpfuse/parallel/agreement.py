@@ -13,8 +13,8 @@ from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _get_default_store
 
+from tpfuse import compat
 from tpfuse.passes.report import GraphReport, Site
 
 _rounds: dict[tuple[int, ...], int] = {}
@@ -85,7 +85,7 @@ def _decision(graph: int, site: Site) -> Decision:
 
 def _exchange(mine: list[Decision], members: tuple[int, ...], timeout: float) -> dict[int, list[Decision]]:
     """Every member's decisions, through the default group's store."""
-    store = _get_default_store()
+    store = compat.default_store()
     number = _rounds.get(members, 0)
     _rounds[members] = number + 1
     prefix = f"tpfuse/agreement/{','.join(map(str, members))}/{number}"
