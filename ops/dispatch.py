@@ -97,16 +97,17 @@ def plan_of(p: Plane, settings: plane.Settings, c: Constants, dtype: torch.dtype
     pdl = settings.dependent_launch if torch.cuda.get_device_capability(p.device) >= (9, 0) else "off"
 
     def fits(groups: int) -> int:
-        return most_programs(chosen.algorithm, groups, processors, p.sharers, settings.concurrent_planes)
+        packed = settings.shared_gpu == "packed"
+        return most_programs(chosen.algorithm, groups, processors, p.sharers, settings.concurrent_planes, packed)
 
     launches = []
     for start in range(0, rows, chosen.rows_per_launch):
         n = min(chosen.rows_per_launch, rows - start)
         shape = geometry(n, c.groups, fits)
         mode, attribute = pdl, True
-        if pdl == "early" and p.sharers > 1 and 2 * shape.programs > fits(shape.groups):
-            # Early launch puts two kernels of a rank side by side; on a shared GPU only two small ones fit for sure. A
-            # large one neither starts early nor lets its successor start before all of its polls are over.
+        if pdl == "early" and p.sharers * settings.concurrent_planes > 1 and 2 * shape.programs > fits(shape.groups):
+            # Early launch puts two kernels of a rank side by side. Where several kernels wait on one GPU, only two small
+            # ones fit for sure. A large one neither starts early nor lets its successor start before its polls are over.
             mode, attribute = "end", False
         kernel = kernel_of(chosen.algorithm, c, p.world, shape.groups, shape.split, mode, wait, attribute)
         launches.append(Launch(kernel, shape.programs, start, n))
@@ -186,12 +187,13 @@ def load_together(kernels: list[Kernel], p: Plane, args: tuple[Any, ...]) -> Non
 
 
 def samples(c: Constants, p: Plane) -> tuple[Any, ...]:
-    """Arguments of the right types to compile a kernel with; nothing is launched with them."""
-    x, weight, normed, residual_out = (
-        torch.empty(8, dtype=torch_dtype(d), device=p.device)
-        for d in (c.dtype, c.weight_dtype, c.out_dtype, c.residual_dtype)
-    )
-    return (x, x, weight, x, normed, residual_out, p.peers, p.state, p.rank, 1, p.phase_bytes, 1 << 40, 1e-6, 1.0)
+    """Arguments of the right types to compile a kernel with; Triton takes a dtype for a pointer to aligned memory.
+
+    No tensors: compiling may happen while the caching allocator is in a CUDA graph's pool, and Triton may keep arguments.
+    """
+    x, weight, normed, residual_out = (torch_dtype(d) for d in (c.dtype, c.weight_dtype, c.out_dtype, c.residual_dtype))
+    tables = (torch.int64, torch.int32)
+    return (x, x, weight, x, normed, residual_out, *tables, p.rank, 1, p.phase_bytes, 1 << 40, 1e-6, 1.0)
 
 
 def _aligned(t: Tensor | None) -> Tensor | None:
@@ -302,7 +304,8 @@ def _launch(
         scale,
     )
     if not kernel.ready:
-        kernel.compile(*args)
+        assert prepared.constants is not None
+        kernel.compile(*samples(prepared.constants, p))
     kernel(launch.programs, stream, *args)
 
 

@@ -116,13 +116,34 @@ def register_bound(algorithm: str, groups: int) -> int:
     return bounds[min(g for g in bounds if g >= groups)]
 
 
-def most_programs(algorithm: str, groups: int, multiprocessors: int, sharers: int, concurrent: int) -> int:
-    """How many programs of this rank may be in flight so that all programs of all ranks on the GPU are resident.
+SPARE = 8  # one in eight multiprocessors of a GPU is left to kernels that do not wait
 
-    With a GPU to itself a rank takes at most half of it: more programs do not help, and other kernels, or another
-    plane on another stream, find room.
+
+def most_programs(
+    algorithm: str, groups: int, multiprocessors: int, sharers: int, concurrent: int, packed: bool = False
+) -> int:
+    """How many programs of one kernel of this rank may be in flight, so that whatever they wait for can run.
+
+    With a GPU to itself a rank waits only for kernels on other GPUs. It takes at most half of its own: more programs do
+    not help, and other kernels find room.
+
+    With several kernels that wait for each other on one GPU, be it because ranks share it or because a rank uses several
+    planes at once, a kernel that waits may keep out an ordinary one (a matrix product, a reduction) that another rank
+    has to finish first. Room in terms of registers is not enough: the split of a multiprocessor's memory into cache and
+    shared memory is fixed while any block is on it, and a kernel that needs another split cannot join. So all waiting
+    programs together get fewer than all multiprocessors, however they are spread, and some stay free for everything else.
+
+    Args:
+        sharers: ranks on this GPU.
+        concurrent: planes of one rank in use at the same time.
+        packed: fill a shared GPU to the last register, for ranks that run nothing but these kernels (benchmarks).
     """
     resident = min(16, REGISTERS_OF_AN_SM // (register_bound(algorithm, groups) * THREADS))
-    if sharers == 1:
-        return min(MAX_PROGRAMS, multiprocessors * max(1, resident // 2) // concurrent)
-    return max(1, min(MAX_PROGRAMS, multiprocessors * resident // sharers // concurrent))
+    kernels = sharers * concurrent
+    if kernels == 1:
+        most = multiprocessors * max(1, resident // 2)
+    elif packed:
+        most = multiprocessors * resident // kernels
+    else:
+        most = (multiprocessors - multiprocessors // SPARE) // kernels
+    return max(1, min(MAX_PROGRAMS, most))

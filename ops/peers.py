@@ -238,16 +238,21 @@ def _flashinfer_workspace(p: Problem, most_bytes: int) -> _Workspace:
     return _workspaces[key]
 
 
+FLASHINFER_VALUES = 128 * 8192
+
+
 def flashinfer(pdl: bool) -> Callable[[Problem], Call]:
     """FlashInfer's one-shot ``trtllm_allreduce_fusion`` (fp32 accumulation), with or without PDL."""
 
     def make(p: Problem) -> Call:
         if p.world not in (2, 4, 8):
             raise Unavailable("FlashInfer takes world sizes 2, 4, 8, 16")
+        if p.rows * p.hidden > FLASHINFER_VALUES:
+            raise Unavailable(f"its one-shot is measured up to {FLASHINFER_VALUES * 2 >> 10} KiB")
         if p.shared and not _fits(p):
             raise Unavailable("its grid of all ranks together would not fit on one GPU, and it has no watchdog")
         library = ctypes.CDLL(str(_built_once(p)))
-        workspace = _flashinfer_workspace(p, 64 * 8192 * 2)
+        workspace = _flashinfer_workspace(p, 2 * FLASHINFER_VALUES)
         normed, h = torch.empty_like(p.x), torch.empty_like(p.x)
 
         def call() -> tuple[Tensor, Tensor]:

@@ -31,8 +31,9 @@ Two streams may not use one plane at once: their kernels are not ordered. Use a 
 
 Why nothing waits for a program that is not running
 ---------------------------------------------------
-Programs wait for peers' programs and, in a split row, for their neighbours. The grid is capped so that all programs of
-all ranks that share a GPU are resident together (``launch.most_programs``), so every awaited program runs.
+Programs wait for peers' programs and, in a split row, for their neighbours. The grid is capped (``launch.most_programs``) so
+that all programs of all ranks that share a GPU are resident together, and so that the ordinary kernels that a peer has in
+its stream before its own call find multiprocessors on which nobody waits.
 """
 
 from __future__ import annotations
@@ -55,6 +56,8 @@ from . import select as selection
 WATCHDOG_SECONDS = 60.0
 MIN_WORLD, MAX_WORLD = 2, 8
 DEPENDENT_LAUNCH = ("off", "end", "early")
+SHARED_GPU = ("spare", "packed")
+BACKENDS = ("auto", "CUDA", "NCCL")
 
 
 @dataclass(frozen=True)
@@ -66,17 +69,22 @@ class Settings:
         table: ``TPFUSE_TABLE``: a tuned selection table.
         watchdog_seconds: ``TPFUSE_WATCHDOG_SECONDS``: how long a poll waits for a peer.
         dependent_launch: ``TPFUSE_PDL``: programmatic dependent launch on sm_90 and newer. ``off``: the next kernel is
-            launched when this one has ended; ``end``: after the last store of this one; ``early``: at once. In all
-            three the next kernel reads nothing before this one has ended. Off until long random runs have shown the
-            others safe.
+            launched when this one has ended; ``end``: after the last store of this one; ``early``: once the kernel
+            before this one has ended. In all three the next kernel reads nothing before this one has ended.
         concurrent_planes: ``TPFUSE_CONCURRENT_PLANES``: how many planes of one process may be in use at the same time.
+        shared_gpu: ``TPFUSE_SHARED_GPU``: what waiting kernels take of a GPU that ranks share. ``spare`` leaves
+            multiprocessors free, so that ordinary kernels of all ranks always run; ``packed`` fills it, for ranks that
+            run nothing but these kernels, as benchmarks do.
+        backend: ``TPFUSE_SYMM_MEM``: torch's symmetric-memory backend; ``auto`` is torch's own choice.
     """
 
     algorithm: str = "auto"
     table: tuple[selection.Entry, ...] = field(default=selection.TABLE, repr=False)
     watchdog_seconds: float = WATCHDOG_SECONDS
-    dependent_launch: str = "off"
+    dependent_launch: str = "early"
     concurrent_planes: int = 1
+    shared_gpu: str = "spare"
+    backend: str = "auto"
 
     @classmethod
     def from_environment(cls) -> Settings:
@@ -87,14 +95,17 @@ class Settings:
             algorithm=_word("TPFUSE_ALGORITHM", "auto", ("auto", *selection.ALGORITHMS)),
             table=selection.load_table(Path(table)) if table else selection.TABLE,
             watchdog_seconds=_number("TPFUSE_WATCHDOG_SECONDS", WATCHDOG_SECONDS, 0.001),
-            dependent_launch=_word("TPFUSE_PDL", "off", DEPENDENT_LAUNCH),
+            dependent_launch=_word("TPFUSE_PDL", "early", DEPENDENT_LAUNCH),
             concurrent_planes=int(_number("TPFUSE_CONCURRENT_PLANES", 1, 1)),
+            shared_gpu=_word("TPFUSE_SHARED_GPU", "spare", SHARED_GPU),
+            backend=_word("TPFUSE_SYMM_MEM", "auto", BACKENDS),
         )
 
     def fingerprint(self) -> str:
         return (
             f"algorithm={self.algorithm} table={selection.fingerprint(self.table)} "
-            f"watchdog={self.watchdog_seconds} pdl={self.dependent_launch} planes={self.concurrent_planes}"
+            f"watchdog={self.watchdog_seconds} pdl={self.dependent_launch} planes={self.concurrent_planes} "
+            f"shared_gpu={self.shared_gpu} backend={self.backend}"
         )
 
 
@@ -355,18 +366,26 @@ def _build(
     from .kernels.epilogue import STATE_WORDS
 
     world, rank = group.size(), group.rank()
+    if settings.backend != "auto" and symm_mem.get_backend(device) != settings.backend:
+        symm_mem.set_backend(settings.backend)  # type: ignore[arg-type]
     phase = selection.phase_bytes(selection.entry(verdict.architecture, world, settings.table))
-    memory = symm_mem.empty(2 * phase // 4, dtype=torch.int32, device=device)
-    handle = symm_mem.rendezvous(memory, group_name)  # type: ignore[arg-type]
-    memory.zero_()
+    # The local state lies behind the phases in the same allocation. Torch's caching allocator may be in a CUDA graph's
+    # pool when a group is used first (Inductor warms up there), and what lives in such a pool may not outlast the run.
+    words = 2 * phase // 4
+    table = 2 * (world + 1)
+    allocation = symm_mem.empty(words + table + table % 4 + STATE_WORDS, dtype=torch.int32, device=device)
+    handle = symm_mem.rendezvous(allocation, group_name)  # type: ignore[arg-type]
+    allocation.zero_()
+    memory = allocation[:words]
+    peers = allocation[words : words + table].view(torch.int64)
+    state = allocation[words + table + table % 4 :]
     # get_buffer adds the offset of the tensor within its allocation, which buffer_ptrs leaves out.
     addresses = [handle.get_buffer(r, (1,), torch.int32).data_ptr() for r in range(world)]
     addresses[rank] = memory.data_ptr()
     if not all(addresses):
         raise RuntimeError(f"no peer access: addresses {addresses}")
     record = torch.zeros(4, dtype=torch.int32, pin_memory=True)
-    peers = torch.tensor([*addresses, record.data_ptr()], dtype=torch.int64, device=device)
-    state = torch.zeros(STATE_WORDS, dtype=torch.int32, device=device)
+    peers.copy_(torch.tensor([*addresses, record.data_ptr()], dtype=torch.int64))
     torch.cuda.synchronize(device)  # zeros everywhere before the second vote lets anybody push
     sharers = verdict.sharers
     if sharers > 1:

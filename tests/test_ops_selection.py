@@ -139,10 +139,21 @@ def test_all_programs_of_all_ranks_on_a_shared_gpu_are_resident_together() -> No
     for algorithm, bounds in REGISTERS.items():
         for groups in bounds:
             for sharers in range(2, 9):
-                programs = most_programs(algorithm, groups, 132, sharers, 1)
+                programs = most_programs(algorithm, groups, 132, sharers, 1, packed=True)
                 a_program = register_bound(algorithm, groups) * 128
                 assert programs >= 1
                 assert sharers * programs <= 132 * min(16, 65536 // a_program)
+
+
+def test_waiting_programs_leave_multiprocessors_to_the_kernels_they_wait_for() -> None:
+    for algorithm, bounds in REGISTERS.items():
+        for groups in bounds:
+            for kernels in range(2, 17):
+                for sharers, concurrent in ((kernels, 1), (1, kernels), (2, kernels // 2)):
+                    programs = most_programs(algorithm, groups, 132, sharers, concurrent)
+                    assert programs >= 1
+                    assert sharers * concurrent * programs <= 132 - 16
+            assert most_programs(algorithm, groups, 132, 1, 1) >= 66  # nobody else waits on this GPU
 
 
 def test_a_failure_record_names_group_rank_phase_and_row() -> None:

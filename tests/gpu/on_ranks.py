@@ -7,6 +7,7 @@ import random
 import sys
 import time
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from interpreted_ranks import Call, expected, inputs, ulps_apart
+import interpreted_ranks
+from interpreted_ranks import Call, expected, ulps_apart
 from tpfuse.ops import all_reduce_add_rms_norm, bench, dispatch, launch, plane, raise_if_failed, reset
 from tpfuse.ops.flavour import NAMED
 from tpfuse.ops.kernels.constants import constants, supports
+
+inputs = lru_cache(maxsize=None)(interpreted_ranks.inputs)  # the same calls are made by every algorithm
 
 
 def _to_gpu(t: Tensor | None) -> Tensor | None:
@@ -208,8 +212,10 @@ class _Site:
         want_h = self.residual + (total.bfloat16() + 0.0)
         c = want_h.float()
         want = self.weight * (c * torch.rsqrt(c.pow(2).mean(-1, keepdim=True) + 1e-6)).bfloat16()
-        far = (normed.float() - want.float()).abs() > want.float().abs() / 100 + 1e-30
-        return (h != want_h).sum() + far.sum()
+        # The kernel adds the squares in another order: that may move the normed value by one place of bf16, and rounding
+        # its product with the weight by one more.
+        apart = (normed.view(torch.int16).int() - want.view(torch.int16).int()).abs()
+        return (h != want_h).sum() + (apart > 2).sum()
 
 
 def grow_the_cache() -> None:
@@ -222,9 +228,14 @@ def grow_the_cache() -> None:
     dist.barrier()
 
 
-def random_calls(rank: int, world: int, count: int, seed: int) -> list[str]:
-    """``count`` random calls: sizes, algorithms, groups, eager and graph replay mixed. Every result is checked."""
+def random_calls(rank: int, world: int, count: int, seed: int, replays: bool = True) -> list[str]:
+    """``count`` random calls: sizes, algorithms, groups, eager and graph replay mixed. Every result is checked.
+
+    Nothing synchronises the ranks for long stretches: each runs ahead as far as its launch queue takes it, with torch's
+    kernels for the checks between the calls.
+    """
     rng = random.Random(seed)
+    began = time.monotonic()
     pools = [
         torch.randn(1 << 22, generator=torch.Generator(device="cuda").manual_seed(r), device="cuda").bfloat16()
         for r in range(world + 1)
@@ -275,50 +286,54 @@ def random_calls(rank: int, world: int, count: int, seed: int) -> list[str]:
     check(biggest, *biggest())  # loads every torch kernel that the checks need
     torch.cuda.synchronize()
     dist.barrier()
+    warmed = time.monotonic()
     made = 0
     algorithms = ("auto", "one_shot", "two_shot")
-    while made < count:
-        if made % 500 == 0:
-            # The same sequence of choices on every rank.
-            for key, (path, group) in list(plane._paths.items()):
-                settings = replace(path.settings, algorithm=algorithms[made // 500 % 3])
-                plane._paths[key] = (replace(path, settings=settings), group)
-            dispatch._prepared.clear()
-            for group in groups:
-                for hidden in hiddens:
-                    _Site(2, hidden, 0, pools, group[0], rank, group[1])()
-        choice = rng.random()
-        if choice < 0.03 and len(graphs) < 40:
-            sites = [site() for _ in range(rng.randrange(1, 6))]
-            for s in sites:
-                s()  # warm
-            # Ranks that share a GPU: cudaMalloc and cudaFree of one wait for the kernels of all. So nobody may start a
-            # kernel that waits for a rank which is still capturing (torch.cuda.graph also empties the cache: not here).
-            torch.cuda.synchronize()
-            dist.barrier()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.stream(capturing):
-                graph.capture_begin(capture_error_mode="thread_local")
-                outs = [s() for s in sites]
-                graph.capture_end()
-            torch.cuda.synchronize()
-            dist.barrier()
-            graphs.append((graph, sites, outs))
-            made += len(sites)
-        elif choice < 0.4 and graphs:
-            graph, sites, outs = rng.choice(graphs)
-            graph.replay()
-            for s, (normed, h) in zip(sites, outs, strict=True):
-                check(s, normed, h)
-            made += len(sites)
-        else:
-            s = site()
-            check(s, *s())
-            made += 1
-        if made % 97 == 0:
-            time.sleep(rng.random() * 0.002 * rank)  # the ranks drift apart
-    torch.cuda.synchronize()
-    raise_if_failed()
+    try:
+        while made < count:
+            if made % 500 == 0:
+                # The same sequence of choices on every rank.
+                for key, (path, group) in list(plane._paths.items()):
+                    settings = replace(path.settings, algorithm=algorithms[made // 500 % 3])
+                    plane._paths[key] = (replace(path, settings=settings), group)
+                dispatch._prepared.clear()
+                for group in groups:
+                    for hidden in hiddens:
+                        _Site(2, hidden, 0, pools, group[0], rank, group[1])()
+            choice = rng.random()
+            if replays and choice < 0.03 and len(graphs) < 40:
+                sites = [site() for _ in range(rng.randrange(1, 6))]
+                for s in sites:
+                    s()  # warm
+                # Ranks that share a GPU: cudaMalloc and cudaFree of one wait for the kernels of all. So nobody may start a
+                # kernel that waits for a rank which is still capturing (torch.cuda.graph also empties the cache: not here).
+                torch.cuda.synchronize()
+                dist.barrier()
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.stream(capturing):
+                    graph.capture_begin(capture_error_mode="thread_local")
+                    outs = [s() for s in sites]
+                    graph.capture_end()
+                torch.cuda.synchronize()
+                dist.barrier()
+                graphs.append((graph, sites, outs))
+                made += len(sites)
+            elif choice < 0.4 and graphs:
+                graph, sites, outs = rng.choice(graphs)
+                graph.replay()
+                for s, (normed, h) in zip(sites, outs, strict=True):
+                    check(s, normed, h)
+                made += len(sites)
+            else:
+                s = site()
+                check(s, *s())
+                made += 1
+            if made % 97 == 0:
+                time.sleep(rng.random() * 0.002 * rank)  # the ranks drift apart
+        torch.cuda.synchronize()
+        raise_if_failed()
+    except RuntimeError as error:
+        return [f"after {made} calls had been queued: {error}"]
     complaints = []
     if int(wrong):
         complaints.append(f"{int(wrong)} elements of {made} calls are wrong")
@@ -329,6 +344,9 @@ def random_calls(rank: int, world: int, count: int, seed: int) -> list[str]:
     left = leftovers()
     if left:
         complaints.append(f"{left} words left in the planes")
+    if rank == 0:
+        spent = f"{warmed - began:.0f} s to warm up, {time.monotonic() - warmed:.0f} s for {made} calls, {len(graphs)} graphs"
+        print(f"random calls on {world} ranks: {spent}", flush=True)
     return complaints
 
 
@@ -453,25 +471,25 @@ def host_cost(rank: int, world: int) -> dict[str, float]:
     def direct() -> None:
         one.kernel(one.programs, torch._C._cuda_getCurrentRawStream(0), *args[:14])
 
-    times = {}
-    for label, fn in (
-        ("bare", bare),
-        ("bare + 2 empty_like", allocating),
-        ("op", op),
-        ("public function", public),
-        ("direct launch", direct),
-    ):
-        best = []
-        for _ in range(7):
+    contenders = {
+        "bare": bare,
+        "bare + 2 empty_like": allocating,
+        "op": op,
+        "public function": public,
+        "direct launch": direct,
+    }
+    taken: dict[str, list[float]] = {label: [] for label in contenders}
+    for turn in range(45):
+        for label, fn in contenders.items():  # in turn: whatever else the machine does meets all of them
             torch.cuda.synchronize()
             dist.barrier()
             start = time.perf_counter()
-            for _ in range(100):
+            for _ in range(40):
                 fn()
-            best.append((time.perf_counter() - start) * 1e4)
-        times[label] = sorted(best)[len(best) // 2]
+            if turn >= 5:
+                taken[label].append((time.perf_counter() - start) * 1e6 / 40)
     torch.cuda.synchronize()
-    return times
+    return {label: sorted(times)[len(times) // 2] for label, times in taken.items()}
 
 
 def compiled(rank: int, world: int) -> list[str]:
