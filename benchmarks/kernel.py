@@ -1,18 +1,38 @@
 """Kernel benchmark: a table in the terminal, JSON and a plot.
 
 python benchmarks/kernel.py --worlds 2,4,8 --rows 1,8,64 --hidden 4096,8192 --out results/
+python benchmarks/kernel.py --links              # measures latency and bandwidth between GPUs too, and prints the floor
+python benchmarks/kernel.py --only-links
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+from dataclasses import asdict
 from pathlib import Path
 
-from tpfuse.ops import bench
+from tpfuse.ops import bench, links
+from tpfuse.ops.one_gpu import run_ranks
+from tpfuse.ops.plane import Settings
 
 
 def numbers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(","))
+
+
+def measure_links(plan: bench.Plan, out: Path) -> list[links.Links]:
+    """Latency and bandwidth at each world size of the plan, printed and kept in ``out``."""
+    measured = []
+    for world in plan.worlds:
+        try:
+            measured.append(run_ranks(links.measure_links, world, timeout=plan.timeout)[0])
+        except Exception as error:  # a world size that fails leaves the others their figures
+            print(f"W={world}: {type(error).__name__}: {error}", flush=True)
+            continue
+        print(links.describe(measured[-1]), flush=True)
+        out.write_text(json.dumps([asdict(one) for one in measured], indent=1) + "\n")
+    return measured
 
 
 def main() -> None:
@@ -25,10 +45,17 @@ def main() -> None:
     parser.add_argument("--timeout", type=float, default=default.timeout, help="seconds for one world size")
     parser.add_argument("--out", type=Path, default=Path("."))
     parser.add_argument("--name", default="kernel")
+    parser.add_argument(
+        "--links", action="store_true", help="measure what bounds an all-reduce, too; see tpfuse.ops.links"
+    )
+    parser.add_argument("--only-links", action="store_true", help="and nothing else")
     args = parser.parse_args()
     plan = bench.Plan(args.worlds, args.hidden, args.rows, tuple(args.contenders.split(",")), args.timeout)
     results = []
     args.out.mkdir(parents=True, exist_ok=True)
+    measured = measure_links(plan, args.out / f"{args.name}-links.json") if args.links or args.only_links else []
+    if args.only_links:
+        return
     for world in plan.worlds:
         one = bench.Plan((world,), plan.hiddens, plan.rows, plan.contenders, plan.timeout)
         try:
@@ -42,6 +69,8 @@ def main() -> None:
         text = bench.table(results)
         (args.out / f"{args.name}.txt").write_text(text + "\n")
         print(text)
+        if measured:
+            print(links.beside_floor(results, measured, Settings.from_environment().table))
 
 
 if __name__ == "__main__":
