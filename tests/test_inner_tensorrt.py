@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -74,6 +74,7 @@ class MockSettings:
     min_block_size: int = 5
     use_distributed_mode_trace: bool = False
     enable_experimental_decompositions: bool = False
+    torch_executed_ops: set[Any] = field(default_factory=set)
 
 
 def mock_compile_module(graph: Any, inputs: Any, settings: Any, engine_cache: Any) -> Any:
@@ -159,6 +160,57 @@ def test_mock_the_op_stays_in_torch_between_engines(pool):
         assert f"{OP} x{2 * N_LAYERS}" in ours["notes"][-1]
         assert f"{4 * N_LAYERS - 1} boundaries" in ours["notes"][-1]
         assert torch.equal(ours["output"], found["aot_eager"]["output"])
+
+
+def mock_fusion_of_collectives(graph: Any, settings: Any) -> Any:
+    """What Torch-TensorRT's lowering does to a reduction that is left: one operator that carries the group's name."""
+    for node in list(graph.graph.nodes):
+        if node.target is torch.ops._c10d_functional.all_reduce.default:
+            (wait,) = node.users
+            with graph.graph.inserting_after(wait):
+                fused = graph.graph.call_function(torch.ops.tensorrt.fused_nccl_all_reduce.default, tuple(node.args))
+            wait.replace_all_uses_with(fused)
+            graph.graph.erase_node(wait)
+            graph.graph.erase_node(node)
+    graph.recompile()
+    return graph
+
+
+@pytest.mark.parametrize("part", [True, False])
+def test_mock_a_reduction_over_a_part_of_the_ranks_is_kept_out_of_engines(monkeypatch, part):
+    """Torch-TensorRT's converters would reduce it over all ranks, whatever group it names."""
+    import tpfuse
+    from tpfuse import tensorrt
+
+    library = torch.library.Library("tensorrt", "FRAGMENT")
+    library.define("fused_nccl_all_reduce(Tensor x, str reduce_op, str group_name) -> Tensor")
+    library.impl("fused_nccl_all_reduce", lambda x, reduce_op, group_name: x.clone(), "CompositeExplicitAutograd")
+    asked: list[set[str]] = []
+
+    def compile_module(graph: Any, inputs: Any, settings: Any, engine_cache: Any) -> Any:
+        asked.append({str(op) for op in settings.torch_executed_ops})
+        return mock_compile_module(graph, inputs, settings, engine_cache)
+
+    mock = mock_torch_tensorrt()
+    mock.compile_module, mock.post_lowering = compile_module, mock_fusion_of_collectives
+    monkeypatch.setattr(tensorrt, "load", lambda: mock)
+    start_fake_group(4)
+    try:
+        group = torch.distributed.new_group([0, 1]) if part else torch.distributed.group.WORLD
+        torch._dynamo.reset()
+        tpfuse.clear_reports()
+        options = {"tpfuse.inner": "tensorrt", "tpfuse.fuel": 1, "torch_executed_ops": {"aten.add.Tensor"}}
+        compiled = torch.compile(layers.Decoder(1, group, torch.float32), backend="tpfuse", options=options)
+        with torch.no_grad():
+            compiled(layers.tokens())
+        (report,) = tpfuse.reports()
+    finally:
+        torch.distributed.destroy_process_group()
+        library._destroy()
+    kept = {"tensorrt.fused_nccl_all_reduce.default"} if part else set()
+    assert asked == [{"aten.add.Tensor"} | kept], "the user's own list stays"
+    assert any("stay in Torch" in note for note in report.notes) is part
+    assert (len(report.fused), len(report.sites)) == (1, 2)
 
 
 def refused(rank: int, world_size: int, options: dict[str, Any]) -> str:

@@ -10,11 +10,12 @@ import importlib
 import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.fx import GraphModule, Node
 
 from tpfuse import compat
@@ -26,6 +27,8 @@ ENGINE = "_run_on_acc"  # Torch-TensorRT names the submodules so that become eng
 # Torch-TensorRT decomposes rsqrt to 1 / sqrt although it has a converter for rsqrt. The pass runs after decomposition, and
 # that spelling rounds otherwise than the model's own: kept whole, the fused op has the bits of the other inner compilers.
 KEPT_WHOLE = (torch.ops.aten.rsqrt,)
+
+COLLECTIVE = "tensorrt.fused_nccl_"  # how the collectives that Torch-TensorRT has fused with their wait begin
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,10 @@ def compile(
         if any(isinstance(x, torch.SymInt) for x in example_inputs):
             report.notes.append("tensorrt: dynamic shapes; the whole graph runs in Torch, compile with dynamic=False")
             return compat.boxed(graph.forward)
-        compiled = _engines(trt, graph, example_inputs, settings, engine_cache)
+        compiled, kept = _engines(trt, graph, example_inputs, settings, engine_cache)
+        if kept:
+            names = ", ".join(sorted(map(str, kept)))
+            report.notes.append(f"tensorrt: {names} stay in Torch, where their groups are only a part of the ranks")
         report.notes.append(partition_of(compiled).describe())
         return compat.boxed(compiled.forward)
 
@@ -145,12 +151,37 @@ def _decompositions(trt: Any, settings: Any) -> dict[Any, Callable[..., Any]]:
     return table
 
 
-def _engines(trt: Any, graph: GraphModule, inputs: Sequence[Any], settings: Any, engine_cache: Any) -> GraphModule:
-    """Torch-TensorRT's lowering passes, partitioning and engines. A failure to build is raised, not swallowed."""
+def _engines(
+    trt: Any, graph: GraphModule, inputs: Sequence[Any], settings: Any, engine_cache: Any
+) -> tuple[GraphModule, set[Any]]:
+    """Torch-TensorRT's lowering passes, partitioning and engines, and the collectives that were kept out of engines.
+
+    A failure to build is raised, not swallowed.
+    """
     lowered = trt.post_lowering(graph, settings)
+    kept = over_a_part(lowered)
+    if kept:
+        settings = replace(settings, torch_executed_ops={*settings.torch_executed_ops, *kept})
     tensors = [x for x in inputs if isinstance(x, torch.Tensor)]
     prepared = trt.prepare_inputs(tensors, disable_memory_format_check=True)
-    return trt.compile_module(lowered, prepared, settings=settings, engine_cache=engine_cache)
+    return trt.compile_module(lowered, prepared, settings=settings, engine_cache=engine_cache), kept
+
+
+def over_a_part(graph: GraphModule) -> set[Any]:
+    """The collective operators of a lowered graph that some node calls over a group other than all ranks.
+
+    They must not become part of an engine. Torch-TensorRT's converters for collectives take all ranks of
+    ``torch.distributed`` as the group (``dynamo/conversion/impl/nccl_ops.py``) and drop the name that the node carries, so
+    an engine would add up the wrong ranks without a word. Torch runs the same operators over the group that they name.
+    """
+    everyone = list(range(dist.get_world_size())) if dist.is_initialized() else []
+    found = set()
+    for node in graph.graph.nodes:
+        if node.op == "call_function" and str(node.target).startswith(COLLECTIVE):
+            group = compat.resolve_group(node.args[-1])  # the last argument of each of them
+            if dist.get_process_group_ranks(group) != everyone:
+                found.add(node.target)
+    return found
 
 
 def partition_of(compiled: GraphModule) -> Partition:
