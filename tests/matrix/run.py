@@ -5,31 +5,39 @@
     python tests/matrix/run.py --torch 2.11 --no-suite    one torch, counts only
     python tests/matrix/run.py --table docs/versions.md   also write the table between its markers
 
-Each torch gets a virtual environment, each transformers a folder on the path. A version that cannot be installed is listed
-as such; it does not fail the run, a lost match or a failing test does.
+Each torch gets a virtual environment, each transformers a folder on the path. torch is a CPU build where PyTorch's wheel index
+can be reached (0.2 GB), else what pip finds (on PyPI a CUDA build: 2 GB to fetch, 5 GB on disk). A version that cannot be
+installed is said loudly and fails nothing as long as another one ran; a lost match or a failing test does.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+import time
 import venv
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = Path(__file__).with_name("golden.json")
-TORCH = ("2.11.0", "2.12.1", "2.13.0", "2.14.1", "2.15.0")
+# Each torch with the Triton that its CUDA build asks for: a CPU build asks for none, and would get the newest.
+TRITON = {"2.11.0": "3.6.0", "2.12.1": "3.7.1", "2.13.0": "3.7.1", "2.14.1": "3.8.0", "2.15.0": "3.9.0"}
+TORCH = tuple(TRITON)
 TRANSFORMERS = ("5.22.2", "5.23.0", "5.24.0")
 TOOLS = (
     *("accelerate", "safetensors", "gguf", "numpy", "sympy"),
     *("pytest", "pytest-timeout", "hypothesis", "jsonschema", "rich", "typer", "jinja2", "setuptools>=77"),
 )
+CPU_WHEELS = "https://download.pytorch.org/whl/cpu"
 FAST = "not ranks and not gpu and not slow"
 BEGIN, END = "<!-- matrix: begin -->", "<!-- matrix: end -->"
 
@@ -49,8 +57,9 @@ class Result:
     Attributes:
         counts: model -> [found, fused], or text where a model gave no count; None when the pair did not install.
         losses: models whose count is not the golden one.
-        suite: the last line of the fast suite, or why it did not run.
+        suite: the counts line of the fast suite, or why it did not run.
         suite_failed: whether it ran and failed.
+        seconds: what took how long.
     """
 
     pair: Pair
@@ -58,10 +67,15 @@ class Result:
     losses: tuple[str, ...] = ()
     suite: str = "not run"
     suite_failed: bool = False
+    seconds: dict[str, float] = field(default_factory=dict)
 
 
 class NotInstalled(Exception):
     """A version that pip cannot provide on this machine."""
+
+
+class Broken(Exception):
+    """A pair that installed, and whose counts could not be taken."""
 
 
 def pip(python: Path, *arguments: str, folder: Path) -> None:
@@ -77,15 +91,20 @@ def pip(python: Path, *arguments: str, folder: Path) -> None:
         raise NotInstalled(lines[-1] if lines else done.stderr[-300:])
 
 
-def environment(torch: str, folder: Path) -> Path:
+def environment(torch: str, folder: Path, cpu_wheels: str) -> Path:
     """The python of a virtual environment with this torch, tpfuse and the test tools."""
     root = folder / f"torch-{torch}"
     python = root / "bin" / "python"
     if not (root / ".installed").exists():
         venv.create(root, with_pip=True)
-        pip(python, f"torch=={torch}", f"transformers=={TRANSFORMERS[-1]}", *TOOLS, folder=folder)
-        # With its dependencies: a CPU build of torch brings no Triton. The exact torch keeps pip from changing it.
-        pip(python, f"torch=={torch}", "--editable", str(ROOT), folder=folder)
+        try:
+            once = ("--retries", "0", "--timeout", "15")  # an index that cannot be reached must not cost minutes
+            pip(python, *once, "--no-deps", "--index-url", cpu_wheels, f"torch=={torch}+cpu", folder=folder)
+        except NotInstalled:
+            print(f"    no CPU build of torch {torch} at {cpu_wheels}; taking what pip finds", flush=True)
+        exact = (f"torch=={torch}", f"triton=={TRITON[torch]}")
+        pip(python, *exact, f"transformers=={TRANSFORMERS[-1]}", *TOOLS, folder=folder)
+        pip(python, *exact, "--editable", str(ROOT), folder=folder)
         (root / ".installed").touch()
     return python
 
@@ -109,18 +128,20 @@ def counts(python: Path, path: str, models: list[str]) -> dict[str, list[int] | 
     done = run(python, path, "tests/matrix/golden.py", *models)
     lines = [line for line in done.stdout.splitlines() if line.startswith('{"torch"')]
     if not lines:
-        raise RuntimeError(f"tests/matrix/golden.py gave no counts:\n{done.stderr[-2000:]}")
+        raise Broken(f"tests/matrix/golden.py gave no counts:\n{done.stderr[-2000:]}")
     return json.loads(lines[-1])["counts"]
 
 
 def suite(python: Path, path: str) -> tuple[str, bool]:
-    """(last line, failed) of the fast suite."""
-    done = run(python, path, "-m", "pytest", "tests", "-m", FAST, "-q", "-p", "no:cacheprovider", "--tb=line")
-    lines = [line for line in done.stdout.splitlines() if line.strip()]
-    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
-    for line in failed:
-        print(f"    {line}")
-    return (lines[-1] if lines else done.stderr[-200:]), done.returncode != 0
+    """(counts line, failed) of the fast suite; what failed and what was skipped is printed."""
+    done = run(python, path, "-m", "pytest", "tests", "-m", FAST, "-p", "no:cacheprovider", "--tb=short", "-rfEs")
+    lines = done.stdout.splitlines()
+    if done.returncode:
+        print(done.stdout[-20000:] + done.stderr[-2000:])
+    else:
+        print("\n".join(f"    {line}" for line in lines if line.startswith("SKIPPED")))
+    counted = [line.strip("= ") for line in lines if re.search(r"\d+ (passed|failed|errors?)\b.* in ", line)]
+    return (counted[-1] if counted else f"exit code {done.returncode}"), done.returncode != 0
 
 
 def golden_counts(pair: Pair) -> dict[str, list[int]]:
@@ -141,18 +162,29 @@ def check(found: dict[str, list[int] | str], golden: dict[str, list[int]]) -> tu
     )
 
 
-def measure(pair: Pair, folder: Path, models: list[str], with_suite: bool) -> Result:
+def measure(pair: Pair, folder: Path, models: list[str], with_suite: bool, cpu_wheels: str) -> Result:
+    began, seconds = time.monotonic(), {}
+
+    def lap(name: str) -> None:
+        nonlocal began
+        seconds[name], began = time.monotonic() - began, time.monotonic()
+
     try:
-        python = environment(pair.torch, folder)
+        python = environment(pair.torch, folder, cpu_wheels)
         path = overlay(python, pair.transformers, folder)
+        lap("install")
+        found = counts(python, path, models)
+        lap("counts")
     except NotInstalled as error:
         return Result(pair, None, suite=f"not installed: {error}")
-    found = counts(python, path, models)
+    except Broken as error:
+        return Result(pair, {}, (str(error),), seconds=seconds)
     losses = check(found, golden_counts(pair))
     if not with_suite:
-        return Result(pair, found, losses)
+        return Result(pair, found, losses, seconds=seconds)
     line, failed = suite(python, path)
-    return Result(pair, found, losses, line, failed)
+    lap("suite")
+    return Result(pair, found, losses, line, failed, seconds)
 
 
 def table(results: list[Result]) -> Iterator[str]:
@@ -188,6 +220,17 @@ def pairs(torches: list[str], transformers: list[str], ends: bool) -> list[Pair]
     return [Pair(t, h) for t in torches for h in transformers]
 
 
+def describe(result: Result) -> None:
+    if result.counts is None:
+        print(f"    {'!' * 8} {result.suite}", flush=True)
+        return
+    print(f"    {json.dumps(result.counts)}")
+    for loss in result.losses:
+        print(f"    LOST OR CHANGED {loss}")
+    print(f"    fast suite: {result.suite}")
+    print("    " + ", ".join(f"{name} {seconds:.0f} s" for name, seconds in result.seconds.items()), flush=True)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--torch", action="append", help="a version or its beginning, e.g. 2.11; may be repeated")
@@ -196,28 +239,34 @@ def main() -> int:
     parser.add_argument("--no-suite", action="store_true", help="golden counts only")
     parser.add_argument("--models", nargs="*", default=[], help="models to count; default is all")
     parser.add_argument("--folder", type=Path, default=ROOT / ".cache" / "matrix", help="where environments are kept")
+    parser.add_argument("--cpu-wheels", default=CPU_WHEELS, help="index that is asked for a CPU build of torch first")
+    parser.add_argument("--discard", action="store_true", help="remove each environment after its last pair")
     parser.add_argument("--table", type=Path, help="Markdown file whose marked part is replaced by the table")
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
     chosen = [v for v in TORCH if not given.torch or any(v.startswith(t) for t in given.torch)]
     libraries = [v for v in TRANSFORMERS if not given.transformers or any(v.startswith(t) for t in given.transformers)]
+    if not chosen or not libraries:
+        parser.error(f"nothing to run; torch is one of {', '.join(TORCH)}, transformers of {', '.join(TRANSFORMERS)}")
     results = []
-    for pair in pairs(chosen, libraries, given.ends):
-        print(f"torch {pair.torch}, transformers {pair.transformers}", flush=True)
-        # The suite once a torch: transformers touches only the models, and those are counted for every pair.
-        with_suite = not given.no_suite and pair.transformers == libraries[-1]
-        result = measure(pair, given.folder, given.models, with_suite)
-        results.append(result)
-        print(f"    {result.counts if result.counts is not None else result.suite}")
-        for loss in result.losses:
-            print(f"    LOST OR CHANGED {loss}")
-        if with_suite and result.counts is not None:
-            print(f"    fast suite: {result.suite}", flush=True)
+    for torch, wanted in itertools.groupby(pairs(chosen, libraries, given.ends), key=lambda pair: pair.torch):
+        for pair in wanted:
+            # The suite once a torch: transformers touches only the models, and those are counted for every pair.
+            with_suite = not given.no_suite and pair.transformers == libraries[-1]
+            print(f"torch {pair.torch}, transformers {pair.transformers}", flush=True)
+            result = measure(pair, given.folder, given.models, with_suite, given.cpu_wheels)
+            results.append(result)
+            describe(result)
+        if given.discard:
+            shutil.rmtree(given.folder / f"torch-{torch}", ignore_errors=True)
     lines = list(table(results))
     print("\n".join(["", *lines]))
     if given.table:
         write_table(given.table, lines)
     ran = [r for r in results if r.counts is not None]
+    for r in results:
+        if r.counts is None:
+            print(f"NOT TESTED: torch {r.pair.torch}, transformers {r.pair.transformers}: {r.suite}", file=sys.stderr)
     if not ran:
         print("no pair could be installed", file=sys.stderr)
     return int(not ran or any(r.losses or r.suite_failed for r in ran))
