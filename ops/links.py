@@ -132,6 +132,10 @@ class _Memory:
         return self.tensor[start : start + self.size // 4]
 
 
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device())
+
+
 def _allocate(rank: int, world: int, rounds: int, size: int, device: torch.device) -> _Memory:
     import torch.distributed._symmetric_memory as symm_mem
 
@@ -182,7 +186,8 @@ def _latency(rank: int, other: int, memory: _Memory, rounds: int, repeats: int, 
     def play(count: int) -> None:
         if plays:
             peer = other if rank == 0 else 0
-            ping_pong_kernel[(1,)](memory.peers, record, rank, peer, count, limit, True, num_warps=1)
+            ptx = memory.tensor.device.type == "cuda"
+            ping_pong_kernel[(1,)](memory.peers, record, rank, peer, count, limit, ptx, num_warps=1)
 
     play(0)  # compiled and loaded before a peer waits for it
     nothing, times = [], []
@@ -235,7 +240,7 @@ def measure_links(
         raise ValueError(
             f"measure_links needs at least 2 ranks, not {world}, and a multiple of {CHUNK_BYTES} bytes, not {size}"
         )
-    device = torch.device("cuda", torch.cuda.current_device())
+    device = _device()
     properties = torch.cuda.get_device_properties(device)
     memory = _allocate(rank, world, rounds, size, device)
     source = pattern(rank, size, device)
@@ -243,7 +248,9 @@ def measure_links(
     offset = memory.slots + rank * size
 
     def push() -> None:
-        bulk_push_kernel[(programs,)](source, memory.peers, rank, size // CHUNK_BYTES, offset, world, True, num_warps=4)
+        bulk_push_kernel[(programs,)](
+            source, memory.peers, rank, size // CHUNK_BYTES, offset, world, device.type == "cuda", num_warps=4
+        )
 
     def nothing() -> tuple[Tensor, Tensor]:
         empty_kernel[(1,)](source)

@@ -6,6 +6,7 @@ Nothing of tpfuse is imported at the top: the interpreter must be chosen before 
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 import traceback
 from multiprocessing import get_context, shared_memory
@@ -113,3 +114,92 @@ def bulk_push() -> Any:
     answer = receive.recv() if receive.poll(200) else "no answer"
     process.join(5)
     return answer
+
+
+class _Clock:
+    """Stands for a CUDA event: the interpreter has run a kernel when its launch returns."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        self.at = 0.0
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, other: _Clock) -> float:
+        return (other.at - self.at) * 1e3
+
+
+def _measure(rank: int, world: int, names: list[str], folder: str, spoiled: bool, conn: Any) -> None:
+    try:
+        os.environ["TRITON_INTERPRET"] = "1"
+        torch.set_num_threads(1)
+        from types import SimpleNamespace
+
+        import torch.distributed as dist
+        from tpfuse.ops import bench, links
+
+        dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", world), rank=rank, world_size=world)
+        held = [shared_memory.SharedMemory(name=name) for name in names]
+        tensors = [torch.frombuffer(memory.buf, dtype=torch.int32) for memory in held]
+        cpu = torch.device("cpu")
+
+        def get_buffer(r: int, sizes: tuple[int, ...], dtype: torch.dtype, offset: int) -> torch.Tensor:
+            return tensors[r][offset : offset + sizes[0]]
+
+        def allocate(rank: int, world: int, rounds: int, size: int, device: torch.device) -> Any:
+            peers = torch.tensor([t.data_ptr() for t in tensors], dtype=torch.int64)
+            if spoiled:
+                peers[(rank + 1) % world] += 16
+            return links._Memory(tensors[rank], SimpleNamespace(get_buffer=get_buffer), peers, rounds * 16, size)
+
+        links._device, links._allocate = lambda: cpu, allocate
+        torch.cuda.Event, torch.cuda.synchronize = _Clock, lambda: None  # type: ignore[misc,assignment]
+        torch.cuda.device_count = lambda: world
+        torch.cuda.get_device_properties = lambda device: SimpleNamespace(  # type: ignore[assignment]
+            multi_processor_count=1, name="GPU", major=9, minor=0
+        )
+        bench.time_call = lambda call: [float(call()[0].numel() > 0)] * 5  # type: ignore[assignment]
+        found = links.measure_links(rank, world, rounds=ROUNDS, size=2 * 8192, repeats=2, limit=10**12)
+        conn.send(found)
+        dist.destroy_process_group()
+    except Exception:
+        conn.send(traceback.format_exc())
+    conn.close()
+
+
+def measure(world: int, spoiled: bool = False) -> list[Any]:
+    """``links.measure_links`` over shared memory and gloo: each rank's answer, or the text of what it raised.
+
+    Args:
+        spoiled: addresses of the next rank are wrong by 16 bytes.
+    """
+    context = get_context("spawn")
+    size = ROUNDS * 16 + world * 2 * 8192
+    memories = [shared_memory.SharedMemory(create=True, size=size + 4096) for _ in range(world)]
+    try:
+        for memory in memories:
+            memory.buf[:] = bytes(memory.size)
+        with tempfile.TemporaryDirectory() as folder:
+            workers = []
+            for rank in range(world):
+                receive, send = context.Pipe(duplex=False)
+                names = [m.name for m in memories]
+                process = context.Process(
+                    target=_measure, args=(rank, world, names, folder, spoiled, send), daemon=True
+                )
+                process.start()
+                send.close()
+                workers.append((process, receive))
+            deadline = time.monotonic() + 200
+            answers = []
+            for _, receive in workers:
+                answers.append(receive.recv() if receive.poll(max(0.1, deadline - time.monotonic())) else "no answer")
+            for process, _ in workers:
+                process.join(2)
+                if process.is_alive():
+                    process.kill()
+            return answers
+    finally:
+        for memory in memories:
+            memory.close()
+            memory.unlink()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from interpreted_links import ROUNDS, bulk_push, play
+from interpreted_links import ROUNDS, bulk_push, measure, play
 from tpfuse.ops import links
 from tpfuse.ops.bench import Result
 from tpfuse.ops.links import Links, beside_floor, crossing, describe, floor, kind_of
@@ -111,6 +111,23 @@ def test_a_bulk_push_puts_every_chunk_into_its_place_and_nothing_elsewhere() -> 
     assert arrived == [True] * 6
     assert untouched
     assert words == pushed  # no word of a pattern is zero here
+
+
+@pytest.mark.ranks
+def test_every_rank_learns_the_same_constants() -> None:
+    answers = measure(3)
+    assert all(isinstance(a, Links) for a in answers), answers
+    first = answers[0]
+    assert answers == [first] * 3
+    assert (first.world, first.device, first.architecture, first.shared) == (3, "GPU", "sm_90", False)
+    assert len(first.latencies) == 2 and min(first.latencies) > 0
+    assert first.pushed > 0 and first.copied > 0 and first.empty == 1.0
+
+
+@pytest.mark.ranks
+def test_bytes_that_arrive_elsewhere_are_an_error_that_names_the_sender() -> None:
+    for answer in measure(2, spoiled=True):
+        assert "bytes did not arrive; by rank, the senders they are missing from: [[1], [0]]" in answer
 
 
 # -- ahead of time --------------------------------------------------------------------------------------------------

@@ -149,14 +149,27 @@ def bench(
     hidden: Annotated[str, typer.Option(help="Hidden sizes.")] = "4096,8192",
     rows: Annotated[str, typer.Option(help="Row counts.")] = "1,8,64",
     json: Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")] = None,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Derive a selection table for this machine instead; --rows is not used.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="With --tune: write the table to this file, for TPFUSE_TABLE.")
+    ] = None,
 ) -> None:
     """Measure the fused op against other ways of doing the same, on the GPUs of this machine."""
     import torch
 
     from tpfuse.ops import bench as benching
 
+    if out is not None and not tune:
+        fail("bench", "--out names the table that --tune derives; give --tune too, or --json for the results")
     if not torch.cuda.is_available():
         fail("bench", "no GPU is visible; the figures of a CPU say nothing about the kernels")
+    if tune:
+        from tpfuse.ops import tune as tuning
+
+        typer.echo(tuning.to_files(tuning.Plan(worlds=_counts(worlds), hiddens=_counts(hidden)), out, json))
+        return
     plan = benching.Plan(worlds=_counts(worlds), hiddens=_counts(hidden), rows=_counts(rows))
     results = benching.run(plan)
     if json is not None:
