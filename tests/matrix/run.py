@@ -38,6 +38,7 @@ TOOLS = (
     *("pytest", "pytest-timeout", "hypothesis", "jsonschema", "rich", "typer", "jinja2", "setuptools>=77"),
 )
 CPU_WHEELS = "https://download.pytorch.org/whl/cpu"
+PATIENCE = 900  # seconds for one call of pip: a slow index must not take the time of everything that CI runs after it
 FAST = "not ranks and not gpu and not slow"
 BEGIN, END = "<!-- matrix: begin -->", "<!-- matrix: end -->"
 
@@ -83,9 +84,11 @@ def pip(python: Path, *arguments: str, folder: Path) -> None:
     nothing = folder / "no-constraints.txt"
     nothing.touch()
     command = [str(python), "-m", "pip", "install", "--quiet", *arguments]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "PIP_CONSTRAINT": str(nothing)}, check=False
-    )
+    env = {**os.environ, "PIP_CONSTRAINT": str(nothing)}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=env, check=False, timeout=PATIENCE)
+    except subprocess.TimeoutExpired as error:
+        raise NotInstalled(f"pip took longer than {PATIENCE} s for {' '.join(arguments)}") from error
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
         raise NotInstalled(lines[-1] if lines else done.stderr[-300:])
@@ -133,7 +136,7 @@ def counts(python: Path, path: str, models: list[str]) -> dict[str, list[int] | 
 
 
 def suite(python: Path, path: str) -> tuple[str, bool]:
-    """(counts line, failed) of the fast suite; what failed and what was skipped is printed."""
+    """(counts line, failed) of the fast suite; what was skipped is printed, and all of it when something failed."""
     done = run(python, path, "-m", "pytest", "tests", "-m", FAST, "-p", "no:cacheprovider", "--tb=short", "-rfEs")
     lines = done.stdout.splitlines()
     if done.returncode:
@@ -197,7 +200,14 @@ def table(results: list[Result]) -> Iterator[str]:
             cells = ["-"] * len(models)
         else:
             cells = [_cell(r.counts.get(model)) for model in models]
-        yield f"| {r.pair.torch} | {r.pair.transformers} | {' | '.join(cells)} | {r.suite.strip('= ')} |"
+        yield f"| {r.pair.torch} | {r.pair.transformers} | {' | '.join(cells)} | {_suite_cell(r.suite)} |"
+
+
+def _suite_cell(suite: str) -> str:
+    """Counts without durations; the suite runs once a torch, so most pairs have none."""
+    return ", ".join(re.findall(r"\d+ (?:passed|failed|errors?|skipped)", suite)) or (
+        "-" if suite == "not run" else suite
+    )
 
 
 def _cell(count: list[int] | str | None) -> str:
