@@ -26,9 +26,9 @@ def _rank(rank: int, names: list[str], limit: int, together: Any, conn: Any) -> 
 
         load = interpreter.interpreter_builder.create_masked_load
 
-        def polite_load(ptrs: Any, mask: Any, other: Any, policy: Any, volatile: bool) -> Any:
-            loaded = load(ptrs, mask, other, policy, volatile)
-            if volatile and not loaded.data.all():
+        def polite_load(*arguments: Any) -> Any:
+            loaded = load(*arguments)
+            if arguments[-1] and not loaded.data.all():  # volatile; what stands before it depends on Triton's version
                 os.sched_yield()
             return loaded
 
