@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--inner", choices=("inductor", "aot_eager"), help="default: inductor, aot_eager on a CPU")
     parser.add_argument("--tiny", action="store_true", help="sizes for a rehearsal")
     parser.add_argument("--timeout", type=float, default=560.0, help="seconds for one world size")
-    parser.add_argument("--out", type=Path, help="JSON file, rewritten after every shape")
+    parser.add_argument("--out", type=Path, help="JSON file, rewritten after every figure")
     args = parser.parse_args()
     if args.device == "cuda" and gpu_count() == 0:
         parser.exit(2, "e2e.py: no GPU is visible; --device cpu --tiny rehearses on a CPU\n")

@@ -161,6 +161,9 @@ class Recorder:
 
     def add(self, line: Line) -> None:
         self.lines.append(line)
+        self.save()
+
+    def save(self) -> None:
         if self.path is not None:
             lines = [*self.before, *(asdict(one) for one in self.lines)]
             partial = self.path.with_suffix(".part")
@@ -251,12 +254,12 @@ def measure_shape(model: str, phase: str, rows: int, case: Case, plan: Plan, say
             line = replace(empty, contender=contender, note=failed, problems=["failed"])
             chosen.pop(contender, None)
         found.append(line)
+        recorder.add(line)
         say(describe(line))
     for line in found:
         if line.contender in chosen and "tpfuse" in chosen:
-            equal = (chosen[line.contender] == chosen["tpfuse"]).float().mean().item()
-            line.equal_to_tpfuse = equal
-        recorder.add(line)
+            line.equal_to_tpfuse = (chosen[line.contender] == chosen["tpfuse"]).float().mean().item()
+    recorder.save()
     say(summary(found))
 
 
