@@ -196,9 +196,13 @@ def contenders_for(plan: Plan, phase: str, world: int) -> tuple[str, ...]:
         chosen: tuple[str, ...] = ("gloo", "tpfuse")
     else:
         shared = gpu_count() < world
+        # Torch's kernels wait in up to 24 blocks a rank and have no watchdog: on a shared GPU some multiprocessors must stay
+        # free for the kernels that they wait for.
+        processors = torch.cuda.get_device_properties(0).multi_processor_count
+        symmetric = not plan.parallel[0] and not (shared and 24 * world >= processors)
         chosen = (
-            *(() if plan.parallel[0] else ("symm one-shot",)),
-            *(("symm two-shot",) if phase == "prefill" and not plan.parallel[0] else ()),
+            *(("symm one-shot",) if symmetric else ()),
+            *(("symm two-shot",) if symmetric and phase == "prefill" else ()),
             *(() if shared else ("nccl",)),
             "tpfuse",
         )

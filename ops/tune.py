@@ -345,6 +345,9 @@ def measure(rank: int, world: int, plan: Plan) -> Measured:
         outputs: dict[str, torch.Tensor] = {}
 
         def time(algorithm: str, problem: Problem = problem, calls: int = calls, outputs: Any = outputs) -> float:
+            # Nothing starts while a rank has ordinary kernels to run: on a shared GPU one that waits could keep them out.
+            torch.cuda.synchronize()
+            dist.barrier()
             call = bench.CONTENDERS[CONTENDERS[algorithm]](problem)
             outputs[algorithm] = call()[0].clone()
             # Every rank has the least over ranks; rank 0's list is the one that counts.
