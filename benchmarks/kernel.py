@@ -57,12 +57,14 @@ def main() -> None:
     if args.only_links:
         return
     for world in plan.worlds:
-        one = bench.Plan((world,), plan.hiddens, plan.rows, plan.contenders, plan.timeout)
+        partial = args.out / f"{args.name}-W{world}.part.json"
+        one = bench.Plan((world,), plan.hiddens, plan.rows, plan.contenders, plan.timeout, str(partial))
         try:
             results += bench.run(one)
         except Exception as error:  # a world size that fails leaves the others their figures
             print(f"W={world}: {type(error).__name__}: {error}", flush=True)
         bench.save(results, args.out / f"{args.name}.json")
+        partial.unlink(missing_ok=True)
     bench.save(results, args.out / f"{args.name}.json", **bench.facts())
     if results:
         bench.plot(results, args.out / f"{args.name}.svg")

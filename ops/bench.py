@@ -15,6 +15,8 @@ import hashlib
 import json
 import math
 import statistics
+import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -50,6 +52,7 @@ class Plan:
         "nccl",
     )
     timeout: float = 300.0
+    partial: str = ""  # a file that keeps what was measured of a world size that does not finish in time
 
 
 @dataclass(frozen=True)
@@ -256,14 +259,23 @@ def measure(rank: int, world: int, plan: Plan) -> list[Result]:
     group_name = dist.group.WORLD.group_name  # type: ignore[union-attr]
     shared = torch.cuda.device_count() < world
     results = []
-    for hidden in plan.hiddens:
-        for rows in sorted(plan.rows, reverse=True):  # the largest first: symmetric buffers are allocated once
+    began = time.monotonic()
+    if any(name.startswith("symm") for name in plan.contenders):
+        largest = max(plan.rows) * max(plan.hiddens)
+        peers.reserve(group_name, largest, torch.bfloat16, torch.device("cuda", torch.cuda.current_device()))
+    for rows in sorted(plan.rows):
+        for hidden in plan.hiddens:
             problem, xs = _problem(rank, world, rows, hidden, group_name, shared)
             want = _fp64(xs, problem.residual, problem.weight)
             for name in plan.contenders:
+                # No contender starts while a rank's ordinary kernels are still to run: on a shared GPU it could keep them out.
+                torch.cuda.synchronize()
+                dist.barrier()
                 results.append(_measure_one(name, problem, want, rows, hidden, world))
                 if name in LEAVES_WORDS:
                     plane.reset(group_name)
+                if plan.partial and rank == 0:
+                    save(results, Path(plan.partial), last=f"{time.monotonic() - began:.1f} s")
     return results
 
 
@@ -295,12 +307,21 @@ def run(plan: Plan, env: dict[str, str] | None = None) -> list[Result]:
     The ranks run nothing but one contender at a time, so on a shared GPU the kernels may fill it (see ``SHARED_GPU`` in
     :mod:`tpfuse.ops.plane`); ``env`` is set in the ranks and wins.
     """
-    from .one_gpu import run_ranks
+    from .one_gpu import RankFailed, run_ranks
 
     env = {"TPFUSE_SHARED_GPU": "packed", **(env or {})}
     results: list[Result] = []
     for world in plan.worlds:
-        results += run_ranks(measure, world, plan, timeout=plan.timeout, env=env)[0]
+        if plan.partial:
+            Path(plan.partial).unlink(missing_ok=True)
+        try:
+            results += run_ranks(measure, world, plan, timeout=plan.timeout, env=env)[0]
+        except RankFailed as error:
+            if not plan.partial or not Path(plan.partial).exists():
+                raise
+            kept = load(Path(plan.partial))
+            results += kept
+            print(f"W={world} did not finish; {len(kept)} figures kept. {error}", file=sys.stderr, flush=True)
     return results
 
 
@@ -358,6 +379,11 @@ def table(results: Sequence[Result]) -> str:
 def save(results: Sequence[Result], path: Path, **facts: str) -> None:
     """JSON: facts about the machine, then one record a result."""
     path.write_text(json.dumps({"facts": facts, "results": [asdict(r) for r in results]}, indent=1) + "\n")
+
+
+def load(path: Path) -> list[Result]:
+    """The results of a file that :func:`save` wrote."""
+    return [Result(**record) for record in json.loads(path.read_text())["results"]]
 
 
 def plot(results: Sequence[Result], path: Path) -> None:

@@ -60,21 +60,22 @@ def _inductor_add_norm() -> Callable[..., tuple[Tensor, Tensor]]:
     return torch.compile(_eager_add_norm, dynamic=True)
 
 
-def _symmetric(p: Problem) -> Tensor:
+_buffers: dict[str, Tensor] = {}
+
+
+def reserve(group_name: str, values: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Allocate the symmetric buffer of torch's all-reduces for the largest size to come. Collective."""
     import torch.distributed._symmetric_memory as symm_mem
 
-    key = (p.group_name, p.rows * p.hidden)
-    if key not in _buffers:
-        biggest = max((n for g, n in _buffers if g == p.group_name), default=0)
-        if p.rows * p.hidden <= biggest:
-            return _buffers[(p.group_name, biggest)][: p.rows * p.hidden].view(p.rows, p.hidden)
-        buffer = symm_mem.empty(p.rows * p.hidden, dtype=p.x.dtype, device=p.x.device)
-        symm_mem.rendezvous(buffer, p.group_name)  # type: ignore[arg-type]
-        _buffers[key] = buffer
-    return _buffers[key].view(p.rows, p.hidden)
+    if group_name not in _buffers or _buffers[group_name].numel() < values:
+        buffer = symm_mem.empty(values, dtype=dtype, device=device)
+        symm_mem.rendezvous(buffer, group_name)  # type: ignore[arg-type]
+        _buffers[group_name] = buffer
 
 
-_buffers: dict[tuple[str, int], Tensor] = {}
+def _symmetric(p: Problem) -> Tensor:
+    reserve(p.group_name, p.rows * p.hidden, p.x.dtype, p.x.device)
+    return _buffers[p.group_name][: p.rows * p.hidden].view(p.rows, p.hidden)
 
 
 def symm_one_shot(p: Problem) -> Call:
@@ -94,6 +95,9 @@ def symm_two_shot(p: Problem) -> Call:
     buffer = _symmetric(p)
     if p.rows * p.hidden * p.x.element_size() % (16 * p.world):
         raise Unavailable("torch's two-shot needs a size that is a multiple of 16 W bytes")
+    processors = torch.cuda.get_device_properties(p.x.device).multi_processor_count
+    if p.shared and 24 * p.world > processors:
+        raise Unavailable("its 24 blocks of 1024 threads a rank would not fit on one GPU, and it has no watchdog")
     add_norm = _inductor_add_norm()
 
     def call() -> tuple[Tensor, Tensor]:

@@ -341,11 +341,21 @@ def _vote(group_name: str, group: dist.ProcessGroup, device: torch.device, klass
         return GroupPath("library", verdict.cause, settings)
     plane: Plane | None = None
     problem = None
-    try:
-        plane = _build(group_name, group, device, klass, verdict, settings)
-    except Exception as error:
-        # Whatever went wrong here, the others must hear of it: they are about to vote.
-        problem = f"{type(error).__name__}: {error}"
+
+    def build() -> None:
+        nonlocal plane, problem
+        try:
+            torch.cuda.set_device(device)
+            plane = _build(group_name, group, device, klass, verdict, settings)
+        except Exception as error:
+            # Whatever went wrong here, the others must hear of it: they are about to vote.
+            problem = f"{type(error).__name__}: {error}"
+
+    # In a thread of its own: torch's rendezvous allocates small tables with the caching allocator, which may be in a CUDA
+    # graph's pool for this thread (Inductor warms up there), and what lives in such a pool may not outlast the run.
+    thread = threading.Thread(target=build, name="tpfuse-plane")
+    thread.start()
+    thread.join()
     for other, said in enumerate(_everyone(problem, group, world)):
         if said is not None:
             return GroupPath("library", f"rank {other}: {said}", settings)
@@ -369,8 +379,7 @@ def _build(
     if settings.backend != "auto" and symm_mem.get_backend(device) != settings.backend:
         symm_mem.set_backend(settings.backend)  # type: ignore[arg-type]
     phase = selection.phase_bytes(selection.entry(verdict.architecture, world, settings.table))
-    # The local state lies behind the phases in the same allocation. Torch's caching allocator may be in a CUDA graph's
-    # pool when a group is used first (Inductor warms up there), and what lives in such a pool may not outlast the run.
+    # The local state lies behind the phases in the same allocation.
     words = 2 * phase // 4
     table = 2 * (world + 1)
     allocation = symm_mem.empty(words + table + table % 4 + STATE_WORDS, dtype=torch.int32, device=device)
