@@ -107,6 +107,17 @@ def mock_torch_tensorrt() -> SimpleNamespace:
     )
 
 
+def use_the_stand_in() -> None:
+    sys.path.insert(0, str(Path(__file__).parent / "matrix"))
+    import tensorrt_stand_in
+
+    tensorrt_stand_in.install()
+    tensorrt_stand_in.without_a_gpu()
+    import torch_tensorrt  # noqa: F401
+
+    tensorrt_stand_in.keep_on_the_cpu()
+
+
 def run(rank: int, world_size: int, options: dict[str, Any], mocked: bool) -> dict[str, Any]:
     """Compile the decoder with TensorRT and with aot_eager; return counts, the report's note and both outputs."""
     import tpfuse
@@ -116,14 +127,7 @@ def run(rank: int, world_size: int, options: dict[str, Any], mocked: bool) -> di
     if mocked:
         tensorrt.load = mock_torch_tensorrt
     else:
-        sys.path.insert(0, str(Path(__file__).parent / "matrix"))
-        import tensorrt_stand_in
-
-        tensorrt_stand_in.install()
-        tensorrt_stand_in.without_a_gpu()
-        import torch_tensorrt  # noqa: F401
-
-        tensorrt_stand_in.keep_on_the_cpu()
+        use_the_stand_in()
     found = {}
     model = layers.Decoder(N_LAYERS, dtype=torch.float32)
     try:
@@ -280,3 +284,28 @@ def test_reductions_that_stay_go_to_torch_tensorrts_own_fusion(pool):
         ours = found["tensorrt"]
         assert (ours["fused"], ours["found"]) == (2, 2 * N_LAYERS)
         assert torch.allclose(ours["output"], found["aot_eager"]["output"], rtol=1e-5, atol=1e-5)
+
+
+def run_over_one_rank_each(rank: int, world_size: int) -> tuple[list[str], bool]:
+    import tpfuse
+
+    use_the_stand_in()
+    groups = [torch.distributed.new_group([r]) for r in range(world_size)]
+    model = layers.Decoder(1, groups[rank], torch.float32)
+    torch._dynamo.reset()
+    tpfuse.clear_reports()
+    options = {"tpfuse.inner": "tensorrt", "tpfuse.policy": "off", "dryrun": True, "min_block_size": 1}
+    with torch.no_grad():
+        output = torch.compile(model, backend="tpfuse", options=options)(layers.tokens())
+        same = torch.allclose(output, model(layers.tokens()), rtol=1e-5, atol=1e-5)
+    (report,) = tpfuse.reports()
+    return report.notes, same
+
+
+@with_package
+@pytest.mark.timeout(600)
+def test_a_group_that_torch_tensorrts_lowering_names_is_read_from_its_operator(pool):
+    for notes, same in pool.run(run_over_one_rank_each, timeout=500):
+        assert "tensorrt: tensorrt.fused_nccl_all_reduce.default stay in Torch" in " ".join(notes)
+        assert "tensorrt.fused_nccl_all_reduce.default x2" in notes[-1]
+        assert same

@@ -237,7 +237,8 @@ def describe(result: Result) -> None:
     print(f"    {json.dumps(result.counts)}")
     for loss in result.losses:
         print(f"    LOST OR CHANGED {loss}")
-    print(f"    fast suite: {result.suite}")
+    if result.suite != "not run":
+        print(f"    fast suite: {result.suite}")
     print("    " + ", ".join(f"{name} {seconds:.0f} s" for name, seconds in result.seconds.items()), flush=True)
 
 
