@@ -40,7 +40,7 @@ class Entry:
     Attributes:
         one_shot_bytes: one-shot up to here.
         two_shot_bytes: two-shot up to here, library above.
-        launch_bytes: bytes of ``x`` that one two-shot launch handles.
+        launch_bytes: bytes of ``x`` that one launch handles; larger calls are cut into several.
         measured: where the numbers come from.
     """
 
@@ -54,26 +54,35 @@ class Entry:
 
 KIB, MIB = 1 << 10, 1 << 20
 _MODEL = "model of NVLink4 (370 GB/s, 1.25 us a round), not yet measured"
-_SHARED = (
-    "one H200 shared by the ranks under MPS, 2026-11-24, rows 1 to 64: docs/measuring.md; larger sizes not measured"
+_NVLINK = (
+    "two H100s, NVLink4, 2026-11-24, H 4096 to 8192, 1 to 4096 rows: docs/measuring.md. One-shot and two-shot meet at 4 MiB, "
+    "two-shot and NCCL + add+norm between 16 and 20 MiB"
 )
-_GUESSED = "between and beyond the measured world sizes 2 and 4; not measured"
+_SHARED = (
+    "one H100 and one H200 shared by the ranks under MPS, 2026-11-24: docs/measuring.md. The launches were measured, larger "
+    "calls in several of them were not"
+)
+_SHARED_8 = (
+    "one H100 shared by the ranks under MPS, 2026-11-24, up to 160 KiB: docs/measuring.md; larger sizes not measured"
+)
+_GUESSED = "between the measured world sizes 2, 4 and 8; not measured"
 TABLE: tuple[Entry, ...] = (
-    Entry("any", 2, 16 * MIB, 16 * MIB, 8 * MIB, _MODEL),
+    Entry("any", 2, 4 * MIB, 16 * MIB, 8 * MIB, _NVLINK),
     Entry("any", 3, 768 * KIB, 16 * MIB, 8 * MIB, _MODEL),
     Entry("any", 4, 384 * KIB, 16 * MIB, 8 * MIB, _MODEL),
     Entry("any", 5, 256 * KIB, 16 * MIB, 8 * MIB, _MODEL),
     Entry("any", 6, 192 * KIB, 16 * MIB, 8 * MIB, _MODEL),
     Entry("any", 7, 128 * KIB, 16 * MIB, 8 * MIB, _MODEL),
     Entry("any", 8, 104 * KIB, 16 * MIB, 8 * MIB, _MODEL),
-    # Several ranks on one GPU: there is no NCCL behind it, so the kernels take every size.
-    Entry("any-shared", 2, 8 * MIB, UNBOUNDED, 4 * MIB, _SHARED),
-    Entry("any-shared", 3, 512 * KIB, UNBOUNDED, 2 * MIB, _GUESSED),
-    Entry("any-shared", 4, 512 * KIB, UNBOUNDED, 2 * MIB, _SHARED),
-    Entry("any-shared", 5, 192 * KIB, UNBOUNDED, 1 * MIB, _GUESSED),
-    Entry("any-shared", 6, 128 * KIB, UNBOUNDED, 1 * MIB, _GUESSED),
-    Entry("any-shared", 7, 128 * KIB, UNBOUNDED, 1 * MIB, _GUESSED),
-    Entry("any-shared", 8, 128 * KIB, UNBOUNDED, 1 * MIB, _GUESSED),
+    # Several ranks on one GPU: there is no NCCL behind it, so the kernels take every size. Launches are kept small: all
+    # ranks' planes go through one L2, and a launch whose slots do not stay there takes three times as long a byte.
+    Entry("any-shared", 2, UNBOUNDED, UNBOUNDED, 2 * MIB, _SHARED),
+    Entry("any-shared", 3, 512 * KIB, UNBOUNDED, 1 * MIB, _GUESSED),
+    Entry("any-shared", 4, 512 * KIB, UNBOUNDED, 1 * MIB, _SHARED),
+    Entry("any-shared", 5, 192 * KIB, UNBOUNDED, 512 * KIB, _GUESSED),
+    Entry("any-shared", 6, 128 * KIB, UNBOUNDED, 512 * KIB, _GUESSED),
+    Entry("any-shared", 7, 128 * KIB, UNBOUNDED, 512 * KIB, _GUESSED),
+    Entry("any-shared", 8, 128 * KIB, UNBOUNDED, 512 * KIB, _SHARED_8),
 )
 
 
@@ -123,13 +132,12 @@ def select(
     # What fits a phase bounds a launch whatever was asked for: the capacity is checked here, on every call.
     phase = phase_bytes(thresholds)
     most = phase // (world * row_bytes) if algorithm == "one_shot" else two_shot_rows(phase, world, row_bytes)
-    wanted = most if algorithm == "one_shot" else thresholds.launch_bytes // row_bytes
-    return Selection(algorithm, max(1, min(rows, most, wanted)))
+    return Selection(algorithm, max(1, min(rows, most, thresholds.launch_bytes // row_bytes)))
 
 
 def phase_bytes(thresholds: Entry) -> int:
     """Size of one phase of a plane: what the largest launch of the entry needs, in whole MiB."""
-    one_shot = thresholds.world * min(thresholds.one_shot_bytes, 2 * thresholds.launch_bytes)
+    one_shot = thresholds.world * min(thresholds.one_shot_bytes, thresholds.launch_bytes)
     two_shot = 2 * thresholds.launch_bytes + thresholds.world * ROW_BYTES
     return -(-max(one_shot, two_shot, thresholds.world * ROW_BYTES * 2) // MIB) * MIB
 

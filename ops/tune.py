@@ -129,8 +129,8 @@ def derive(timings: Sequence[Timing], architecture: str, measured: str) -> Entry
             "ones and the library at the rest"
         )
     _, one_shot, two_shot = best
-    # A launch of one-shot takes at most twice a launch of two-shot: the phase of a plane is sized for that.
-    launch = max(launch, -(-one_shot // 2 // MIB) * MIB)
+    # One-shot was timed in one launch at every size.
+    launch = max(launch, -(-one_shot // MIB) * MIB)
     return Entry(architecture, worlds.pop(), one_shot, two_shot, launch, measured)
 
 

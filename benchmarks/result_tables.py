@@ -1,0 +1,106 @@
+"""Tables of measured results for the documentation, so that no figure there is typed by hand.
+
+    python benchmarks/result_tables.py benchmarks/results/h100-nvlink-w2.json      # prints the tables of one file
+    python benchmarks/result_tables.py --write docs/measuring.md                   # renews every table of a page
+
+In a page, a table stands between ``<!-- results: NAME -->`` and ``<!-- end -->``; NAME is a file of ``benchmarks/results``
+without its suffix, and behind it may stand the contenders to show, separated by commas.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tpfuse.ops import bench
+
+RESULTS = Path(__file__).parent / "results"
+MARK = re.compile(r"<!-- results: (?P<name>[\w-]+)(?P<contenders>[^>]*) -->\n.*?<!-- end -->", re.DOTALL)
+
+
+def row(cells: Sequence[object]) -> str:
+    return "| " + " | ".join(str(c) for c in cells) + " |"
+
+
+def head(cells: Sequence[object]) -> Iterator[str]:
+    yield row(cells)
+    yield "|" + "---|" * len(cells)
+
+
+def kernel_tables(results: Sequence[bench.Result], contenders: Sequence[str]) -> Iterator[str]:
+    """How ``tpfuse`` compares with every contender, then microseconds a call at every shape."""
+    present = list(dict.fromkeys(r.contender for r in results if r.median))
+    names = [c for c in contenders if c in present] or present
+    yield from head(("tpfuse against", "shapes", "geometric mean", "worst", "where"))
+    for other in [n for n in names if n != "tpfuse"]:
+        by = bench.ratios(results, "tpfuse", other)
+        if by:
+            worst = max(by, key=lambda k: by[k])
+            where = f"W = {worst[0]}, {worst[1]} rows, H = {worst[2]}"
+            yield row((other, len(by), f"{bench.geometric_mean(list(by.values())):.3f}", f"{by[worst]:.3f}", where))
+    yield ""
+    yield from head(("W", "H", "rows", *names))
+    found = {(r.contender, r.world, r.hidden, r.rows): r.median for r in results}
+    for world, hidden, rows in sorted({(r.world, r.hidden, r.rows) for r in results}):
+        times = [found.get((n, world, hidden, rows)) for n in names]
+        yield row((world, hidden, rows, *("" if t is None else f"{t:.2f}" for t in times)))
+
+
+def model_tables(lines: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Steps of whole models: each baseline beside tpfuse, and the ratios."""
+    columns = ("step us", "back to back us", "tpfuse / it, single", "tpfuse / it, back to back", "fused", "ranks equal")
+    yield from head(("machine", "W", "phase", "rows", "contender", *columns))
+    for one in lines:
+        same = ("machine", "model", "world", "phase", "rows")
+        ours = next(x for x in lines if x["contender"] == "tpfuse" and all(x[k] == one[k] for k in same))
+        ratios = [f"{ours[k] / one[k]:.3f}" if one is not ours else "" for k in ("step", "back_to_back")]
+        fused = f"{one['fused']} of {one['all_reduces']}" if one is ours else ""
+        where = (one["machine"], one["world"], one["phase"], one["rows"], one["contender"])
+        yield row(
+            (
+                *where,
+                f"{one['step']:.0f}",
+                f"{one['back_to_back']:.0f}",
+                *ratios,
+                fused,
+                "yes" if one["ranks_equal"] else "NO",
+            )
+        )
+
+
+def tables(path: Path, contenders: Sequence[str] = ()) -> str:
+    """The Markdown of one file of results."""
+    stored = json.loads(path.read_text())
+    if "lines" in stored:
+        return "\n".join(model_tables(stored["lines"]))
+    return "\n".join(kernel_tables(bench.load(path), contenders))
+
+
+def renewed(text: str) -> str:
+    """A page with every table made again from its file."""
+
+    def replace(match: re.Match[str]) -> str:
+        contenders = [c.strip() for c in match["contenders"].split(",") if c.strip()]
+        mark = match[0].split("\n", 1)[0]
+        return f"{mark}\n{tables(RESULTS / (match['name'] + '.json'), contenders)}\n<!-- end -->"
+
+    return MARK.sub(replace, text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="*", type=Path, help="results to print as Markdown")
+    parser.add_argument("--write", type=Path, help="a page whose tables are renewed")
+    args = parser.parse_args()
+    for path in args.files:
+        print(tables(path))
+    if args.write is not None:
+        args.write.write_text(renewed(args.write.read_text()))
+
+
+if __name__ == "__main__":
+    main()
