@@ -32,8 +32,16 @@ ACTIVATIONS = values.overloads(
     "tanh.default",
     "sigmoid.default",
     "leaky_relu.default",
+    "elu.default",
+    "mish.default",
+    "softplus.default",
+    "hardswish.default",
     "erf.default",
+    "expm1.default",  # elu, as Inductor writes it
+    "log1p.default",  # mish, softplus
 )
+EXP = values.overloads("prims::exp.default", "exp.default")
+ADD = values.overloads("add.Tensor", "add.Scalar")
 EMBEDDINGS = values.overloads("embedding.default")
 SOFTMAX = values.overloads(
     "_softmax.default", "softmax.int", "_safe_softmax.default", "prims::exp.default", "exp.default"
@@ -129,7 +137,10 @@ def _role_of_dataflow(producers: Iterable[Node]) -> str | None:
     for node in producers:
         if ATTENTION_OPS.search(str(node.target)):
             return "attention"
-        softmax = softmax or node.target in SOFTMAX
+        if node.target in EXP and any(u.target in ADD and 1 in u.args for u in node.users):
+            activation = True  # Inductor writes silu as x / (1 + exp(-x)); the exp of a softmax is summed and divided
+        else:
+            softmax = softmax or node.target in SOFTMAX
         bmm = bmm or node.target in MATMULS
         activation = activation or node.target in ACTIVATIONS
         embedding = embedding or node.target in EMBEDDINGS

@@ -300,3 +300,46 @@ def test_a_graph_break_inside_a_layer_costs_only_what_it_cuts(pool, inner, polic
         assert all(s[1:] == (False, "no-norm") for s in attention)
         assert len(mlp) >= 1
         assert result["error"] < 1e-5
+
+
+def functions_only(h: torch.Tensor, weights: tuple[torch.Tensor, ...], act: Any) -> torch.Tensor:
+    """Two layers without a module, so without names: roles come from what is computed alone."""
+    up, down, out, norm = weights
+    hidden = h.shape[-1]
+
+    def add_norm(x: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        reduce = torch.ops._c10d_functional
+        name = torch.distributed.group.WORLD.group_name  # type: ignore[union-attr]
+        h = h + reduce.wait_tensor(reduce.all_reduce(x, "sum", name))
+        return norm * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)), h
+
+    x = h
+    for _ in range(2):
+        q = x.view(1, 1, -1, hidden)
+        x, h = add_norm(torch.nn.functional.scaled_dot_product_attention(q, q, q).view(-1, hidden) @ out, h)
+        x, h = add_norm(act(x @ up) @ down, h)
+    return x
+
+
+def run_functions(rank: int, world_size: int, inner: str, act: str) -> tuple[int, list[str], float]:
+    import tpfuse
+
+    torch._dynamo.reset()
+    tpfuse.clear_reports()
+    function = getattr(torch.nn.functional, act)
+    g = torch.Generator().manual_seed(0)
+    h, *weights = (torch.randn(*s, generator=g) for s in ((5, 8), (8, 16), (16, 8), (8, 8), (8,)))
+    compiled = torch.compile(functions_only, backend="tpfuse", options={"tpfuse.inner": inner})
+    with torch.no_grad():
+        error = (compiled(h, tuple(weights), function) - functions_only(h, tuple(weights), function)).abs().max().item()
+    (report,) = tpfuse.reports()
+    return len(report.fused), [s.role for s in report.sites], error
+
+
+@pytest.mark.parametrize("inner", ["inductor", "aot_eager"])
+@pytest.mark.parametrize("act", ["silu", "gelu", "elu", "mish"])
+def test_an_mlp_without_module_names_is_known_by_its_activation(pool, inner, act):
+    for fused, roles, error in pool.run(run_functions, inner, act, timeout=250):
+        assert roles == ["attention", "mlp"] * 2
+        assert fused == FUSED
+        assert error < 1e-5
