@@ -128,6 +128,28 @@ def _attach(name: str) -> tuple[shared_memory.SharedMemory, torch.Tensor]:
     return memory, torch.frombuffer(memory.buf, dtype=torch.int32)
 
 
+def _patch_once(interpreter: Any) -> None:
+    """Patch Triton's language once a launch, and not again for every function that a kernel calls: a quarter of the time."""
+    import triton.language as tl
+
+    patch = interpreter._patch_lang
+    in_force: dict[frozenset[str], Any] = {}
+
+    class Scope:
+        def restore(self) -> None:
+            while in_force:
+                in_force.popitem()[1].restore()
+
+    def once(fn: Any) -> Scope:
+        # Functions of Triton's own library see its core, kernels see the language.
+        sees = frozenset(v.__name__ for v in fn.__globals__.values() if v is tl or v is tl.core)
+        if sees not in in_force:
+            in_force[sees] = patch(fn)
+        return Scope()
+
+    interpreter._patch_lang = once
+
+
 def _worker(
     rank: int,
     program: int | None,
@@ -159,10 +181,11 @@ def _worker(
         def polite_load(ptrs: Any, mask: Any, other: Any, policy: Any, volatile: bool) -> Any:
             loaded = load(ptrs, mask, other, policy, volatile)
             if volatile and not loaded.data.all():
-                os.sched_yield()
+                time.sleep(0.0003)
             return loaded
 
         interpreter.interpreter_builder.create_masked_load = polite_load
+        _patch_once(interpreter)
         if program is not None:
             # This process is one program of the grid; its siblings are the others.
             builder = interpreter.interpreter_builder

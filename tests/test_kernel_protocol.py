@@ -87,7 +87,6 @@ def test_flavours_and_epilogues() -> None:
     _agree(run(2, calls), 2)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("world", (2, 3))
 def test_two_hundred_calls_alternate_algorithm_rows_and_width_with_random_delays(world: int) -> None:
     rng = random.Random(world)
@@ -106,14 +105,13 @@ def test_two_hundred_calls_alternate_algorithm_rows_and_width_with_random_delays
     _agree(run(world, calls, delay=0.003, timeout=280), world)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_same_two_hundred_calls_on_four_ranks_with_wide_rows() -> None:
     rng = random.Random(4)
     calls = [
         Call(
             rng.choice((1, 3, 4, 5)),
-            rng.choice((64, 576, 2880)),
+            2880 if n % 25 == 13 else 576 if n % 5 == 3 else 64,  # the interpreter takes seconds for a wide call
             rng.choice(("one_shot", "two_shot")),
             seed=n,
             special=rng.choice(("none", "zeros")),

@@ -104,12 +104,11 @@ def normalised(values, mean, weight, eps, C: tl.constexpr, PTX: tl.constexpr):
 @triton.jit
 def exchange(
     partials,
-    state,
     part,
     row,
+    state,
     phase,
-    host_record,
-    limit,
+    watch,
     C: tl.constexpr,
     GROUPS: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -138,9 +137,7 @@ def exchange(
         1,
         row,
         phase + 2,
-        (state + RECORD).to(tl.int64),
-        host_record,
-        limit,
+        watch,
         SLOTS=(SPLIT * GROUPS + 3) // 4,
         STRIDE=16,
         WORDS=SPLIT * GROUPS,
@@ -158,12 +155,11 @@ def exchange(
 @triton.jit
 def mean_of_squares(
     held,
-    state,
     part,
     row,
+    state,
     phase,
-    host_record,
-    limit,
+    watch,
     C: tl.constexpr,
     GROUPS: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -175,7 +171,7 @@ def mean_of_squares(
     for i in tl.static_range(GROUPS):
         partials = partials + (sum_of_squares(unpack(held[i], C.dtype)),)
     if SPLIT > 1:
-        total = exchange(partials, state, part, row, phase, host_record, limit, C, GROUPS, SPLIT, WAIT, PTX)
+        total = exchange(partials, part, row, state, phase, watch, C, GROUPS, SPLIT, WAIT, PTX)
     else:
         total = partials[0]
         for i in tl.static_range(1, GROUPS):
@@ -191,20 +187,11 @@ def lane_elements(part, i: tl.constexpr, C: tl.constexpr, GROUPS: tl.constexpr):
 
 
 @triton.jit
-def prefetch(
-    row,
-    part,
-    i: tl.constexpr,
-    residual,
-    weight,
-    bias,
-    C: tl.constexpr,
-    GROUPS: tl.constexpr,
-    PTX: tl.constexpr,
-):
+def prefetch(row, part, i: tl.constexpr, io, C: tl.constexpr, GROUPS: tl.constexpr, PTX: tl.constexpr):
     """Residual, bias and (for short programs) weight of one group, loaded before the poll so that the wait hides them."""
     element, active = lane_elements(part, i, C, GROUPS)
     row_start = row.to(tl.int64) * C.hidden
+    residual, weight, bias = io[0], io[1], io[2]
     r = ()
     b = ()
     w = ()
@@ -225,7 +212,7 @@ def accept(
     row,
     part,
     i: tl.constexpr,
-    residual_out,
+    io,
     scale,
     loads,
     C: tl.constexpr,
@@ -244,7 +231,7 @@ def accept(
         values = plus(loads[0], values)
     words = pack(values, C.dtype, PTX)
     if not C.post_norm:
-        address = residual_out.to(tl.int64) + (row.to(tl.int64) * C.hidden + element) * C.item_bytes
+        address = io[4].to(tl.int64) + (row.to(tl.int64) * C.hidden + element) * C.item_bytes
         store16(address, words, active, PTX)
     return words
 
@@ -254,14 +241,10 @@ def finish(
     held,
     row,
     part,
-    residual,
-    weight,
-    normed,
-    residual_out,
+    io,
     state,
     phase,
-    host_record,
-    limit,
+    watch,
     eps,
     loads,
     C: tl.constexpr,
@@ -274,10 +257,12 @@ def finish(
 
     Args:
         held: for each group what :func:`accept` returned.
+        io: the tensors of the call: residual, weight, bias, normed, residual_out.
         loads: for each group what :func:`prefetch` returned; looked at only by programs of one or two groups.
     """
+    residual, weight, normed, residual_out = io[0], io[1], io[3], io[4]
     row_start = row.to(tl.int64) * C.hidden
-    mean = mean_of_squares(held, state, part, row, phase, host_record, limit, C, GROUPS, SPLIT, WAIT, PTX)
+    mean = mean_of_squares(held, part, row, state, phase, watch, C, GROUPS, SPLIT, WAIT, PTX)
     for i in tl.static_range(GROUPS):
         element, active = lane_elements(part, i, C, GROUPS)
         gain = ()

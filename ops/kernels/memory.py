@@ -192,9 +192,7 @@ def poll(
     active,
     row,
     phase,
-    device_record,
-    host_record,
-    limit,
+    watch,
     SLOTS: tl.constexpr,
     STRIDE: tl.constexpr,
     WORDS: tl.constexpr,
@@ -209,11 +207,11 @@ def poll(
         rank: the slot that nobody pushes to, or -1.
         active: lanes with 0 get zeros and do not wait.
         row, phase: for the record of a failure.
-        device_record, host_record: int64 addresses of the two records.
-        limit: nanoseconds before giving up.
+        watch: int64 addresses of the records on the device and on the host, and nanoseconds before giving up.
         WORDS: how many of the 4 * SLOTS words are ever pushed.
         WAIT: False reads once and never spins: the floor that benchmarks compare with.
     """
+    device_record, host_record, limit = watch[0], watch[1], watch[2]
     if PTX:
         words = tl.inline_asm_elementwise(
             poll_asm(SLOTS, STRIDE, WORDS, WAIT),

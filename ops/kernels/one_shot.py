@@ -119,6 +119,8 @@ def one_shot_kernel(
     phase = begin(state)
     limit = give_up_limit(state, limit)
     own_plane = own_base + phase.to(tl.int64) * phase_bytes
+    io = (residual, weight, bias, normed, residual_out)
+    watch = ((state + RECORD).to(tl.int64), host_record, limit)
     items = rows * SPLIT
     # All pushes first: the later ones travel while the first rows are being reduced.
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
@@ -138,13 +140,13 @@ def one_shot_kernel(
         held = ()
         if GROUPS <= 2:
             for i in tl.static_range(GROUPS):
-                loads = loads + (prefetch(row, part, i, residual, weight, bias, C, GROUPS, PTX),)
+                loads = loads + (prefetch(row, part, i, io, C, GROUPS, PTX),)
         for i in tl.static_range(GROUPS):
             element, active = lane_elements(part, i, C, GROUPS)
             source = x.to(tl.int64) + (row.to(tl.int64) * C.hidden + element) * C.item_bytes
             slots = own_plane + row.to(tl.int64) * (W * C.row_bytes) + element * C.item_bytes
             if GROUPS > 2:
-                load = prefetch(row, part, i, residual, weight, bias, C, GROUPS, PTX)
+                load = prefetch(row, part, i, io, C, GROUPS, PTX)
             else:
                 load = loads[i]
             words = poll(
@@ -154,9 +156,7 @@ def one_shot_kernel(
                 active,
                 row,
                 phase,
-                (state + RECORD).to(tl.int64),
-                host_record,
-                limit,
+                watch,
                 SLOTS=W,
                 STRIDE=C.row_bytes,
                 WORDS=4 * W,
@@ -166,26 +166,7 @@ def one_shot_kernel(
             for r in tl.static_range(W):
                 clear(slots + r * C.row_bytes, active & (r != rank).to(tl.int32), PTX)
             reduced = sum_over_ranks(words, C, W, PTX)
-            held = held + (accept(reduced, row, part, i, residual_out, scale, load, C, GROUPS, PTX),)
-        finish(
-            held,
-            row,
-            part,
-            residual,
-            weight,
-            normed,
-            residual_out,
-            state,
-            phase,
-            host_record,
-            limit,
-            eps,
-            loads,
-            C,
-            GROUPS,
-            SPLIT,
-            WAIT,
-            PTX,
-        )
+            held = held + (accept(reduced, row, part, i, io, scale, load, C, GROUPS, PTX),)
+        finish(held, row, part, io, state, phase, watch, eps, loads, C, GROUPS, SPLIT, WAIT, PTX)
     end(state, phase)
     let_next_kernel_start(PDL)

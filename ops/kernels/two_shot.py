@@ -76,7 +76,8 @@ def two_shot_kernel(
     limit = give_up_limit(state, limit)
     offset = phase.to(tl.int64) * phase_bytes
     own_plane = own_base + offset
-    record = (state + RECORD).to(tl.int64)
+    io = (residual, weight, bias, normed, residual_out)
+    watch = ((state + RECORD).to(tl.int64), host_record, limit)
     gather = ((rows + W - 1) // W * W).to(tl.int64) * C.row_bytes
     items = rows * SPLIT
     turns = (items + tl.num_programs(0) - 1) // tl.num_programs(0)
@@ -109,9 +110,7 @@ def two_shot_kernel(
                     active,
                     row,
                     phase,
-                    record,
-                    host_record,
-                    limit,
+                    watch,
                     SLOTS=W,
                     STRIDE=C.row_bytes,
                     WORDS=4 * W,
@@ -134,12 +133,12 @@ def two_shot_kernel(
             held = ()
             if GROUPS <= 2:
                 for i in tl.static_range(GROUPS):
-                    loads = loads + (prefetch(row, part, i, residual, weight, bias, C, GROUPS, PTX),)
+                    loads = loads + (prefetch(row, part, i, io, C, GROUPS, PTX),)
             for i in tl.static_range(GROUPS):
                 element, active = lane_elements(part, i, C, GROUPS)
                 place = own_plane + gather + row.to(tl.int64) * C.row_bytes + element * C.item_bytes
                 if GROUPS > 2:
-                    load = prefetch(row, part, i, residual, weight, bias, C, GROUPS, PTX)
+                    load = prefetch(row, part, i, io, C, GROUPS, PTX)
                 else:
                     load = loads[i]
                 words = poll(
@@ -149,9 +148,7 @@ def two_shot_kernel(
                     active,
                     row,
                     phase + 4,
-                    record,
-                    host_record,
-                    limit,
+                    watch,
                     SLOTS=1,
                     STRIDE=16,
                     WORDS=4,
@@ -161,26 +158,7 @@ def two_shot_kernel(
                 clear(place, active, PTX)
                 # + 0.0 takes the mark's sign away again.
                 reduced = plus_scalar(unpack(words, C.dtype), 0.0)
-                held = held + (accept(reduced, row, part, i, residual_out, scale, load, C, GROUPS, PTX),)
-            finish(
-                held,
-                row,
-                part,
-                residual,
-                weight,
-                normed,
-                residual_out,
-                state,
-                phase,
-                host_record,
-                limit,
-                eps,
-                loads,
-                C,
-                GROUPS,
-                SPLIT,
-                WAIT,
-                PTX,
-            )
+                held = held + (accept(reduced, row, part, i, io, scale, load, C, GROUPS, PTX),)
+            finish(held, row, part, io, state, phase, watch, eps, loads, C, GROUPS, SPLIT, WAIT, PTX)
     end(state, phase)
     let_next_kernel_start(PDL)
