@@ -26,8 +26,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import launch as launch_module
 from . import peers
 from .peers import Call, Problem, Unavailable
+from .plane import Plane
 
 CALLS_A_GRAPH = 20
 REPLAYS = 15
@@ -36,7 +38,7 @@ EPS = 1e-6
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure. ``contenders`` are names of :data:`CONTENDERS`."""
+    """What to measure. ``contenders`` are names that :func:`contender` takes."""
 
     worlds: tuple[int, ...] = (2, 4, 8)
     hiddens: tuple[int, ...] = (4096, 5120, 7168, 8192)
@@ -71,8 +73,16 @@ class Result:
     note: str = ""
 
 
-def _forced(algorithm: str | None, pdl: str | None = None, wait: bool = True) -> Callable[[Problem], Call]:
-    """Our kernels with some of the settings fixed; ``wait=False`` is the floor."""
+def _forced(
+    algorithm: str | None, pdl: str | None = None, wait: bool = True, held: int | None = None, share: int = 2
+) -> Callable[[Problem], Call]:
+    """Our kernels with some of the settings fixed.
+
+    Args:
+        wait: False is the floor.
+        held: groups of a row that a program holds; None leaves the geometry to :mod:`tpfuse.ops.launch`.
+        share: with ``held``, the kernel takes one part in ``share`` of what its ranks may have in flight on a GPU.
+    """
 
     def make(p: Problem) -> Call:
         from . import dispatch, op, plane
@@ -96,7 +106,17 @@ def _forced(algorithm: str | None, pdl: str | None = None, wait: bool = True) ->
             if k[0] == p.group_name and k[2] == p.hidden and q.flavour == LLAMA and k[1] == p.x.dtype and not k[5]
         )
         assert prepared.constants is not None
-        plan = dispatch.plan_of(ours, settings, prepared.constants, p.x.dtype, p.rows, wait)
+        groups = prepared.constants.groups
+        most = _resident(algorithm, held, ours) // share if held is not None and algorithm is not None else 0
+
+        def shape_of(rows: int) -> launch_module.Geometry:
+            found = launch_module.forced_geometry(rows, groups, held or groups, most)
+            if found is None:
+                raise Unavailable(f"{rows} rows of {groups} groups, {held} a program, need more than {most} programs")
+            return found
+
+        shapes = None if held is None else shape_of
+        plan = dispatch.plan_of(ours, settings, prepared.constants, p.x.dtype, p.rows, wait, shapes)
         if not plan.launches:
             raise Unavailable("selection takes the library path here")
         dispatch.load_together(
@@ -127,6 +147,34 @@ def _forced(algorithm: str | None, pdl: str | None = None, wait: bool = True) ->
         return call
 
     return make
+
+
+def _resident(algorithm: str, groups: int, p: Plane) -> int:
+    """Programs of one rank that its registers leave room for, with the other ranks of the GPU beside it."""
+    a_program = launch_module.register_bound(algorithm, groups) * launch_module.THREADS
+    processors = torch.cuda.get_device_properties(p.device).multi_processor_count
+    resident = processors * min(16, launch_module.REGISTERS_OF_AN_SM // a_program) // p.sharers
+    return min(launch_module.MAX_PROGRAMS, resident)
+
+
+def contender(name: str) -> Callable[[Problem], Call]:
+    """What a name stands for: one of :data:`CONTENDERS`, or a geometry.
+
+    ``one-shot:2`` is one-shot with two groups of a row a program, on half of the GPU (as the op takes it); ``two-shot:4:full``
+    is two-shot with four groups, on all of it.
+
+    Raises:
+        ValueError: the name is neither; the message lists the valid ones.
+    """
+    if name in CONTENDERS:
+        return CONTENDERS[name]
+    parts = name.split(":")
+    known = parts[0] in ("one-shot", "two-shot") and parts[2:] in ([], ["full"])
+    if known and len(parts) > 1 and parts[1].isdigit() and int(parts[1]) > 0:
+        return _forced(parts[0].replace("-", "_"), held=int(parts[1]), share=2 - len(parts[2:]))
+    raise ValueError(
+        f"{name!r} is no contender; they are {', '.join(CONTENDERS)}, and geometries such as one-shot:2 or two-shot:4:full"
+    )
 
 
 def _library(p: Problem) -> Call:
@@ -282,14 +330,17 @@ def measure(rank: int, world: int, plan: Plan) -> list[Result]:
 def _measure_one(name: str, p: Problem, want: tuple[Tensor, Tensor], rows: int, hidden: int, world: int) -> Result:
     empty = Result(name, world, rows, hidden, None, None, None, None, None)
     try:
-        call = CONTENDERS[name](p)
+        call = contender(name)(p)
     except Unavailable as reason:
         return replace(empty, note=str(reason))
     normed, h = call()
     torch.cuda.synchronize()
-    error = max(_distance(normed, want[0]), _distance(h, want[1]))
-    hashes: list[Any] = [None] * world
-    dist.all_gather_object(hashes, output_hash(normed, h))
+    error, equal = None, None
+    if name not in LEAVES_WORDS:  # the floor's results mean nothing
+        error = max(_distance(normed, want[0]), _distance(h, want[1]))
+        hashes: list[Any] = [None] * world
+        dist.all_gather_object(hashes, output_hash(normed, h))
+        equal = len(set(hashes)) == 1
     times = sorted(time_call(call, CALLS_A_GRAPH if rows <= 256 else 4))
     return replace(
         empty,
@@ -297,7 +348,7 @@ def _measure_one(name: str, p: Problem, want: tuple[Tensor, Tensor], rows: int, 
         low=times[len(times) // 10],
         high=times[-1 - len(times) // 10],
         error=error,
-        ranks_equal=len(set(hashes)) == 1,
+        ranks_equal=equal,
     )
 
 
@@ -309,6 +360,8 @@ def run(plan: Plan, env: dict[str, str] | None = None) -> list[Result]:
     """
     from .one_gpu import RankFailed, run_ranks
 
+    for name in plan.contenders:
+        contender(name)
     env = {"TPFUSE_SHARED_GPU": "packed", **(env or {})}
     results: list[Result] = []
     for world in plan.worlds:
@@ -356,7 +409,7 @@ def table(results: Sequence[Result]) -> str:
             if r is None or r.median is None:
                 cells.append(f"{'-':>22}")
             else:
-                flag = "" if r.ranks_equal else " !ranks differ"
+                flag = " !ranks differ" if r.ranks_equal is False else ""
                 cells.append(f"{r.median:>14.2f} ({r.high - r.low:5.2f}){flag}")  # type: ignore[operator]
         lines.append(f"{world} {hidden:>5} {rows:>5} " + "".join(cells))
     for other in names:

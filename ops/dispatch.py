@@ -7,6 +7,7 @@ allocations and the launch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from . import library_path, plane, reference
 from .flavour import Flavour
 from .kernels.constants import Constants, constants, supports, torch_dtype
-from .launch import Kernel, geometry, most_programs, protocol_constants, register_bound
+from .launch import Geometry, Kernel, geometry, most_programs, protocol_constants, register_bound
 from .op import check, library
 from .plane import GroupPath, Plane
 from .select import Selection, select
@@ -77,7 +78,6 @@ def kernel_of(
     if found is None:
         from .kernels.one_shot import one_shot_kernel
         from .kernels.two_shot import two_shot_kernel
-        from .launch import Geometry
 
         function = one_shot_kernel if algorithm == "one_shot" else two_shot_kernel
         options: dict[str, Any] = {"maxnreg": register_bound(algorithm, groups)}
@@ -88,8 +88,21 @@ def kernel_of(
     return found
 
 
-def plan_of(p: Plane, settings: plane.Settings, c: Constants, dtype: torch.dtype, rows: int, wait: bool = True) -> Plan:
-    """Selection, geometry and kernels of a call. Pure apart from the cache of kernels."""
+def plan_of(
+    p: Plane,
+    settings: plane.Settings,
+    c: Constants,
+    dtype: torch.dtype,
+    rows: int,
+    wait: bool = True,
+    shape_of: Callable[[int], Geometry] | None = None,
+) -> Plan:
+    """Selection, geometry and kernels of a call. Pure apart from the cache of kernels.
+
+    Args:
+        wait: False for the benchmarks' floor: kernels that wait for nobody.
+        shape_of: for experiments: rows of a launch -> its geometry, instead of :func:`tpfuse.ops.launch.geometry`.
+    """
     chosen = select(p.architecture, p.world, dtype, c.hidden, rows, override=settings.algorithm, table=settings.table)
     if chosen.algorithm == "library":
         return Plan(chosen, ())
@@ -103,7 +116,7 @@ def plan_of(p: Plane, settings: plane.Settings, c: Constants, dtype: torch.dtype
     launches = []
     for start in range(0, rows, chosen.rows_per_launch):
         n = min(chosen.rows_per_launch, rows - start)
-        shape = geometry(n, c.groups, fits)
+        shape = geometry(n, c.groups, fits) if shape_of is None else shape_of(n)
         mode, attribute = pdl, True
         if pdl == "early" and p.sharers * settings.concurrent_planes > 1 and 2 * shape.programs > fits(shape.groups):
             # Early launch puts two kernels of a rank side by side. Where several kernels wait on one GPU, only two small

@@ -36,6 +36,20 @@ def geometry(rows: int, groups: int, fits: Callable[[int], int]) -> Geometry:
     return Geometry(min(rows, fits(groups)), groups, 1)
 
 
+def forced_geometry(rows: int, groups: int, held: int, most: int) -> Geometry | None:
+    """The geometry of a launch whose programs hold ``held`` groups of a row, for experiments; None where it cannot be.
+
+    Args:
+        groups: groups of a row.
+        most: how many programs are resident.
+    """
+    held = min(held, groups)
+    split = -(-groups // held)
+    if split == 1:
+        return Geometry(min(rows, most), held, 1)
+    return Geometry(rows * split, held, split) if rows * split <= most else None
+
+
 class Kernel:
     """A compiled kernel and the shortest way to launch it.
 

@@ -199,3 +199,36 @@ def test_without_a_gpu_the_path_is_the_library_and_says_so() -> None:
         pytest.skip("this machine has a GPU")
     path = plane.describe_path()
     assert (path.kind, path.cause, path.plane) == ("library", "no CUDA device", None)
+
+
+@pytest.mark.parametrize("name", ("one-shot:2", "two-shot:4:full", "tpfuse", "floor"))
+def test_a_benchmark_takes_contenders_and_geometries_by_name(name: str) -> None:
+    from tpfuse.ops import bench
+
+    assert callable(bench.contender(name))
+
+
+@pytest.mark.parametrize(
+    "name", ("one-shot:0", "one-shot:x", "one-shot:2:half", "library:2", "nothing", "one-shot:2:full:1")
+)
+def test_a_contender_that_does_not_exist_is_named_with_the_valid_ones(name: str) -> None:
+    from tpfuse.ops import bench
+
+    with pytest.raises(ValueError, match="is no contender") as raised:
+        bench.run(bench.Plan(contenders=("tpfuse", name)))
+    assert name in str(raised.value) and "flashinfer" in str(raised.value)
+
+
+def test_a_forced_geometry_covers_every_group_and_fits() -> None:
+    from tpfuse.ops.launch import forced_geometry
+
+    for groups in range(1, 17):
+        for held in range(1, 18):
+            for rows in (1, 7, 128, 4096):
+                shape = forced_geometry(rows, groups, held, 264)
+                if shape is None:
+                    assert rows * -(-groups // held) > 264
+                    continue
+                assert 1 <= shape.programs <= 264
+                assert shape.groups * shape.split >= groups > shape.groups * (shape.split - 1)
+                assert shape.programs == rows * shape.split if shape.split > 1 else shape.programs <= rows
