@@ -36,10 +36,13 @@ def test_every_algorithm_equals_the_reference_and_itself_on_all_ranks(world: int
     _all_well(run_ranks(on_ranks.correctness, world, timeout=380))
 
 
+@pytest.mark.parametrize("dependent_launch", ("early", "off"))
 @pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.timeout(400)
-def test_ten_thousand_random_calls_mix_sizes_algorithms_groups_and_graphs(world: int) -> None:
-    _all_well(run_ranks(on_ranks.random_calls, world, 10_000, 17, timeout=380))
+@pytest.mark.timeout(200)
+def test_ten_thousand_random_calls_mix_sizes_algorithms_groups_and_graphs(world: int, dependent_launch: str) -> None:
+    # About half a minute. A watchdog of 8 s: a call that hangs is named long before the test ends.
+    env = {"TPFUSE_PDL": dependent_launch, "TPFUSE_WATCHDOG_SECONDS": "8"}
+    _all_well(run_ranks(on_ranks.random_calls, world, 10_000, 17, timeout=180, env=env))
 
 
 @pytest.mark.parametrize("world", (2, 4))
