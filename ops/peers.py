@@ -78,8 +78,20 @@ def _symmetric(p: Problem) -> Tensor:
     return _buffers[p.group_name][: p.rows * p.hidden].view(p.rows, p.hidden)
 
 
+def _room_on_a_shared_gpu(p: Problem, blocks: int, threads: int) -> None:
+    """Torch's kernels wait without a watchdog, and one block's registers take a multiprocessor: with more blocks than those
+    on one GPU they never end (seen at W = 8 with 20 blocks a rank)."""
+    processors = torch.cuda.get_device_properties(p.x.device).multi_processor_count
+    if p.shared and blocks * p.world > processors:
+        raise Unavailable(
+            f"its {blocks} blocks of {threads} threads a rank need a multiprocessor each, more than one GPU has, and it has "
+            "no watchdog"
+        )
+
+
 def symm_one_shot(p: Problem) -> Call:
     """torch's one-shot all-reduce over symmetric memory, then Inductor's add and norm."""
+    _room_on_a_shared_gpu(p, min(24, -(-p.rows * p.hidden // (512 * 8))), 512)
     buffer = _symmetric(p).view(-1)
     add_norm = _inductor_add_norm()
 
@@ -95,9 +107,7 @@ def symm_two_shot(p: Problem) -> Call:
     buffer = _symmetric(p)
     if p.rows * p.hidden * p.x.element_size() % (16 * p.world):
         raise Unavailable("torch's two-shot needs a size that is a multiple of 16 W bytes")
-    processors = torch.cuda.get_device_properties(p.x.device).multi_processor_count
-    if p.shared and 24 * p.world > processors:
-        raise Unavailable("its 24 blocks of 1024 threads a rank would not fit on one GPU, and it has no watchdog")
+    _room_on_a_shared_gpu(p, 24, 1024)
     add_norm = _inductor_add_norm()
 
     def call() -> tuple[Tensor, Tensor]:
