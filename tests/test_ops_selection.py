@@ -232,3 +232,20 @@ def test_a_forced_geometry_covers_every_group_and_fits() -> None:
                 assert 1 <= shape.programs <= 264
                 assert shape.groups * shape.split >= groups > shape.groups * (shape.split - 1)
                 assert shape.programs == rows * shape.split if shape.split > 1 else shape.programs <= rows
+
+
+def test_compiling_ahead_finds_the_kernels_of_a_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+    from types import SimpleNamespace
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    import compile_ahead
+
+    found = compile_ahead.kernels((2, 8), (4096,), (1, 64, 2048), gpus=2)
+    del sys.modules["compile_ahead"]
+    assert {(stand.world, stand.sharers) for _, _, stand in found} == {(2, 1), (8, 8)}
+    assert {kernel.function.__name__ for kernel, _, _ in found} == {"one_shot_kernel", "two_shot_kernel"}
+    assert {kernel.constexprs[4] for kernel, _, _ in found} == {True, False}  # the floor is among them
+    assert len({id(kernel) for kernel, _, _ in found}) == len(found)

@@ -1,0 +1,110 @@
+"""Compile the kernels of a benchmark into Triton's cache with many processes, so that time on the GPU goes to measuring.
+
+    python benchmarks/compile_ahead.py --worlds 2,4,8 --hidden 4096,8192 --rows 1,8,64 --processes 16
+    python benchmarks/kernel.py        --worlds 2,4,8 --hidden 4096,8192 --rows 1,8,64
+
+bf16 and Llama's rounding order, as the benchmark has them: what selection chooses with and without dependent launch, the floor,
+and both algorithms forced. World sizes above the number of GPUs are compiled for ranks that share one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tpfuse.ops import bench, dispatch
+from tpfuse.ops.flavour import LLAMA
+from tpfuse.ops.kernels.constants import Constants, constants
+from tpfuse.ops.launch import Kernel
+from tpfuse.ops.one_gpu import gpu_count
+from tpfuse.ops.plane import Settings
+
+
+@dataclass(frozen=True)
+class Stand:
+    """What the choice of a kernel looks at of a plane; no memory is allocated for it."""
+
+    world: int
+    sharers: int
+    architecture: str
+    device: torch.device
+    rank: int = 0
+    phase_bytes: int = 1 << 20
+
+
+def kernels(worlds: Sequence[int], hiddens: Sequence[int], rows: Sequence[int], gpus: int) -> list[tuple[Any, ...]]:
+    """(kernel, constants, stand) of everything that the benchmark will launch, each kernel once."""
+    found: dict[int, tuple[Kernel, Constants, Stand]] = {}
+    modes = [Settings(shared_gpu="packed"), Settings(shared_gpu="packed", dependent_launch="off")]
+    modes += [Settings(shared_gpu="packed", algorithm=name) for name in ("one_shot", "two_shot")]
+    device = torch.device("cuda", 0)
+    major, minor = torch.cuda.get_device_capability(device)
+    for world in worlds:
+        shared = world > gpus
+        name = f"sm_{major}{minor}" + ("-shared" if shared else "")
+        stand = Stand(world, world if shared else 1, name, device)
+        for hidden in hiddens:
+            c = constants(
+                torch.bfloat16,
+                torch.bfloat16,
+                hidden,
+                LLAMA,
+                bias="none",
+                scaled=False,
+                has_residual=True,
+                post_norm=False,
+            )
+            for settings, wait in [(modes[0], False), *((mode, True) for mode in modes)]:
+                counts = {*rows, *dispatch._ROWS_WARMED} if (settings, wait) == (modes[0], True) else set(rows)
+                for n in counts:
+                    plan = dispatch.plan_of(stand, settings, c, torch.bfloat16, n, wait)  # type: ignore[arg-type]
+                    for launch in plan.launches:
+                        found.setdefault(id(launch.kernel), (launch.kernel, c, stand))
+    return list(found.values())
+
+
+def compile_share(number: int, of: int, worlds: Any, hiddens: Any, rows: Any, gpus: int) -> None:
+    """Compile every ``of``-th kernel; the widest first, for they take longest."""
+    torch.cuda.set_device(0)
+    todo = sorted(kernels(worlds, hiddens, rows, gpus), key=lambda k: -k[0].constexprs[1] * k[0].constexprs[2])
+    for kernel, c, stand in todo[number::of]:
+        kernel.compile(*dispatch.samples(c, stand))
+    if number == 0:
+        print(f"{len(todo)} kernels", flush=True)
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+def main() -> None:
+    default = bench.Plan()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--worlds", type=numbers, default=default.worlds)
+    parser.add_argument("--hidden", type=numbers, default=default.hiddens)
+    parser.add_argument("--rows", type=numbers, default=default.rows)
+    parser.add_argument("--processes", type=int, default=multiprocessing.cpu_count())
+    args = parser.parse_args()
+    gpus = gpu_count()
+    if gpus == 0:
+        parser.exit(2, "compile_ahead.py: no GPU is visible; kernels are compiled for the one that will run them\n")
+    began = time.monotonic()
+    context = multiprocessing.get_context("spawn")
+    share = (args.processes, args.worlds, args.hidden, args.rows, gpus)
+    workers = [context.Process(target=compile_share, args=(n, *share)) for n in range(args.processes)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    print(f"compiled in {time.monotonic() - began:.0f} s")
+    sys.exit(int(any(worker.exitcode for worker in workers)))
+
+
+if __name__ == "__main__":
+    main()
