@@ -31,7 +31,8 @@ def main() -> int:
         shutil.which("nvidia-smi") is not None and run([sys.executable, "-c", GPU_HAS_TORCH], check=False) == 0
     )
     print(f"setup: {folder} with {'the installed torch' if use_installed else 'a CPU build of torch'}", flush=True)
-    venv.EnvBuilder(with_pip=True, clear=False, system_site_packages=use_installed).create(folder)
+    # Links, as `python -m venv` makes them: a second run over the same folder then finds its own links and goes on.
+    venv.EnvBuilder(with_pip=True, symlinks=True, system_site_packages=use_installed).create(folder)
     python = folder / "bin" / "python"
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     if not use_installed:
