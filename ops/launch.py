@@ -143,8 +143,9 @@ def most_programs(
 
     With several kernels that wait for each other on one GPU, be it because ranks share it or because a rank uses several
     planes at once, a kernel that waits may keep out an ordinary one (a matrix product, a reduction) that another rank
-    has to finish first. Room in terms of registers is not enough: the split of a multiprocessor's memory into cache and
-    shared memory is fixed while any block is on it, and a kernel that needs another split cannot join. So all waiting
+    has to finish first. Room in terms of registers is not enough: measured on an H200, where filled multiprocessors stopped
+    the random test of ``tests/gpu`` and free ones did not; probably because a multiprocessor that holds any block cannot
+    change how its memory is split into cache and shared memory. So all waiting
     programs together get fewer than all multiprocessors, however they are spread, and some stay free for everything else.
 
     Args:
