@@ -158,6 +158,13 @@ def test_the_generous_table_takes_every_shape_in_one_launch_on_any_architecture(
     assert phase_bytes(entry("sm_90", world, table)) <= 64 * MIB
 
 
+def test_the_generous_table_takes_one_shot_in_one_launch_whatever_launches_two_shot_tries() -> None:
+    plan = replace(PLAN, launches=(2 * MIB,))
+    rows = plan.one_shot_most(2) // (4096 * 2)
+    table = generous(plan, 2)
+    assert select("any", 2, torch.bfloat16, 4096, rows, override="one_shot", table=table).rows_per_launch == rows
+
+
 def test_the_plan_has_whole_rows_of_every_hidden_size_with_the_largest_first() -> None:
     assert shapes(Plan(hiddens=(4096, 7168), sizes=(8 * KIB, 14 * KIB, 56 * KIB))) == [
         (4096, 7),
@@ -339,11 +346,11 @@ def test_every_rank_has_the_figures_of_rank_0() -> None:
     assert asked == also_asked
     # A call that two launches take whole is measured once.
     assert asked == [
-        "one_shot 512 x 64 launch 8192",
+        "one_shot 512 x 64 launch 16384",
         "two_shot 512 x 64 launch 16",
         "two_shot 512 x 64 launch 32",
         "two_shot 512 x 64 launch 128",
-        "one_shot 64 x 64 launch 8192",
+        "one_shot 64 x 64 launch 16384",
         "two_shot 64 x 64 launch 16",
     ]
     assert (first.architecture, first.facts["gpu"]) == ("sm_90-shared", "NVIDIA H200 shared by the ranks")
