@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from arguments import add_shapes
 from tpfuse.ops import bench, dispatch
 from tpfuse.ops.flavour import LLAMA
 from tpfuse.ops.kernels.constants import Constants, constants
@@ -79,16 +80,9 @@ def compile_share(number: int, of: int, worlds: Any, hiddens: Any, rows: Any, gp
         print(f"{len(todo)} kernels", flush=True)
 
 
-def numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
-
-
 def main() -> None:
-    default = bench.Plan()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--worlds", type=numbers, default=default.worlds)
-    parser.add_argument("--hidden", type=numbers, default=default.hiddens)
-    parser.add_argument("--rows", type=numbers, default=default.rows)
+    add_shapes(parser, bench.Plan())
     parser.add_argument("--processes", type=int, default=multiprocessing.cpu_count())
     args = parser.parse_args()
     gpus = gpu_count()

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from e2e_measure import Case, Line, Plan, Recorder, Say, all_reduce, allocate, measure_shape, memory, prepare
+from e2e_measure import Case, Line, Plan, Recorder, Say, all_reduce, measure_shape, memory, prepare
 from torch import Tensor, nn
+from tpfuse.ops import peers
 
 import tpfuse
 
@@ -132,7 +133,8 @@ def llama(rank: int, world: int, plan: Plan) -> list[Line]:
     batch = max((rows for phase, rows in plan.shapes if phase == "decode"), default=1)
     model = Decoder(sizes, rank, world, batch, name, device)
     if plan.device == "cuda":
-        allocate(name, max(rows for _, rows in plan.shapes) * sizes.hidden, sizes.dtype)
+        # Before anything is captured, and for the largest shape.
+        peers.reserve(name, max(rows for _, rows in plan.shapes) * sizes.hidden, sizes.dtype, device)
         # The plane is built here and not by the first compiled step, whose allocations belong to the CUDA graphs' pool.
         path = tpfuse.ops.describe_path(name)
         say(f"tpfuse takes the {path.kind} path {path.cause}")

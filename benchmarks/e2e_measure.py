@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from tpfuse.ops import bench
+from tpfuse.ops import bench, peers
 from tpfuse.ops.one_gpu import gpu_count
 
 import tpfuse
@@ -86,16 +86,6 @@ class Case:
 library = torch.library.Library("tpfuse_e2e", "DEF")
 library.define("symm_one_shot(Tensor x, str group_name) -> Tensor")
 library.define("symm_two_shot(Tensor x, str group_name) -> Tensor")
-_buffers: dict[str, Tensor] = {}
-
-
-def allocate(group_name: str, numel: int, dtype: torch.dtype) -> None:
-    """The symmetric buffer of a group, for its largest all-reduce. Collective, and before anything is captured."""
-    import torch.distributed._symmetric_memory as symm_mem
-
-    buffer = symm_mem.empty(numel, dtype=dtype, device=torch.device("cuda", torch.cuda.current_device()))
-    symm_mem.rendezvous(buffer, group_name)  # type: ignore[arg-type]
-    _buffers[group_name] = buffer
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -105,12 +95,12 @@ def _flat(x: Tensor) -> Tensor:
 
 
 def _symm_one_shot(x: Tensor, group_name: str) -> Tensor:
-    buffer = _buffers[group_name][: x.numel()]
+    buffer = peers.symmetric_buffer(group_name, x.numel())
     return torch.ops.symm_mem.one_shot_all_reduce_copy(buffer, _flat(x), "sum", group_name).view(x.shape)
 
 
 def _symm_two_shot(x: Tensor, group_name: str) -> Tensor:
-    buffer = _buffers[group_name][: x.numel()]
+    buffer = peers.symmetric_buffer(group_name, x.numel())
     buffer.copy_(x.reshape(-1))
     out = torch.empty_like(buffer)
     torch.ops.symm_mem.two_shot_all_reduce_out(buffer, "sum", group_name, out)

@@ -12,13 +12,10 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+from arguments import add_shapes
 from tpfuse.ops import bench, links
 from tpfuse.ops.one_gpu import run_ranks
 from tpfuse.ops.plane import Settings
-
-
-def numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
 
 
 def measure_links(plan: bench.Plan, out: Path) -> list[links.Links]:
@@ -38,9 +35,7 @@ def measure_links(plan: bench.Plan, out: Path) -> list[links.Links]:
 def main() -> None:
     default = bench.Plan()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--worlds", type=numbers, default=default.worlds)
-    parser.add_argument("--hidden", type=numbers, default=default.hiddens)
-    parser.add_argument("--rows", type=numbers, default=default.rows)
+    add_shapes(parser, default)
     parser.add_argument("--contenders", default=",".join(default.contenders), help=", ".join(bench.CONTENDERS))
     parser.add_argument("--timeout", type=float, default=default.timeout, help="seconds for one world size")
     parser.add_argument("--out", type=Path, default=Path("."))

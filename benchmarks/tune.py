@@ -10,12 +10,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from arguments import numbers
 from tpfuse.ops import tune
 from tpfuse.ops.one_gpu import gpu_count
-
-
-def numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
 
 
 def main() -> None:

@@ -151,10 +151,8 @@ def _forced(
 
 def _resident(algorithm: str, groups: int, p: Plane) -> int:
     """Programs of one rank that its registers leave room for, with the other ranks of the GPU beside it."""
-    a_program = launch_module.register_bound(algorithm, groups) * launch_module.THREADS
     processors = torch.cuda.get_device_properties(p.device).multi_processor_count
-    resident = processors * min(16, launch_module.REGISTERS_OF_AN_SM // a_program) // p.sharers
-    return min(launch_module.MAX_PROGRAMS, resident)
+    return min(launch_module.MAX_PROGRAMS, processors * launch_module.resident_programs(algorithm, groups) // p.sharers)
 
 
 def contender(name: str) -> Callable[[Problem], Call]:

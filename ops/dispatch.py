@@ -202,7 +202,7 @@ def load_together(kernels: list[Kernel], p: Plane, args: tuple[Any, ...]) -> Non
 def samples(c: Constants, p: Plane) -> tuple[Any, ...]:
     """Arguments of the right types to compile a kernel with; Triton takes a dtype for a pointer to aligned memory.
 
-    No tensors: compiling may happen while the caching allocator is in a CUDA graph's pool, and Triton may keep arguments.
+    No tensors: nothing has to be allocated for them.
     """
     x, weight, normed, residual_out = (torch_dtype(d) for d in (c.dtype, c.weight_dtype, c.out_dtype, c.residual_dtype))
     tables = (torch.int64, torch.int32)
@@ -317,8 +317,7 @@ def _launch(
         scale,
     )
     if not kernel.ready:
-        assert prepared.constants is not None
-        kernel.compile(*samples(prepared.constants, p))
+        kernel.compile(*args)
     kernel(launch.programs, stream, *args)
 
 

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from .kernels.constants import Constants
 
 GROUPS_A_PROGRAM = (1, 2, 4)  # fewer is faster while all programs of a row fit at once; see docs/measuring.md
@@ -67,9 +69,14 @@ class Kernel:
         self._run: Callable[..., None] | None = None
 
     def compile(self, *args: Any) -> None:
-        """Compile and load without launching, so that no rank compiles while another one already waits for it."""
+        """Compile and load without launching, so that no rank compiles while another one already waits for it.
+
+        Triton gets dtypes in place of tensors: all that it needs, and nothing that it could keep alive (compiling may happen
+        while the caching allocator is in a CUDA graph's pool, which nothing may outlast).
+        """
+        types = [a.dtype if isinstance(a, Tensor) else a for a in args]
         self._compiled = self.function.warmup(
-            *args, *self.constexprs, grid=(1,), num_warps=self.num_warps, enable_fp_fusion=False, **self.options
+            *types, *self.constexprs, grid=(1,), num_warps=self.num_warps, enable_fp_fusion=False, **self.options
         )
         if hasattr(self._compiled, "_init_handles"):
             self._compiled._init_handles()
@@ -130,6 +137,11 @@ def register_bound(algorithm: str, groups: int) -> int:
     return bounds[min(g for g in bounds if g >= groups)]
 
 
+def resident_programs(algorithm: str, groups: int) -> int:
+    """Programs that the registers of one multiprocessor leave room for."""
+    return min(16, REGISTERS_OF_AN_SM // (register_bound(algorithm, groups) * THREADS))
+
+
 SPARE = 8  # one in eight multiprocessors of a GPU is left to kernels that do not wait
 
 
@@ -153,7 +165,7 @@ def most_programs(
         concurrent: planes of one rank in use at the same time.
         packed: fill a shared GPU to the last register, for ranks that run nothing but these kernels (benchmarks).
     """
-    resident = min(16, REGISTERS_OF_AN_SM // (register_bound(algorithm, groups) * THREADS))
+    resident = resident_programs(algorithm, groups)
     kernels = sharers * concurrent
     if kernels == 1:
         most = multiprocessors * max(1, resident // 2)

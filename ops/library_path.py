@@ -56,8 +56,7 @@ def add_norm(
         scale,
     )
     if not kernel.ready:
-        # Dtypes instead of tensors: see ``dispatch.samples``.
-        kernel.compile(*(a.dtype if isinstance(a, Tensor) else a for a in args))
+        kernel.compile(*args)
     stream = torch._C._cuda_getCurrentRawStream(reduced.device.index)
     kernel(min(rows, 1 << 16), stream, *args)
 

@@ -30,6 +30,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .bench import Result
+from .plane import peer_addresses
 from .select import TABLE, Entry, select
 
 ROUNDS = 1000
@@ -145,8 +146,7 @@ def _allocate(rank: int, world: int, rounds: int, size: int, device: torch.devic
     tensor = symm_mem.empty((slots + world * size) // 4, dtype=torch.int32, device=device)
     handle = symm_mem.rendezvous(tensor, dist.group.WORLD.group_name)  # type: ignore[union-attr,arg-type]
     tensor.zero_()
-    addresses = [handle.get_buffer(r, (1,), torch.int32).data_ptr() for r in range(world)]
-    addresses[rank] = tensor.data_ptr()
+    addresses = peer_addresses(handle, tensor, rank, world)
     return _Memory(tensor, handle, torch.tensor(addresses, dtype=torch.int64, device=device), slots, size)
 
 

@@ -73,9 +73,14 @@ def reserve(group_name: str, values: int, dtype: torch.dtype, device: torch.devi
         _buffers[group_name] = buffer
 
 
+def symmetric_buffer(group_name: str, values: int) -> Tensor:
+    """The first ``values`` values of what :func:`reserve` allocated, flat."""
+    return _buffers[group_name][:values]
+
+
 def _symmetric(p: Problem) -> Tensor:
     reserve(p.group_name, p.rows * p.hidden, p.x.dtype, p.x.device)
-    return _buffers[p.group_name][: p.rows * p.hidden].view(p.rows, p.hidden)
+    return symmetric_buffer(p.group_name, p.rows * p.hidden).view(p.rows, p.hidden)
 
 
 def _room_on_a_shared_gpu(p: Problem, blocks: int, threads: int) -> None:

@@ -45,6 +45,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -363,6 +364,19 @@ def _vote(group_name: str, group: dist.ProcessGroup, device: torch.device, klass
     return GroupPath("fused", "", settings, plane)
 
 
+def peer_addresses(handle: Any, own: Tensor, rank: int, world: int) -> list[int]:
+    """Where the ranks of a rendezvous have the start of the tensor that is ``own`` here.
+
+    Raises ``RuntimeError`` where one of them cannot be reached.
+    """
+    # get_buffer adds the offset of the tensor within its allocation, which buffer_ptrs leaves out.
+    addresses = [handle.get_buffer(r, (1,), torch.int32).data_ptr() for r in range(world)]
+    addresses[rank] = own.data_ptr()
+    if not all(addresses):
+        raise RuntimeError(f"no peer access: addresses {addresses}")
+    return addresses
+
+
 def _build(
     group_name: str,
     group: dist.ProcessGroup,
@@ -388,11 +402,7 @@ def _build(
     memory = allocation[:words]
     peers = allocation[words : words + table].view(torch.int64)
     state = allocation[words + table + table % 4 :]
-    # get_buffer adds the offset of the tensor within its allocation, which buffer_ptrs leaves out.
-    addresses = [handle.get_buffer(r, (1,), torch.int32).data_ptr() for r in range(world)]
-    addresses[rank] = memory.data_ptr()
-    if not all(addresses):
-        raise RuntimeError(f"no peer access: addresses {addresses}")
+    addresses = peer_addresses(handle, allocation, rank, world)
     record = torch.zeros(4, dtype=torch.int32, pin_memory=True)
     peers.copy_(torch.tensor([*addresses, record.data_ptr()], dtype=torch.int64))
     torch.cuda.synchronize(device)  # zeros everywhere before the second vote lets anybody push

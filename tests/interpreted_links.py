@@ -13,6 +13,7 @@ from multiprocessing import get_context, shared_memory
 from typing import Any
 
 import torch
+from interpreted_ranks import poll_politely
 
 ROUNDS = 20
 
@@ -24,15 +25,7 @@ def _rank(rank: int, names: list[str], limit: int, together: Any, conn: Any) -> 
         from tpfuse.ops.link_kernels import ping_pong_kernel
         from triton.runtime import interpreter
 
-        load = interpreter.interpreter_builder.create_masked_load
-
-        def polite_load(*arguments: Any) -> Any:
-            loaded = load(*arguments)
-            if arguments[-1] and not loaded.data.all():  # volatile; what stands before it depends on Triton's version
-                os.sched_yield()
-            return loaded
-
-        interpreter.interpreter_builder.create_masked_load = polite_load
+        poll_politely(interpreter)
         held = [shared_memory.SharedMemory(name=name) for name in names]
         slots = [torch.frombuffer(memory.buf, dtype=torch.int32)[: ROUNDS * 4] for memory in held]
         peers = torch.tensor([t.data_ptr() for t in slots], dtype=torch.int64)
@@ -46,6 +39,27 @@ def _rank(rank: int, names: list[str], limit: int, together: Any, conn: Any) -> 
     conn.close()
 
 
+def _answers(target: Any, arguments: list[tuple[Any, ...]]) -> list[Any]:
+    """Run ``target(*arguments, conn)`` in a process for each of the arguments; what each sent."""
+    context = get_context("spawn")
+    workers = []
+    for given in arguments:
+        receive, send = context.Pipe(duplex=False)
+        process = context.Process(target=target, args=(*given, send), daemon=True)
+        process.start()
+        send.close()
+        workers.append((process, receive))
+    deadline = time.monotonic() + 200
+    answers = []
+    for _, receive in workers:
+        answers.append(receive.recv() if receive.poll(max(0.1, deadline - time.monotonic())) else "no answer")
+    for process, _ in workers:
+        process.join(2)
+        if process.is_alive():
+            process.kill()
+    return answers
+
+
 def play(ranks: tuple[int, ...], limit: int) -> list[Any]:
     """Ping-pong of these of two ranks: each one's record and slots, or the text of what it raised."""
     context = get_context("spawn")
@@ -54,23 +68,8 @@ def play(ranks: tuple[int, ...], limit: int) -> list[Any]:
         for memory in memories:
             memory.buf[:] = bytes(memory.size)
         together = context.Barrier(len(ranks))
-        workers = []
-        for rank in ranks:
-            receive, send = context.Pipe(duplex=False)
-            process = context.Process(
-                target=_rank, args=(rank, [m.name for m in memories], limit, together, send), daemon=True
-            )
-            process.start()
-            send.close()
-            workers.append((process, receive))
-        deadline = time.monotonic() + 200
-        answers = []
-        for process, receive in workers:
-            answers.append(receive.recv() if receive.poll(max(0.1, deadline - time.monotonic())) else "no answer")
-            process.join(1)
-            if process.is_alive():
-                process.kill()
-        return answers
+        names = [m.name for m in memories]
+        return _answers(_rank, [(rank, names, limit, together) for rank in ranks])
     finally:
         for memory in memories:
             memory.close()
@@ -106,14 +105,7 @@ def _bulk(conn: Any) -> None:
 def bulk_push() -> Any:
     """Three ranks push one after another in one process: what arrived, whether memory before it is untouched, words
     written, words pushed; or the text of what was raised."""
-    context = get_context("spawn")
-    receive, send = context.Pipe(duplex=False)
-    process = context.Process(target=_bulk, args=(send,), daemon=True)
-    process.start()
-    send.close()
-    answer = receive.recv() if receive.poll(200) else "no answer"
-    process.join(5)
-    return answer
+    return _answers(_bulk, [()])[0]
 
 
 class _Clock:
@@ -173,32 +165,14 @@ def measure(world: int, spoiled: bool = False) -> list[Any]:
     Args:
         spoiled: addresses of the next rank are wrong by 16 bytes.
     """
-    context = get_context("spawn")
     size = ROUNDS * 16 + world * 2 * 8192
     memories = [shared_memory.SharedMemory(create=True, size=size + 4096) for _ in range(world)]
     try:
         for memory in memories:
             memory.buf[:] = bytes(memory.size)
         with tempfile.TemporaryDirectory() as folder:
-            workers = []
-            for rank in range(world):
-                receive, send = context.Pipe(duplex=False)
-                names = [m.name for m in memories]
-                process = context.Process(
-                    target=_measure, args=(rank, world, names, folder, spoiled, send), daemon=True
-                )
-                process.start()
-                send.close()
-                workers.append((process, receive))
-            deadline = time.monotonic() + 200
-            answers = []
-            for _, receive in workers:
-                answers.append(receive.recv() if receive.poll(max(0.1, deadline - time.monotonic())) else "no answer")
-            for process, _ in workers:
-                process.join(2)
-                if process.is_alive():
-                    process.kill()
-            return answers
+            names = [m.name for m in memories]
+            return _answers(_measure, [(rank, world, names, folder, spoiled) for rank in range(world)])
     finally:
         for memory in memories:
             memory.close()

@@ -128,6 +128,19 @@ def _attach(name: str) -> tuple[shared_memory.SharedMemory, torch.Tensor]:
     return memory, torch.frombuffer(memory.buf, dtype=torch.int32)
 
 
+def poll_politely(interpreter: Any) -> None:
+    """A poll that finds an empty word lets the process that is to fill it have the core."""
+    load = interpreter.interpreter_builder.create_masked_load
+
+    def polite_load(*arguments: Any) -> Any:
+        loaded = load(*arguments)
+        if arguments[-1] and not loaded.data.all():  # volatile; what stands before it depends on Triton's version
+            time.sleep(0.0003)
+        return loaded
+
+    interpreter.interpreter_builder.create_masked_load = polite_load
+
+
 def _patch_once(interpreter: Any) -> None:
     """Patch Triton's language once a launch, and not again for every function that a kernel calls: a quarter of the time."""
     import triton.language as tl
@@ -175,16 +188,7 @@ def _worker(
         from tpfuse.ops.launch import Geometry, launch_plain, protocol_constants
         from triton.runtime import interpreter
 
-        # A poll that finds an empty word lets the process that is to fill it have the core.
-        load = interpreter.interpreter_builder.create_masked_load
-
-        def polite_load(ptrs: Any, mask: Any, other: Any, policy: Any, volatile: bool) -> Any:
-            loaded = load(ptrs, mask, other, policy, volatile)
-            if volatile and not loaded.data.all():
-                time.sleep(0.0003)
-            return loaded
-
-        interpreter.interpreter_builder.create_masked_load = polite_load
+        poll_politely(interpreter)
         _patch_once(interpreter)
         if program is not None:
             # This process is one program of the grid; its siblings are the others.
