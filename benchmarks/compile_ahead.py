@@ -4,7 +4,8 @@
     python benchmarks/kernel.py        --worlds 2,4,8 --hidden 4096,8192 --rows 1,8,64
 
 bf16 and Llama's rounding order, as the benchmark has them: what selection chooses with and without dependent launch, the floor,
-and both algorithms forced. World sizes above the number of GPUs are compiled for ranks that share one.
+both algorithms forced, and the geometries that ``--contenders`` names. World sizes above the number of GPUs are compiled for
+ranks that share one.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 from arguments import add_shapes
-from tpfuse.ops import bench, dispatch
+from tpfuse.ops import bench, dispatch, launch
 from tpfuse.ops.flavour import LLAMA
 from tpfuse.ops.kernels.constants import Constants, constants
 from tpfuse.ops.launch import Kernel
@@ -39,11 +40,14 @@ class Stand:
     phase_bytes: int = 1 << 20
 
 
-def kernels(worlds: Sequence[int], hiddens: Sequence[int], rows: Sequence[int], gpus: int) -> list[tuple[Any, ...]]:
+def kernels(
+    worlds: Sequence[int], hiddens: Sequence[int], rows: Sequence[int], contenders: Sequence[str], gpus: int
+) -> list[tuple[Any, ...]]:
     """(kernel, constants, stand) of everything that the benchmark will launch, each kernel once."""
     found: dict[int, tuple[Kernel, Constants, Stand]] = {}
     modes = [Settings(shared_gpu="packed"), Settings(shared_gpu="packed", dependent_launch="off")]
     modes += [Settings(shared_gpu="packed", algorithm=name) for name in ("one_shot", "two_shot")]
+    forced = [found for found in map(bench.named_geometry, contenders) if found]
     device = torch.device("cuda", 0)
     major, minor = torch.cuda.get_device_capability(device)
     for world in worlds:
@@ -61,19 +65,37 @@ def kernels(worlds: Sequence[int], hiddens: Sequence[int], rows: Sequence[int], 
                 has_residual=True,
                 post_norm=False,
             )
+            for algorithm, part, share in forced:
+                most = bench._resident(algorithm, part, stand) // share  # type: ignore[arg-type]
+
+                def shape_of(
+                    n: int, c: Constants = c, part: launch.Part = part, most: int = most
+                ) -> launch.Geometry | None:
+                    return launch.forced_geometry(n, c.groups, part, most)
+
+                mode = Settings(shared_gpu="packed", algorithm=algorithm)
+                for n in rows:
+                    if shape_of(n) is None:
+                        continue
+                    plan = dispatch.plan_of(stand, mode, c, torch.bfloat16, n, shape_of=shape_of)  # type: ignore[arg-type]
+                    for one in plan.launches:
+                        found.setdefault(id(one.kernel), (one.kernel, c, stand))
             for settings, wait in [(modes[0], False), *((mode, True) for mode in modes)]:
                 counts = {*rows, *dispatch._ROWS_WARMED} if (settings, wait) == (modes[0], True) else set(rows)
                 for n in counts:
                     plan = dispatch.plan_of(stand, settings, c, torch.bfloat16, n, wait)  # type: ignore[arg-type]
-                    for launch in plan.launches:
-                        found.setdefault(id(launch.kernel), (launch.kernel, c, stand))
+                    for one in plan.launches:
+                        found.setdefault(id(one.kernel), (one.kernel, c, stand))
     return list(found.values())
 
 
-def compile_share(number: int, of: int, worlds: Any, hiddens: Any, rows: Any, gpus: int) -> None:
+def compile_share(number: int, of: int, worlds: Any, hiddens: Any, rows: Any, contenders: Any, gpus: int) -> None:
     """Compile every ``of``-th kernel; the widest first, for they take longest."""
     torch.cuda.set_device(0)
-    todo = sorted(kernels(worlds, hiddens, rows, gpus), key=lambda k: -k[0].constexprs[1] * k[0].constexprs[2])
+    todo = sorted(
+        kernels(worlds, hiddens, rows, contenders, gpus),
+        key=lambda k: -k[0].constexprs[1].world * k[0].constexprs[1].steps,
+    )
     for kernel, c, stand in todo[number::of]:
         kernel.compile(*dispatch.samples(c, stand))
     if number == 0:
@@ -83,6 +105,9 @@ def compile_share(number: int, of: int, worlds: Any, hiddens: Any, rows: Any, gp
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_shapes(parser, bench.Plan())
+    parser.add_argument(
+        "--contenders", default="", help="geometries such as one-shot:512x2, beside what is always compiled"
+    )
     parser.add_argument("--processes", type=int, default=multiprocessing.cpu_count())
     args = parser.parse_args()
     gpus = gpu_count()
@@ -90,7 +115,7 @@ def main() -> None:
         parser.exit(2, "compile_ahead.py: no GPU is visible; kernels are compiled for the one that will run them\n")
     began = time.monotonic()
     context = multiprocessing.get_context("spawn")
-    share = (args.processes, args.worlds, args.hidden, args.rows, gpus)
+    share = (args.processes, args.worlds, args.hidden, args.rows, args.contenders.split(","), gpus)
     workers = [context.Process(target=compile_share, args=(n, *share)) for n in range(args.processes)]
     for worker in workers:
         worker.start()

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import statistics
 import sys
 import time
@@ -28,6 +29,7 @@ from torch import Tensor
 
 from . import launch as launch_module
 from . import peers
+from .kernels.constants import MAX_GROUPS
 from .peers import Call, Problem, Unavailable
 from .plane import Plane
 
@@ -74,14 +76,18 @@ class Result:
 
 
 def _forced(
-    algorithm: str | None, pdl: str | None = None, wait: bool = True, held: int | None = None, share: int = 2
+    algorithm: str | None,
+    pdl: str | None = None,
+    wait: bool = True,
+    part: launch_module.Part | None = None,
+    share: int = 2,
 ) -> Callable[[Problem], Call]:
     """Our kernels with some of the settings fixed.
 
     Args:
         wait: False is the floor.
-        held: groups of a row that a program holds; None leaves the geometry to :mod:`tpfuse.ops.launch`.
-        share: with ``held``, the kernel takes one part in ``share`` of what its ranks may have in flight on a GPU.
+        part: what a program holds of a row; None leaves the geometry to :mod:`tpfuse.ops.launch`.
+        share: with ``part``, the kernel takes one part in ``share`` of what its ranks may have in flight on a GPU.
     """
 
     def make(p: Problem) -> Call:
@@ -107,15 +113,16 @@ def _forced(
         )
         assert prepared.constants is not None
         groups = prepared.constants.groups
-        most = _resident(algorithm, held, ours) // share if held is not None and algorithm is not None else 0
+        most = _resident(algorithm, part, ours) // share if part is not None and algorithm is not None else 0
 
         def shape_of(rows: int) -> launch_module.Geometry:
-            found = launch_module.forced_geometry(rows, groups, held or groups, most)
+            assert part is not None
+            found = launch_module.forced_geometry(rows, groups, part, most)
             if found is None:
-                raise Unavailable(f"{rows} rows of {groups} groups, {held} a program, need more than {most} programs")
+                raise Unavailable(f"{rows} rows of {groups} groups, {part} a program, need more than {most} programs")
             return found
 
-        shapes = None if held is None else shape_of
+        shapes = None if part is None else shape_of
         plan = dispatch.plan_of(ours, settings, prepared.constants, p.x.dtype, p.rows, wait, shapes)
         if not plan.launches:
             raise Unavailable("selection takes the library path here")
@@ -149,29 +156,40 @@ def _forced(
     return make
 
 
-def _resident(algorithm: str, groups: int, p: Plane) -> int:
+def _resident(algorithm: str, part: launch_module.Part, p: Plane) -> int:
     """Programs of one rank that its registers leave room for, with the other ranks of the GPU beside it."""
     processors = torch.cuda.get_device_properties(p.device).multi_processor_count
-    return min(launch_module.MAX_PROGRAMS, processors * launch_module.resident_programs(algorithm, groups) // p.sharers)
+    return min(
+        launch_module.MAX_PROGRAMS, processors * launch_module.resident_programs(algorithm, p.world, part) // p.sharers
+    )
+
+
+def named_geometry(name: str) -> tuple[str, launch_module.Part, int] | None:
+    """(algorithm, part, share) of a name such as ``one-shot:512x2:full``; None for other names."""
+    parsed = re.fullmatch(r"(one|two)-shot:(128|256|512|1024)x([1-9]\d?)(:full)?", name)
+    if not parsed or int(parsed[3]) > MAX_GROUPS:
+        return None
+    return f"{parsed[1]}_shot", launch_module.Part(int(parsed[2]), int(parsed[3])), 1 if parsed[4] else 2
 
 
 def contender(name: str) -> Callable[[Problem], Call]:
     """What a name stands for: one of :data:`CONTENDERS`, or a geometry.
 
-    ``one-shot:2`` is one-shot with two groups of a row a program, on half of the GPU (as the op takes it); ``two-shot:4:full``
-    is two-shot with four groups, on all of it.
+    ``one-shot:512x2`` is one-shot by programs of 512 threads that hold two steps of a row, on half of the GPU (as the op takes
+    it); ``two-shot:128x4:full`` is two-shot by programs of 128 threads and four steps, on all of it.
 
     Raises:
         ValueError: the name is neither; the message lists the valid ones.
     """
     if name in CONTENDERS:
         return CONTENDERS[name]
-    parts = name.split(":")
-    known = parts[0] in ("one-shot", "two-shot") and parts[2:] in ([], ["full"])
-    if known and len(parts) > 1 and parts[1].isdigit() and int(parts[1]) > 0:
-        return _forced(parts[0].replace("-", "_"), held=int(parts[1]), share=2 - len(parts[2:]))
+    found = named_geometry(name)
+    if found is not None:
+        algorithm, part, share = found
+        return _forced(algorithm, part=part, share=share)
     raise ValueError(
-        f"{name!r} is no contender; they are {', '.join(CONTENDERS)}, and geometries such as one-shot:2 or two-shot:4:full"
+        f"{name!r} is no contender; they are {', '.join(CONTENDERS)}, and geometries such as one-shot:512x2 or "
+        "two-shot:128x4:full (threads of a program x steps that it takes over a row)"
     )
 
 

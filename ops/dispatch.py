@@ -17,8 +17,8 @@ from torch import Tensor
 
 from . import library_path, plane, reference
 from .flavour import Flavour
-from .kernels.constants import Constants, constants, supports, torch_dtype
-from .launch import Geometry, Kernel, geometry, most_programs, protocol_constants, register_bound
+from .kernels.constants import Constants, Variant, constants, supports, torch_dtype
+from .launch import Geometry, Kernel, Part, Room, geometry, register_bound
 from .op import check, library
 from .plane import GroupPath, Plane
 from .select import Selection, select
@@ -62,29 +62,25 @@ _prepared: dict[tuple[Any, ...], Prepared] = {}
 _kernels: dict[tuple[Any, ...], Kernel] = {}
 
 
-def kernel_of(
-    algorithm: str,
-    c: Constants,
-    world: int,
-    groups: int,
-    split: int,
-    pdl: str,
-    wait: bool = True,
-    attribute: bool = True,
-) -> Kernel:
-    """The kernel of a launch, not necessarily compiled yet."""
-    key = (algorithm, c, world, groups, split, pdl, wait, attribute)
+def kernel_of(algorithm: str, c: Constants, variant: Variant, attribute: bool = True) -> Kernel:
+    """The kernel of a launch, not necessarily compiled yet.
+
+    Args:
+        attribute: with a ``variant.pdl``, launch it with the attribute that lets it start before its predecessor has ended.
+    """
+    key = (algorithm, c, variant, attribute)
     found = _kernels.get(key)
     if found is None:
         from .kernels.one_shot import one_shot_kernel
         from .kernels.two_shot import two_shot_kernel
 
         function = one_shot_kernel if algorithm == "one_shot" else two_shot_kernel
-        options: dict[str, Any] = {"maxnreg": register_bound(algorithm, groups)}
-        if pdl != "off" and attribute:
+        options: dict[str, Any] = {
+            "maxnreg": register_bound(algorithm, variant.world, Part(variant.lanes, variant.steps))
+        }
+        if variant.pdl != "off" and attribute:
             options["launch_pdl"] = True
-        constexprs = protocol_constants(c, world, Geometry(0, groups, split), wait=wait, pdl=pdl)
-        found = _kernels[key] = Kernel(function, 4, constexprs, **options)
+        found = _kernels[key] = Kernel(function, variant.lanes, (c, variant), **options)
     return found
 
 
@@ -108,21 +104,20 @@ def plan_of(
         return Plan(chosen, ())
     processors = torch.cuda.get_device_properties(p.device).multi_processor_count
     pdl = settings.dependent_launch if torch.cuda.get_device_capability(p.device) >= (9, 0) else "off"
-
-    def fits(groups: int) -> int:
-        packed = settings.shared_gpu == "packed"
-        return most_programs(chosen.algorithm, groups, processors, p.sharers, settings.concurrent_planes, packed)
+    packed = settings.shared_gpu == "packed"
+    room = Room(chosen.algorithm, p.world, processors, p.sharers, settings.concurrent_planes, packed)
 
     launches = []
     for start in range(0, rows, chosen.rows_per_launch):
         n = min(chosen.rows_per_launch, rows - start)
-        shape = geometry(n, c.groups, fits) if shape_of is None else shape_of(n)
+        shape = geometry(room, n, c.groups) if shape_of is None else shape_of(n)
         mode, attribute = pdl, True
-        if pdl == "early" and p.sharers * settings.concurrent_planes > 1 and 2 * shape.programs > fits(shape.groups):
+        if pdl == "early" and room.waiting_kernels > 1 and 2 * shape.programs > room.fits(shape.part):
             # Early launch puts two kernels of a rank side by side. Where several kernels wait on one GPU, only two small
             # ones fit for sure. A large one neither starts early nor lets its successor start before its polls are over.
             mode, attribute = "end", False
-        kernel = kernel_of(chosen.algorithm, c, p.world, shape.groups, shape.split, mode, wait, attribute)
+        variant = Variant(p.world, shape.part.lanes, shape.part.steps, shape.split, wait=wait, pdl=mode)
+        kernel = kernel_of(chosen.algorithm, c, variant, attribute)
         launches.append(Launch(kernel, shape.programs, start, n))
     return Plan(chosen, tuple(launches))
 

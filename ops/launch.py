@@ -8,48 +8,117 @@ from typing import Any
 
 from torch import Tensor
 
-from .kernels.constants import Constants
+from .kernels.constants import GROUP_LANES
 
-GROUPS_A_PROGRAM = (1, 2, 4)  # fewer is faster while all programs of a row fit at once; see docs/measuring.md
+
+@dataclass(frozen=True)
+class Part:
+    """What one program holds of a row: ``steps`` steps of ``lanes`` lanes (threads), 16 bytes each."""
+
+    lanes: int  # 128 times a power of two, at most 1024
+    steps: int
+
+    @property
+    def groups(self) -> int:
+        return self.steps * self.lanes // GROUP_LANES
+
+    def __str__(self) -> str:
+        return f"{self.lanes}x{self.steps}"
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """``programs`` programs of four warps; a row is shared by ``split`` of them, ``groups`` groups each."""
+    """``programs`` programs that hold a part of a row each; ``split`` of them make a row."""
 
     programs: int
-    groups: int
+    part: Part
     split: int
 
 
-def geometry(rows: int, groups: int, fits: Callable[[int], int]) -> Geometry:
-    """Split rows over programs while every program gets at most one part of one row, else one program a row.
+@dataclass(frozen=True)
+class Room:
+    """What the programs of one rank's launch find on its GPU.
+
+    Attributes:
+        algorithm, world: of the kernel; they decide the registers of a thread.
+        multiprocessors: of the GPU.
+        sharers: ranks on this GPU.
+        concurrent: planes of one rank in use at the same time.
+        packed: fill a shared GPU to the last register, for ranks that run nothing but these kernels (benchmarks).
+    """
+
+    algorithm: str
+    world: int
+    multiprocessors: int
+    sharers: int = 1
+    concurrent: int = 1
+    packed: bool = False
+
+    @property
+    def waiting_kernels(self) -> int:
+        """Kernels on this GPU that may wait at the same time, for one another among others."""
+        return self.sharers * self.concurrent
+
+    def fits(self, part: Part) -> int:
+        """How many programs may be in flight when each holds this part; see :func:`most_programs`."""
+        return most_programs(self, part)
+
+
+def parts(room: Room, rows: int, groups: int) -> tuple[Part, ...]:
+    """Parts that may share rows out, best first: the measurements behind the order are in docs/measuring.md.
+
+    Many programs of 128 threads have the lowest latency for a few wide rows: each has little to push, and the multiprocessors
+    share the work. The price is one more exchange of words for the sum of squares. With more rows on the GPU, one program a
+    row is faster, and the more threads it has, the more loads and stores are in flight.
+    """
+    wide = groups > 4
+    if room.waiting_kernels > 1:
+        few = room.multiprocessors * (2 if wide else 1)
+    else:
+        few = room.multiprocessors // 2 if wide else 2 * groups
+    found = [Part(GROUP_LANES, 1)] if rows * groups * room.waiting_kernels <= few else []
+    if not wide:
+        lanes = GROUP_LANES
+        while lanes < groups * GROUP_LANES:
+            lanes *= 2
+        return (*found, Part(lanes, 1))
+    loop = Part(512, -(-groups // 4))
+    if groups > 8:
+        return (*found, Part(512, 1), loop)
+    if room.algorithm == "two_shot":
+        return (*found, Part(1024, 1))
+    if room.world > 4:  # 1024 threads would have too few registers for the words of so many ranks
+        return (*found, Part(512, 1), loop)
+    return (*found, Part(1024, 1), Part(512, 1), loop)
+
+
+def geometry(room: Room, rows: int, groups: int) -> Geometry:
+    """The first of the :func:`parts` that gives every program at most one part of one row, else the last, one program a row.
 
     Programs that share a row wait for one another, so they must all be resident.
 
     Args:
         groups: groups of a row.
-        fits: how many programs are resident when each holds this many groups.
     """
-    for held in GROUPS_A_PROGRAM:
-        split = -(-groups // held)
-        if held < groups and rows * split <= fits(held):
-            return Geometry(rows * split, held, split)
-    return Geometry(min(rows, fits(groups)), groups, 1)
+    wanted = parts(room, rows, groups)
+    for part in wanted:
+        split = -(-groups // part.groups)
+        if rows * split <= room.fits(part):
+            return Geometry(rows * split, part, split)
+    return Geometry(room.fits(wanted[-1]), wanted[-1], 1)
 
 
-def forced_geometry(rows: int, groups: int, held: int, most: int) -> Geometry | None:
-    """The geometry of a launch whose programs hold ``held`` groups of a row, for experiments; None where it cannot be.
+def forced_geometry(rows: int, groups: int, part: Part, most: int) -> Geometry | None:
+    """The geometry of a launch whose programs hold ``part``, for experiments; None where it cannot be.
 
     Args:
         groups: groups of a row.
         most: how many programs are resident.
     """
-    held = min(held, groups)
-    split = -(-groups // held)
+    split = -(-groups // part.groups)
     if split == 1:
-        return Geometry(min(rows, most), held, 1)
-    return Geometry(rows * split, held, split) if rows * split <= most else None
+        return Geometry(min(rows, most), part, 1)
+    return Geometry(rows * split, part, split) if rows * split <= most else None
 
 
 class Kernel:
@@ -60,9 +129,9 @@ class Kernel:
     is started directly.
     """
 
-    def __init__(self, function: Any, num_warps: int, constexprs: tuple[Any, ...], **options: Any) -> None:
+    def __init__(self, function: Any, lanes: int, constexprs: tuple[Any, ...], **options: Any) -> None:
         self.function = function
-        self.num_warps = num_warps
+        self.num_warps = lanes // THREADS_A_WARP
         self.constexprs = constexprs
         self.options = options
         self._compiled: Any = None
@@ -113,45 +182,43 @@ def launch_plain(function: Any, programs: int, args: tuple[Any, ...], constexprs
     function[(programs,)](*args, *constexprs)
 
 
-def protocol_constants(
-    constants: Constants, world: int, shape: Geometry, *, wait: bool = True, ptx: bool = True, pdl: str = "off"
-) -> tuple[Any, ...]:
-    """The compile-time arguments of ``one_shot_kernel`` and ``two_shot_kernel``, in their order."""
-    return (constants, world, shape.groups, shape.split, wait, ptx, pdl)
-
-
-# Registers that each kernel may use, by algorithm and groups a program; enforced when compiling (.maxnreg), and checked
-# ahead of time for spills in tests/test_kernel_aot.py. They decide how many programs are resident on one SM.
+# Registers that a thread of each kernel may use, by steps a program; enforced when compiling (.maxnreg), and checked ahead
+# of time for spills in tests/test_kernel_aot.py. They decide how many programs are resident on one SM. One-shot holds the words
+# of all ranks at once.
 REGISTERS: dict[str, dict[int, int]] = {
-    "one_shot": {1: 72, 2: 96, 4: 112, 8: 168, 16: 255},
-    "two_shot": {1: 64, 2: 80, 4: 96, 8: 160, 16: 255},
+    "one_shot of two": {1: 64, 2: 64, 4: 104, 8: 184, 16: 255},
+    "one_shot of few": {1: 64, 2: 80, 4: 104, 8: 184, 16: 255},  # three and four
+    "one_shot of many": {1: 80, 2: 96, 4: 128, 8: 200, 16: 255},
+    "two_shot": {1: 64, 2: 80, 4: 120, 8: 184, 16: 255},
 }
 REGISTERS_OF_AN_SM = 65536
-THREADS = 128
+THREADS_OF_AN_SM = 2048
+THREADS_A_WARP = 32
 MAX_PROGRAMS = 1024  # phase words in a plane
 
 
-def register_bound(algorithm: str, groups: int) -> int:
-    """The bound for the smallest listed number of groups that is not below ``groups``."""
-    bounds = REGISTERS[algorithm]
-    return bounds[min(g for g in bounds if g >= groups)]
+def register_bound(algorithm: str, world: int, part: Part) -> int:
+    """The bound for the smallest listed number of steps that is not below the part's, or what so many threads leave."""
+    ranks = "two" if world == 2 else "few" if world <= 4 else "many"
+    bounds = REGISTERS[algorithm if algorithm == "two_shot" else f"one_shot of {ranks}"]
+    return min(bounds[min(steps for steps in bounds if steps >= part.steps)], REGISTERS_OF_AN_SM // part.lanes)
 
 
-def resident_programs(algorithm: str, groups: int) -> int:
-    """Programs that the registers of one multiprocessor leave room for."""
-    return min(16, REGISTERS_OF_AN_SM // (register_bound(algorithm, groups) * THREADS))
+def resident_programs(algorithm: str, world: int, part: Part) -> int:
+    """Programs that the registers and threads of one multiprocessor leave room for."""
+    threads = part.lanes
+    return min(
+        16, REGISTERS_OF_AN_SM // (register_bound(algorithm, world, part) * threads), THREADS_OF_AN_SM // threads
+    )
 
 
-SPARE = 8  # one in eight multiprocessors of a GPU is left to kernels that do not wait
+SPARE, SPARE_SHARED = 32, 8  # one in so many multiprocessors of a GPU is left to kernels that do not wait
 
 
-def most_programs(
-    algorithm: str, groups: int, multiprocessors: int, sharers: int, concurrent: int, packed: bool = False
-) -> int:
+def most_programs(room: Room, part: Part) -> int:
     """How many programs of one kernel of this rank may be in flight, so that whatever they wait for can run.
 
-    With a GPU to itself a rank waits only for kernels on other GPUs. It takes at most half of its own: more programs do
-    not help, and other kernels find room.
+    With a GPU to itself a rank waits only for kernels on other GPUs; it fills its own but for a few multiprocessors.
 
     With several kernels that wait for each other on one GPU, be it because ranks share it or because a rank uses several
     planes at once, a kernel that waits may keep out an ordinary one (a matrix product, a reduction) that another rank
@@ -159,18 +226,13 @@ def most_programs(
     the random test of ``tests/gpu`` and free ones did not; probably because a multiprocessor that holds any block cannot
     change how its memory is split into cache and shared memory. So all waiting
     programs together get fewer than all multiprocessors, however they are spread, and some stay free for everything else.
-
-    Args:
-        sharers: ranks on this GPU.
-        concurrent: planes of one rank in use at the same time.
-        packed: fill a shared GPU to the last register, for ranks that run nothing but these kernels (benchmarks).
     """
-    resident = resident_programs(algorithm, groups)
-    kernels = sharers * concurrent
-    if kernels == 1:
-        most = multiprocessors * max(1, resident // 2)
-    elif packed:
-        most = multiprocessors * resident // kernels
+    resident = resident_programs(room.algorithm, room.world, part)
+    all_of_them = room.multiprocessors
+    if room.waiting_kernels == 1:
+        most = (all_of_them - all_of_them // SPARE) * resident
+    elif room.packed:
+        most = all_of_them * resident // room.waiting_kernels
     else:
-        most = (multiprocessors - multiprocessors // SPARE) // kernels
+        most = (all_of_them - all_of_them // SPARE_SHARED) // room.waiting_kernels
     return max(1, min(MAX_PROGRAMS, most))

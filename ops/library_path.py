@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import reference
 from .flavour import Flavour
-from .kernels.constants import Constants
+from .kernels.constants import GROUP_LANES, Constants, Variant
 from .launch import Kernel
 
 
@@ -27,7 +27,8 @@ def all_reduce(x: Tensor, group_name: str) -> Tensor:
 def _kernel(constants: Constants) -> Kernel:
     from .kernels.add_norm import add_norm_kernel
 
-    return Kernel(add_norm_kernel, 4, (constants, constants.groups, True))
+    alone = Variant(world=1, lanes=GROUP_LANES, steps=constants.groups, split=1)
+    return Kernel(add_norm_kernel, GROUP_LANES, (constants, alone))
 
 
 def add_norm(

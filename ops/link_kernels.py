@@ -8,8 +8,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .kernels.memory import LANES, load16, poll, push
+from .kernels.memory import load16, poll, push
 
+LANES: tl.constexpr = tl.constexpr(128)  # one element a thread of four warps
 SLOT_BYTES = 16  # of a ping-pong round: one push
 CHUNK_GROUPS: tl.constexpr = tl.constexpr(4)
 CHUNK_BYTES = 8192  # of a bulk push: four groups of 128 lanes x 16 bytes

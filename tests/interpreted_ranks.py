@@ -38,7 +38,8 @@ class Call:
     special: str = "none"  # "zeros", "negative_zeros", "nonfinite", "denormals"
     seed: int = 0
     programs: int = 2  # grid cap
-    groups: int | None = None  # groups a program; None: the whole row
+    lanes: int = 128  # of a program
+    steps: int | None = None  # of a program over its part of a row; None: the whole row
     eps: float = 1e-6
 
 
@@ -181,11 +182,11 @@ def _worker(
         torch.set_num_threads(1)
         import triton.language as tl
         from tpfuse.ops.flavour import NAMED
-        from tpfuse.ops.kernels.constants import constants
+        from tpfuse.ops.kernels.constants import GROUP_LANES, Variant, constants
         from tpfuse.ops.kernels.epilogue import MAX_PROGRAMS, PARTIALS, RECORD
         from tpfuse.ops.kernels.one_shot import one_shot_kernel
         from tpfuse.ops.kernels.two_shot import two_shot_kernel
-        from tpfuse.ops.launch import Geometry, launch_plain, protocol_constants
+        from tpfuse.ops.launch import launch_plain
         from triton.runtime import interpreter
 
         poll_politely(interpreter)
@@ -226,10 +227,11 @@ def _worker(
                 has_residual=call.residual,
                 post_norm=call.post_norm,
             )
-            held_groups = call.groups or c.groups
-            split = -(-c.groups // held_groups)
+            row_lanes = c.groups * GROUP_LANES
+            steps = call.steps or -(-row_lanes // call.lanes)
+            split = -(-row_lanes // (steps * call.lanes))
             programs = min(call.rows * split, call.programs) if program is None else call.programs
-            shape = Geometry(programs, held_groups, split)
+            variant = Variant(world, call.lanes, steps, split, ptx=False)
             to_torch = {tl.bfloat16: torch.bfloat16, tl.float16: torch.float16, tl.float32: torch.float32}
             sizes = [call.rows * call.hidden * to_torch[d].itemsize // 4 for d in (c.out_dtype, c.residual_dtype)]
             # A new offset every other call keeps a sibling that is one call ahead out of what this one still reads.
@@ -260,10 +262,10 @@ def _worker(
                 function = {"one_shot": one_shot_kernel, "two_shot": two_shot_kernel}[call.algorithm]
                 if program is not None:
                     grid.append(programs)
-                    launch_plain(function, 1, args, protocol_constants(c, world, shape, ptx=False))
+                    launch_plain(function, 1, args, (c, variant))
                     _wait_for_siblings(names, number, programs, program, rank)
                 else:
-                    launch_plain(function, programs, args, protocol_constants(c, world, shape, ptx=False))
+                    launch_plain(function, programs, args, (c, variant))
             outcome.record = tuple(host.tolist())
             if outcome.record[0]:
                 break
@@ -273,7 +275,7 @@ def _worker(
             apart = (ulps_apart(normed, want[0]), ulps_apart(residual_out, want[1]))
             # The sum of squares is added in the kernel's order, not in torch's: the root may differ in its last places.
             allowed = (
-                (4, 4 if call.post_norm else 0) if call.dtype == torch.float32 else (1, 1 if call.post_norm else 0)
+                (8, 8 if call.post_norm else 0) if call.dtype == torch.float32 else (1, 1 if call.post_norm else 0)
             )
             if apart[0] > allowed[0] or apart[1] > allowed[1]:
                 outcome.mistakes.append(f"call {number} {call}: {apart} ulps from the reference, allowed {allowed}")

@@ -12,10 +12,10 @@ import torch
 import triton
 from tpfuse.ops.flavour import GEMMA, LLAMA, OLMO2, Flavour
 from tpfuse.ops.kernels.add_norm import add_norm_kernel
-from tpfuse.ops.kernels.constants import Constants, constants
+from tpfuse.ops.kernels.constants import GROUP_LANES, Constants, Variant, constants, torch_dtype
 from tpfuse.ops.kernels.one_shot import one_shot_kernel
 from tpfuse.ops.kernels.two_shot import two_shot_kernel
-from tpfuse.ops.launch import Geometry, protocol_constants, register_bound
+from tpfuse.ops.launch import Part, Room, geometry, register_bound
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -36,14 +36,12 @@ def _constants(
     )
 
 
-def _compile(algorithm: str, c: Constants, world: int, groups: int, target: GPUTarget, pdl: str = "off") -> Any:
-    from tpfuse.ops.kernels.constants import torch_dtype
-
-    split = -(-c.groups // groups)
+def _compile(algorithm: str, c: Constants, world: int, part: Part, target: GPUTarget, pdl: str = "off") -> Any:
+    split = -(-c.groups // part.groups)
     ptx = target.backend == "cuda"
     x, weight, out, residual = (TYPES[torch_dtype(d)] for d in (c.dtype, c.weight_dtype, c.out_dtype, c.residual_dtype))
     kinds = (x, x, weight, x, out, residual, "*i64", "*i32", "i32", "i32", "i32", "i64", "fp32", "fp32")
-    constexprs = protocol_constants(c, world, Geometry(0, groups, split), ptx=ptx, pdl=pdl)
+    constexprs = (c, Variant(world, part.lanes, part.steps, split, ptx=ptx, pdl=pdl))
     function = KERNELS[algorithm]
     names = function.arg_names
     signature = dict(zip(names, (*kinds, *("constexpr",) * len(constexprs)), strict=True))
@@ -53,9 +51,9 @@ def _compile(algorithm: str, c: Constants, world: int, groups: int, target: GPUT
         dict(zip(names[len(kinds) :], constexprs, strict=True)),
         {(i,): [["tt.divisibility", 16]] for i in range(8)},
     )
-    options: dict[str, Any] = {"num_warps": 4 if ptx else 2, "enable_fp_fusion": False}
+    options: dict[str, Any] = {"num_warps": part.lanes // (32 if ptx else 64), "enable_fp_fusion": False}
     if ptx:
-        options["maxnreg"] = register_bound(algorithm, groups)
+        options["maxnreg"] = register_bound(algorithm, world, part)
         options["launch_pdl"] = pdl != "off"
     return triton.compile(source, target=target, options=options)
 
@@ -82,19 +80,19 @@ def _resources(ptx: str, folder: Path) -> tuple[int, int]:
     return int(registers[1]), int(spilled[1])
 
 
-def _check(algorithm: str, c: Constants, world: int, groups: int, arch: int, folder: Path) -> None:
-    compiled = _compile(algorithm, c, world, groups, GPUTarget("cuda", arch, 32), "early" if arch >= 90 else "off")
+def _check(algorithm: str, c: Constants, world: int, part: Part, arch: int, folder: Path) -> None:
+    compiled = _compile(algorithm, c, world, part, GPUTarget("cuda", arch, 32), "early" if arch >= 90 else "off")
     registers, spilled = _resources(compiled.asm["ptx"], folder)
     # The assembler that Triton 3.6 brings for Blackwell spills a few words at these bounds; those of later ones do not.
     allowed = 64 if arch == 100 and triton.__version__.startswith("3.6.") else 0
-    assert spilled <= allowed, f"{algorithm} W={world} groups={groups} sm_{arch}: {spilled} bytes spilled"
-    assert registers <= register_bound(algorithm, groups)
+    assert spilled <= allowed, f"{algorithm} W={world} {part} sm_{arch}: {spilled} bytes spilled"
+    assert registers <= register_bound(algorithm, world, part)
 
 
 @pytest.mark.parametrize("arch", NVIDIA)
 @pytest.mark.parametrize("algorithm", sorted(KERNELS))
 def test_the_latency_kernels_do_not_spill(algorithm: str, arch: int, tmp_path: Path) -> None:
-    _check(algorithm, _constants(), 8, 1, arch, tmp_path)
+    _check(algorithm, _constants(), 8, Part(128, 1), arch, tmp_path)
 
 
 @pytest.mark.timeout(900)
@@ -102,8 +100,11 @@ def test_the_latency_kernels_do_not_spill(algorithm: str, arch: int, tmp_path: P
 @pytest.mark.parametrize("algorithm", sorted(KERNELS))
 def test_no_variant_of_the_table_spills(algorithm: str, arch: int, tmp_path: Path) -> None:
     for world in (2, 4, 8):
-        for groups in (1, 2, 4, 8):
-            _check(algorithm, _constants(), world, groups, arch, tmp_path)
+        room = Room(algorithm, world, 132)
+        for hidden in (4096, 8192, 16384):
+            chosen = {geometry(room, rows, hidden // 1024).part for rows in (1, 16, 64, 128, 4096)}
+            for part in sorted(chosen, key=str):
+                _check(algorithm, _constants(hidden), world, part, arch, tmp_path)
     for c in (
         _constants(flavour=GEMMA),
         _constants(flavour=OLMO2),
@@ -113,12 +114,13 @@ def test_no_variant_of_the_table_spills(algorithm: str, arch: int, tmp_path: Pat
         _constants(hidden=2880),
         _constants(flavour=OLMO2, post_norm=True),
     ):
-        _check(algorithm, c, 8, 1, arch, tmp_path)
+        for lanes in (128, 512):
+            _check(algorithm, c, 8, Part(lanes, 1), arch, tmp_path)
 
 
 @pytest.mark.parametrize("algorithm", sorted(KERNELS))
 def test_the_portable_bodies_compile_for_an_amd_gpu(algorithm: str) -> None:
-    compiled = _compile(algorithm, _constants(hidden=4096), 4, 1, GPUTarget("hip", "gfx942", 64))
+    compiled = _compile(algorithm, _constants(hidden=4096), 4, Part(128, 1), GPUTarget("hip", "gfx942", 64))
     spills = re.findall(r"\.vgpr_spill_count:\s+(\d+)", compiled.asm["amdgcn"])
     assert spills and all(int(n) == 0 for n in spills)
 
@@ -127,12 +129,12 @@ def test_add_and_norm_compiles_for_every_nvidia_target() -> None:
     c = _constants(hidden=4096)
     names = add_norm_kernel.arg_names
     kinds = ("*bf16",) * 6 + ("i32", "fp32", "fp32")
-    constexprs = (c, c.groups, True)
+    constexprs = (c, Variant(world=1, lanes=GROUP_LANES, steps=c.groups, split=1))
     options = {"num_warps": 4, "enable_fp_fusion": False}
     for arch in NVIDIA:
         source = ASTSource(
             add_norm_kernel,
-            dict(zip(names, (*kinds, *("constexpr",) * 3), strict=True)),
+            dict(zip(names, (*kinds, *("constexpr",) * 2), strict=True)),
             dict(zip(names[9:], constexprs, strict=True)),
             {(i,): [["tt.divisibility", 16]] for i in range(6)},
         )

@@ -27,20 +27,20 @@ def add_norm_kernel(
     eps,
     scale,
     C: tl.constexpr,
-    GROUPS: tl.constexpr,
-    PTX: tl.constexpr,
+    S: tl.constexpr,
 ):
     """One program a row. Arguments as in ``one_shot_kernel``; ``reduced_rows`` is the all-reduced ``x``."""
+    STEPS: tl.constexpr = S.steps
     io = (residual, weight, bias, normed, residual_out)
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
         loads = ()
         held = ()
-        for i in tl.static_range(GROUPS):
-            element, active = lane_elements(0, i, C, GROUPS)
+        for i in tl.static_range(STEPS):
+            element, active = lane_elements(0, i, C, S)
             start = row.to(tl.int64) * C.hidden + element
-            load = prefetch(row, 0, i, io, C, GROUPS, PTX)
-            reduced = load_values(reduced_rows, start, active, C.dtype, C.values, PTX)
+            load = prefetch(row, 0, i, io, C, S)
+            reduced = load_values(reduced_rows, start, active, C.dtype, C.values, S.ptx)
             loads = loads + (load,)
-            held = held + (accept(reduced, row, 0, i, io, scale, load, C, GROUPS, PTX),)
+            held = held + (accept(reduced, row, 0, i, io, scale, load, C, S),)
         # One program a row exchanges nothing: no state, no phase, nothing to watch.
-        finish(held, row, 0, io, reduced_rows, 0, (0, 0, 0), eps, loads, C, GROUPS, 1, False, PTX)
+        finish(held, row, 0, io, reduced_rows, 0, (0, 0, 0), eps, loads, C, S)

@@ -1,4 +1,4 @@
-"""What a kernel is compiled for: the shape-independent half of a call, as one compile-time object."""
+"""What a kernel is compiled for, as two compile-time objects: the call (dtypes, H, flavour) and how it is carried out."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..flavour import Flavour
 
 _TL = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 _TORCH = {ours: theirs for theirs, ours in _TL.items()}
-LANES = 128
+GROUP_LANES = 128
 MAX_GROUPS = 16
 
 
@@ -47,7 +47,32 @@ class Constants:
     @property
     def groups(self) -> int:
         """Groups of ``128 * values`` elements in a row."""
-        return -(-self.hidden // (LANES * self.values))
+        return -(-self.hidden // (GROUP_LANES * self.values))
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Compile-time facts about how a kernel does its work; none of them changes a result.
+
+    A program has one thread a lane and goes over its part of a row in steps of ``lanes`` lanes; ``split`` programs hold a row.
+    """
+
+    world: int
+    lanes: int  # 128 times a power of two
+    steps: int
+    split: int
+    wait: bool = True  # False: never spins, the floor that benchmarks compare with
+    ptx: bool = True  # False: the portable bodies
+    pdl: str = "off"  # programmatic dependent launch: "off", "end" or "early"
+
+    @property
+    def groups_a_step(self) -> int:
+        return self.lanes // GROUP_LANES
+
+    @property
+    def groups(self) -> int:
+        """Groups of a row that one program holds, those beyond the row's end included."""
+        return self.steps * self.groups_a_step
 
 
 def supports(
@@ -58,8 +83,9 @@ def supports(
         return f"no kernel for {dtype}"
     if hidden % 8 or hidden == 0:
         return f"H = {hidden} is not a multiple of 8"
-    if hidden > MAX_GROUPS * LANES * (16 // dtype.itemsize):
-        return f"H = {hidden} is above {MAX_GROUPS * LANES * (16 // dtype.itemsize)} for {dtype}"
+    widest = MAX_GROUPS * GROUP_LANES * (16 // dtype.itemsize)
+    if hidden > widest:
+        return f"H = {hidden} is above {widest} for {dtype}"
     if weight_dtype is not None and weight_dtype not in (dtype, torch.float32):
         return f"a {weight_dtype} weight with {dtype} activations"
     if flavour.compute == "input" and dtype != torch.float32:

@@ -1,9 +1,12 @@
 """What happens to a reduced row: bias, scale, residual add, norm. Shared by every kernel of this folder.
 
-A row is cut into *groups* of 128 lanes x 16 bytes (1024 bf16 values). A program holds ``GROUPS`` consecutive groups of
-one row and ``SPLIT`` programs hold the row. The sum of squares is defined by groups alone: one fixed tree per group,
-then the groups in ascending order. It does not depend on how many programs share a row, on the number of rows or on the
-algorithm, so the same row always gives the same bits.
+A row is cut into *groups* of 128 lanes x 16 bytes (1024 bf16 values). A program holds consecutive groups of one row,
+``S.steps`` times ``S.groups_a_step`` of them, and ``S.split`` programs hold the row. The sum of squares is defined by groups
+alone: one fixed tree per group in fp32, then the groups in fp64, rounded once. The order of that second sum does not show:
+at most 16 values of 24 bits add up in 53 bits exactly, as long as the largest is below 2**25 times the smallest. So the bits
+of a row do not depend on how many programs share it, on their width, on the number of rows or on the algorithm.
+
+``C`` is a :class:`.constants.Constants` and ``S`` a :class:`.constants.Variant`.
 """
 
 # Triton's language, not Python: tuples grow while they are traced, and have no unpacking.
@@ -14,14 +17,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .memory import LANES, load16, poll, store16
+from .memory import load16, poll, store16
 from .words import (
     over_scalar,
     pack,
     plus,
     plus_scalar,
     rounded,
-    sum_of_squares,
+    sums_of_squares,
     times,
     times_scalar,
     unpack,
@@ -102,33 +105,29 @@ def normalised(values, mean, weight, eps, C: tl.constexpr, PTX: tl.constexpr):
 
 
 @triton.jit
-def exchange(
-    partials,
-    part,
-    row,
-    state,
-    phase,
-    watch,
-    C: tl.constexpr,
-    GROUPS: tl.constexpr,
-    SPLIT: tl.constexpr,
-    WAIT: tl.constexpr,
-    PTX: tl.constexpr,
-):
-    """The sum of squares of a row whose groups are held by ``SPLIT`` neighbouring programs, one item each.
+def exchange(partials, part, row, state, phase, watch, C: tl.constexpr, S: tl.constexpr):
+    """The sum of squares, fp64, of a row whose groups are held by ``S.split`` neighbouring programs, one item each.
 
     Every program writes its partial sums into the area of every program of the row, polls its own area and restores
     its zeros: push and poll again, within one GPU. A partial sum is not negative, so its sign bit marks it as written.
     The kernel boundary orders the zeros before the next call's writes: one phase is enough.
     """
+    STEPS: tl.constexpr = S.steps
+    GROUPS: tl.constexpr = S.groups_a_step
+    WORDS: tl.constexpr = S.split * S.groups
     first = tl.program_id(0) - part
     readers = tl.arange(0, MAX_GROUPS)
-    for i in tl.static_range(GROUPS):
+    for i in tl.static_range(STEPS):
         word = partials[i].to(tl.int32, bitcast=True) | (-2147483648)
-        areas = state + PARTIALS + (first + readers) * MAX_GROUPS + part * GROUPS + i
+        areas = state + PARTIALS + (first + readers) * MAX_GROUPS + (part * S.steps + i) * GROUPS
         # A masked tl.store, not push: with fewer elements than threads inline PTX would store again from the replicas,
         # perhaps after the reader restored its zeros.
-        tl.store(areas, tl.zeros((MAX_GROUPS,), tl.int32) + word, mask=readers < SPLIT)
+        if GROUPS == 1:
+            tl.store(areas, tl.zeros((MAX_GROUPS,), tl.int32) + word, mask=readers < S.split)
+        else:
+            places = areas[None, :] + tl.arange(0, GROUPS)[:, None]
+            words = tl.zeros((GROUPS, MAX_GROUPS), tl.int32) + word[:, None]
+            tl.store(places, words, mask=(readers < S.split)[None, :])
     mine = state + PARTIALS + tl.program_id(0) * MAX_GROUPS
     words = poll(
         mine.to(tl.int64),
@@ -138,71 +137,63 @@ def exchange(
         row,
         phase + 2,
         watch,
-        SLOTS=(SPLIT * GROUPS + 3) // 4,
+        SLOTS=(WORDS + 3) // 4,
         STRIDE=16,
-        WORDS=SPLIT * GROUPS,
-        WAIT=WAIT,
-        PTX=PTX,
+        WORDS=WORDS,
+        WAIT=S.wait,
+        PTX=S.ptx,
     )
     tl.debug_barrier()  # every warp polls the same words: none may restore them before all have seen them
     tl.store(mine + readers, tl.zeros((MAX_GROUPS,), tl.int32))
-    total = (words[0] & 0x7FFFFFFF).to(tl.float32, bitcast=True)
-    for i in tl.static_range(1, SPLIT * GROUPS):
-        total += (words[i] & 0x7FFFFFFF).to(tl.float32, bitcast=True)
+    total = (words[0] & 0x7FFFFFFF).to(tl.float32, bitcast=True).to(tl.float64)
+    for i in tl.static_range(1, WORDS):
+        total += (words[i] & 0x7FFFFFFF).to(tl.float32, bitcast=True).to(tl.float64)
     return total
 
 
 @triton.jit
-def mean_of_squares(
-    held,
-    part,
-    row,
-    state,
-    phase,
-    watch,
-    C: tl.constexpr,
-    GROUPS: tl.constexpr,
-    SPLIT: tl.constexpr,
-    WAIT: tl.constexpr,
-    PTX: tl.constexpr,
-):
+def mean_of_squares(held, part, row, state, phase, watch, C: tl.constexpr, S: tl.constexpr):
     """Mean of squares of a row from the words of the groups that this program holds."""
+    STEPS: tl.constexpr = S.steps
+    GROUPS: tl.constexpr = S.groups_a_step
     partials = ()
-    for i in tl.static_range(GROUPS):
-        partials = partials + (sum_of_squares(unpack(held[i], C.dtype)),)
-    if SPLIT > 1:
-        total = exchange(partials, part, row, state, phase, watch, C, GROUPS, SPLIT, WAIT, PTX)
+    for i in tl.static_range(STEPS):
+        partials = partials + (sums_of_squares(unpack(held[i], C.dtype), GROUPS),)
+    if S.split > 1:
+        total = exchange(partials, part, row, state, phase, watch, C, S)
     else:
-        total = partials[0]
-        for i in tl.static_range(1, GROUPS):
-            total += partials[i]
-    return tl.math.div_rn(total, C.hidden * 1.0)
+        total = partials[0].to(tl.float64)
+        for i in tl.static_range(1, STEPS):
+            total += partials[i].to(tl.float64)
+        if GROUPS > 1:
+            total = tl.sum(total, axis=0)
+    return tl.math.div_rn(total.to(tl.float32), C.hidden * 1.0)
 
 
 @triton.jit
-def lane_elements(part, i: tl.constexpr, C: tl.constexpr, GROUPS: tl.constexpr):
-    """First element of each lane in group ``i`` of this program, and whether it lies within the row."""
-    element = ((part * GROUPS + i) * LANES + tl.arange(0, LANES)) * C.values
+def lane_elements(part, i: tl.constexpr, C: tl.constexpr, S: tl.constexpr):
+    """First element of each lane in step ``i`` of this program, and whether it lies within the row."""
+    element = ((part * S.steps + i) * S.lanes + tl.arange(0, S.lanes)) * C.values
     return element, (element < C.hidden).to(tl.int32)
 
 
 @triton.jit
-def prefetch(row, part, i: tl.constexpr, io, C: tl.constexpr, GROUPS: tl.constexpr, PTX: tl.constexpr):
-    """Residual, bias and (for short programs) weight of one group, loaded before the poll so that the wait hides them."""
-    element, active = lane_elements(part, i, C, GROUPS)
+def prefetch(row, part, i: tl.constexpr, io, C: tl.constexpr, S: tl.constexpr):
+    """Residual, bias and (for short programs) weight of one step, loaded before the poll so that the wait hides them."""
+    element, active = lane_elements(part, i, C, S)
     row_start = row.to(tl.int64) * C.hidden
     residual, weight, bias = io[0], io[1], io[2]
     r = ()
     b = ()
     w = ()
-    if C.has_residual and (GROUPS <= 2 or not C.post_norm):
-        r = load_values(residual, row_start + element, active, C.dtype, C.values, PTX)
+    if C.has_residual and (S.steps <= 2 or not C.post_norm):
+        r = load_values(residual, row_start + element, active, C.dtype, C.values, S.ptx)
     if C.bias == "row":
-        b = load_values(bias, element.to(tl.int64), active, C.dtype, C.values, PTX)
+        b = load_values(bias, element.to(tl.int64), active, C.dtype, C.values, S.ptx)
     if C.bias == "full":
-        b = load_values(bias, row_start + element, active, C.dtype, C.values, PTX)
-    if C.has_weight and GROUPS <= 2:
-        w = load_values(weight, element.to(tl.int64), active, C.weight_dtype, C.values, PTX)
+        b = load_values(bias, row_start + element, active, C.dtype, C.values, S.ptx)
+    if C.has_weight and S.steps <= 2:
+        w = load_values(weight, element.to(tl.int64), active, C.weight_dtype, C.values, S.ptx)
     return (r, b, w)
 
 
@@ -216,23 +207,22 @@ def accept(
     scale,
     loads,
     C: tl.constexpr,
-    GROUPS: tl.constexpr,
-    PTX: tl.constexpr,
+    S: tl.constexpr,
 ):
-    """Bias, scale and residual add of one group; returns the words of what will be normalised.
+    """Bias, scale and residual add of one step; returns the words of what will be normalised.
 
     Args:
         reduced: fp32 values: the sum over ranks, rounded to the dtype.
-        loads: what :func:`prefetch` returned for this group.
+        loads: what :func:`prefetch` returned for this step.
     """
-    element, active = lane_elements(part, i, C, GROUPS)
-    values = affine(reduced, loads[1], scale, C, PTX)
+    element, active = lane_elements(part, i, C, S)
+    values = affine(reduced, loads[1], scale, C, S.ptx)
     if C.has_residual and not C.post_norm:
         values = plus(loads[0], values)
-    words = pack(values, C.dtype, PTX)
+    words = pack(values, C.dtype, S.ptx)
     if not C.post_norm:
         address = io[4].to(tl.int64) + (row.to(tl.int64) * C.hidden + element) * C.item_bytes
-        store16(address, words, active, PTX)
+        store16(address, words, active, S.ptx)
     return words
 
 
@@ -248,36 +238,34 @@ def finish(
     eps,
     loads,
     C: tl.constexpr,
-    GROUPS: tl.constexpr,
-    SPLIT: tl.constexpr,
-    WAIT: tl.constexpr,
-    PTX: tl.constexpr,
+    S: tl.constexpr,
 ):
     """Norm of the groups of one row that this program holds, and the stores that are left.
 
     Args:
-        held: for each group what :func:`accept` returned.
+        held: for each step what :func:`accept` returned.
         io: the tensors of the call: residual, weight, bias, normed, residual_out.
-        loads: for each group what :func:`prefetch` returned; looked at only by programs of one or two groups.
+        loads: for each step what :func:`prefetch` returned; looked at only by programs of one or two steps.
     """
+    STEPS: tl.constexpr = S.steps
     residual, weight, normed, residual_out = io[0], io[1], io[3], io[4]
     row_start = row.to(tl.int64) * C.hidden
-    mean = mean_of_squares(held, part, row, state, phase, watch, C, GROUPS, SPLIT, WAIT, PTX)
-    for i in tl.static_range(GROUPS):
-        element, active = lane_elements(part, i, C, GROUPS)
+    mean = mean_of_squares(held, part, row, state, phase, watch, C, S)
+    for i in tl.static_range(STEPS):
+        element, active = lane_elements(part, i, C, S)
         gain = ()
         if C.has_weight:
-            if GROUPS <= 2:
+            if S.steps <= 2:
                 gain = loads[i][2]
             else:
-                gain = load_values(weight, element.to(tl.int64), active, C.weight_dtype, C.values, PTX)
-        out = normalised(unpack(held[i], C.dtype), mean, gain, eps, C, PTX)
-        store_values(normed, row_start + element, out, active, C.out_dtype, PTX)
+                gain = load_values(weight, element.to(tl.int64), active, C.weight_dtype, C.values, S.ptx)
+        out = normalised(unpack(held[i], C.dtype), mean, gain, eps, C, S.ptx)
+        store_values(normed, row_start + element, out, active, C.out_dtype, S.ptx)
         if C.post_norm:
             r = ()
-            if GROUPS <= 2:
+            if S.steps <= 2:
                 r = loads[i][0]
             else:
-                r = load_values(residual, row_start + element, active, C.dtype, C.values, PTX)
-            total = plus(r, rounded(out, C.out_dtype, PTX))
-            store_values(residual_out, row_start + element, total, active, C.residual_dtype, PTX)
+                r = load_values(residual, row_start + element, active, C.dtype, C.values, S.ptx)
+            total = plus(r, rounded(out, C.out_dtype, S.ptx))
+            store_values(residual_out, row_start + element, total, active, C.residual_dtype, S.ptx)

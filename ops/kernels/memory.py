@@ -1,15 +1,16 @@
 """The memory primitives of the kernels: 16-byte loads and stores, push to a peer, poll for peers.
 
-Every access moves four 32-bit words a lane (16 bytes, the widest a thread has); 128 lanes make one *group* of a row. The
-words travel as data and flag in one:
+Every access moves four 32-bit words a lane (16 bytes, the widest a thread has). A lane is a thread of its own: a program
+has as many threads as its tensors have lanes, so no thread ever repeats an access. 128 lanes make one *group* of a row.
+The words travel as data and flag in one:
 
 - A slot of a plane is all zeros while it is empty. A word that *is* zero is replaced on push by a word of equal value
   whose bits are not zero (-0.0 in its low half; -0.0 as a whole for fp32). Sums start from +0.0, so the sign of a
   pushed zero never reaches the result.
 - ``push`` writes words with relaxed, system-scope stores: memory order does not matter, because each word carries its
   own flag and no word vouches for another.
-- ``poll`` reads the slots of all ranks at once, with relaxed, system-scope loads, until no word is zero. All loads of
-  one attempt are in flight together: one L2 round trip however many ranks there are.
+- ``poll`` reads the slots of all ranks at once, with relaxed, system-scope loads, and those that have a zero word again,
+  until none has. All loads of one attempt are in flight together: one L2 round trip however many ranks there are.
 - The lane that polled a slot is the lane that restores its zeros (``clear``). Same lane, same address: program order.
 
 Order across calls comes from the kernel boundary, see :mod:`tpfuse.ops.plane`.
@@ -31,7 +32,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LANES: tl.constexpr = tl.constexpr(128)  # four warps of 32: one element a thread, so no thread ever repeats an access
 CHECK_CLOCK_EVERY = 256  # polls between two looks at the clock; a poll takes at least 0.3 us
 
 
@@ -125,7 +125,7 @@ def push(address, words, active, PTX: tl.constexpr):
 @triton.jit
 def clear(address, active, PTX: tl.constexpr):
     """Restore the zeros of a slot that this lane has polled."""
-    zero = tl.zeros((LANES,), tl.int32)
+    zero = tl.zeros(active.shape, tl.int32)
     push(address, (zero, zero, zero, zero), active, PTX)
 
 
@@ -134,7 +134,8 @@ def poll_asm(slots, stride, words, wait):
     """PTX that reads ``slots`` slots of 4 words, ``stride`` bytes apart, until their first ``words`` words are not zero.
 
     Operands after the outputs: base, own address, own slot (or -1), active, row, phase, device record, host record,
-    limit. The own slot is read from the own address instead and may hold zeros: nobody pushes to itself.
+    limit. The own slot is read from the own address instead and may hold zeros: nobody pushes to itself. A slot that is
+    full is not read again: where ranks share a GPU, their polls share its L2 with the pushes that they wait for.
     """
     n = 4 * slots
     base, own, rank, active, row, phase, device_record, host_record, limit = (f"${n + i}" for i in range(9))
@@ -142,27 +143,31 @@ def poll_asm(slots, stride, words, wait):
     def quad(s):
         return "{" + ", ".join(f"${4 * s + i}" for i in range(4)) + "}"
 
-    used = [(s, 4 * s + i) for s in range(slots) for i in range(4) if 4 * s + i < words]
-    lines = ["{", ".reg .pred %pin, %pz;", ".reg .u32 %m, %i, %q, %one;", ".reg .u64 %t0, %t1;"]
-    lines += [f".reg .pred %own{s};" for s in range(slots)]
-    lines += [f"setp.eq.s32 %own{s}, {rank}, {s};" for s in range(slots)]
+    def load(s, when):
+        return f"@{when} ld.relaxed.sys.global.v4.u32 {quad(s)}, [{base}+{s * stride}];"
+
+    def missing(s):
+        """%pz: slot s has a zero word and is not the own one. Kept nowhere: a thread has seven predicates."""
+        first, *rest = [f"${4 * s + i}" for i in range(4) if 4 * s + i < words]
+        least = [f"mov.u32 %m, {first};"] + [f"min.u32 %m, %m, {word};" for word in rest]
+        return [*least, f"setp.ne.s32 %pz, {rank}, {s};", "setp.eq.and.u32 %pz, %m, 0, %pz;"]
+
+    lines = ["{", ".reg .pred %pin, %pz;", ".reg .u32 %m, %full, %i, %q, %one;", ".reg .u64 %t0, %t1;"]
     lines += [f"mov.u32 ${i}, 0;" for i in range(n)]
     lines += [f"setp.eq.u32 %pin, {active}, 0;", "@%pin bra DONE;", "mov.u32 %i, 0;", "mov.u64 %t0, 0;"]
-    lines += [f"@%own{s} ld.global.v4.u32 {quad(s)}, [{own}];" for s in range(slots)]
-    lines += ["SPIN:"]
-    lines += [f"@!%own{s} ld.relaxed.sys.global.v4.u32 {quad(s)}, [{base}+{s * stride}];" for s in range(slots)]
+    for s in range(slots):
+        lines += [f"setp.eq.s32 %pz, {rank}, {s};", f"@%pz ld.global.v4.u32 {quad(s)}, [{own}];", load(s, "!%pz")]
     if wait:
-        lines += ["mov.u32 %m, 0xffffffff;"]
-        lines += [f"@!%own{s} min.u32 %m, %m, ${i};" for s, i in used]
-        lines += ["setp.ne.u32 %pz, %m, 0;", "@%pz bra DONE;"]
+        lines += ["SPIN:", "mov.u32 %full, 1;"]
+        for s in range(slots):
+            lines += [*missing(s), "@%pz mov.u32 %full, 0;", load(s, "%pz")]
+        lines += ["setp.ne.u32 %pz, %full, 0;", "@%pz bra DONE;"]
         lines += ["add.u32 %i, %i, 1;", f"and.b32 %q, %i, {CHECK_CLOCK_EVERY - 1};", "setp.ne.u32 %pz, %q, 0;"]
         lines += ["@%pz bra SPIN;", "mov.u64 %t1, %globaltimer;", "setp.eq.u64 %pz, %t0, 0;", "@%pz mov.u64 %t0, %t1;"]
         lines += ["sub.u64 %t1, %t1, %t0;", f"setp.lt.u64 %pz, %t1, {limit};", "@%pz bra SPIN;"]
         lines += ["mov.u32 %q, 0;"]
         for s in reversed(range(slots)):
-            mine = [i for t, i in used if t == s]
-            lines += ["mov.u32 %m, 0xffffffff;"] + [f"@!%own{s} min.u32 %m, %m, ${i};" for i in mine]
-            lines += ["setp.eq.u32 %pz, %m, 0;", f"@%pz mov.u32 %q, {s};"]
+            lines += [*missing(s), f"@%pz mov.u32 %q, {s};"]
         lines += ["mov.u32 %one, 1;"]
         for record in (device_record, host_record):
             lines += [f"st.relaxed.sys.global.v4.u32 [{record}], {{%one, %q, {row}, {phase}}};"]

@@ -19,12 +19,28 @@ from .words import plus, plus_scalar, rounded, unpack
 
 
 @triton.jit
-def sum_over_ranks(words, C: tl.constexpr, W: tl.constexpr, PTX: tl.constexpr):
+def sum_over_ranks(words, C: tl.constexpr, S: tl.constexpr):
     """fp32 sum in rank order from +0.0, rounded once to the dtype; a zero is +0.0 even if rounding made it -0.0."""
+    WORLD: tl.constexpr = S.world
     total = plus_scalar(unpack((words[0], words[1], words[2], words[3]), C.dtype), 0.0)
-    for r in tl.static_range(1, W):
+    for r in tl.static_range(1, WORLD):
         total = plus(total, unpack((words[4 * r], words[4 * r + 1], words[4 * r + 2], words[4 * r + 3]), C.dtype))
-    return plus_scalar(rounded(total, C.dtype, PTX), 0.0)
+    return plus_scalar(rounded(total, C.dtype, S.ptx), 0.0)
+
+
+@triton.jit
+def own_words(x, row, part, allowed, C: tl.constexpr, S: tl.constexpr):
+    """What this rank pushes of its part of a row: marked words, one tuple a step. All loads are in flight before any push."""
+    STEPS: tl.constexpr = S.steps
+    held = ()
+    for i in tl.static_range(STEPS):
+        element, active = lane_elements(part, i, C, S)
+        source = x.to(tl.int64) + (row.to(tl.int64) * C.hidden + element) * C.item_bytes
+        held = held + (load16(source, active & allowed, S.ptx),)
+    words = ()
+    for i in tl.static_range(STEPS):
+        words = words + (marked(held[i], C.zero_mark),)
+    return words
 
 
 @triton.jit
@@ -93,12 +109,7 @@ def one_shot_kernel(
     eps,
     scale,
     C: tl.constexpr,
-    W: tl.constexpr,
-    GROUPS: tl.constexpr,
-    SPLIT: tl.constexpr,
-    WAIT: tl.constexpr,
-    PTX: tl.constexpr,
-    PDL: tl.constexpr,
+    S: tl.constexpr,
 ):
     """Slot of (row, rank) in a phase: ``(row * W + rank) * row_bytes``.
 
@@ -109,44 +120,46 @@ def one_shot_kernel(
         phase_bytes: size of one of the two phases.
         limit: watchdog in nanoseconds.
     """
+    WORLD: tl.constexpr = S.world
+    PDL: tl.constexpr = S.pdl  # Triton 3.6 passes no plain string on
+    STEPS: tl.constexpr = S.steps
     # The table of planes never changes: the only thing that may be read before the previous kernel has ended.
     bases = ()
-    for r in tl.static_range(W):
+    for r in tl.static_range(WORLD):
         bases = bases + (tl.load(peers + r),)
     own_base = tl.load(peers + rank)
-    host_record = tl.load(peers + W)
+    host_record = tl.load(peers + S.world)
     wait_for_previous_kernel(PDL)
     phase = begin(state)
     limit = give_up_limit(state, limit)
     own_plane = own_base + phase.to(tl.int64) * phase_bytes
     io = (residual, weight, bias, normed, residual_out)
     watch = ((state + RECORD).to(tl.int64), host_record, limit)
-    items = rows * SPLIT
+    items = rows * S.split
     # All pushes first: the later ones travel while the first rows are being reduced.
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
-        row = item // SPLIT
-        for i in tl.static_range(GROUPS):
-            element, active = lane_elements(item % SPLIT, i, C, GROUPS)
-            source = x.to(tl.int64) + (row.to(tl.int64) * C.hidden + element) * C.item_bytes
-            words = marked(load16(source, active, PTX), C.zero_mark)
-            slot = (row.to(tl.int64) * W + rank) * C.row_bytes + element * C.item_bytes
-            for r in tl.static_range(W):
+        row = item // S.split
+        words = own_words(x, row, item % S.split, 1, C, S)
+        for i in tl.static_range(STEPS):
+            element, active = lane_elements(item % S.split, i, C, S)
+            slot = (row.to(tl.int64) * S.world + rank) * C.row_bytes + element * C.item_bytes
+            for r in tl.static_range(WORLD):
                 peer = bases[r] + phase.to(tl.int64) * phase_bytes
-                push(peer + slot, words, active & (r != rank).to(tl.int32), PTX)
+                push(peer + slot, words[i], active & (r != rank).to(tl.int32), S.ptx)
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
-        row = item // SPLIT
-        part = item % SPLIT
+        row = item // S.split
+        part = item % S.split
         loads = ()
         held = ()
-        if GROUPS <= 2:
-            for i in tl.static_range(GROUPS):
-                loads = loads + (prefetch(row, part, i, io, C, GROUPS, PTX),)
-        for i in tl.static_range(GROUPS):
-            element, active = lane_elements(part, i, C, GROUPS)
+        if S.steps <= 2:
+            for i in tl.static_range(STEPS):
+                loads = loads + (prefetch(row, part, i, io, C, S),)
+        for i in tl.static_range(STEPS):
+            element, active = lane_elements(part, i, C, S)
             source = x.to(tl.int64) + (row.to(tl.int64) * C.hidden + element) * C.item_bytes
-            slots = own_plane + row.to(tl.int64) * (W * C.row_bytes) + element * C.item_bytes
-            if GROUPS > 2:
-                load = prefetch(row, part, i, io, C, GROUPS, PTX)
+            slots = own_plane + row.to(tl.int64) * (S.world * C.row_bytes) + element * C.item_bytes
+            if S.steps > 2:
+                load = prefetch(row, part, i, io, C, S)
             else:
                 load = loads[i]
             words = poll(
@@ -157,16 +170,16 @@ def one_shot_kernel(
                 row,
                 phase,
                 watch,
-                SLOTS=W,
+                SLOTS=S.world,
                 STRIDE=C.row_bytes,
-                WORDS=4 * W,
-                WAIT=WAIT,
-                PTX=PTX,
+                WORDS=4 * S.world,
+                WAIT=S.wait,
+                PTX=S.ptx,
             )
-            for r in tl.static_range(W):
-                clear(slots + r * C.row_bytes, active & (r != rank).to(tl.int32), PTX)
-            reduced = sum_over_ranks(words, C, W, PTX)
-            held = held + (accept(reduced, row, part, i, io, scale, load, C, GROUPS, PTX),)
-        finish(held, row, part, io, state, phase, watch, eps, loads, C, GROUPS, SPLIT, WAIT, PTX)
+            for r in tl.static_range(WORLD):
+                clear(slots + r * C.row_bytes, active & (r != rank).to(tl.int32), S.ptx)
+            reduced = sum_over_ranks(words, C, S)
+            held = held + (accept(reduced, row, part, i, io, scale, load, C, S),)
+        finish(held, row, part, io, state, phase, watch, eps, loads, C, S)
     end(state, phase)
     let_next_kernel_start(PDL)

@@ -13,12 +13,13 @@ import triton
 import triton.language as tl
 
 from .epilogue import RECORD, accept, finish, lane_elements, prefetch
-from .memory import clear, load16, marked, poll, push
+from .memory import clear, marked, poll, push
 from .one_shot import (
     begin,
     end,
     give_up_limit,
     let_next_kernel_start,
+    own_words,
     sum_over_ranks,
     wait_for_previous_kernel,
 )
@@ -26,14 +27,14 @@ from .words import pack, plus_scalar, unpack
 
 
 @triton.jit
-def item_of(turn, SPLIT: tl.constexpr):
+def item_of(turn, S: tl.constexpr):
     """The item that this program handles in its ``turn``-th turn.
 
     Rotated by one program a turn: with a grid that is a multiple of W a program would otherwise meet only rows of one
     owner, and a W-th of the programs would do all of the reducing.
     """
     programs = tl.num_programs(0)
-    if SPLIT > 1:
+    if S.split > 1:
         return turn * programs + tl.program_id(0)
     else:
         return turn * programs + (tl.program_id(0) + turn) % programs
@@ -56,12 +57,7 @@ def two_shot_kernel(
     eps,
     scale,
     C: tl.constexpr,
-    W: tl.constexpr,
-    GROUPS: tl.constexpr,
-    SPLIT: tl.constexpr,
-    WAIT: tl.constexpr,
-    PTX: tl.constexpr,
-    PDL: tl.constexpr,
+    S: tl.constexpr,
 ):
     """Arguments as in ``one_shot_kernel``.
 
@@ -69,8 +65,11 @@ def two_shot_kernel(
     ``((row // W) * W + rank) * row_bytes``, and behind its ``ceil(rows / W) * W`` rows gather, where row ``t`` is at
     ``t * row_bytes``.
     """
+    WORLD: tl.constexpr = S.world
+    PDL: tl.constexpr = S.pdl  # Triton 3.6 passes no plain string on
+    STEPS: tl.constexpr = S.steps
     own_base = tl.load(peers + rank)
-    host_record = tl.load(peers + W)
+    host_record = tl.load(peers + S.world)
     wait_for_previous_kernel(PDL)
     phase = begin(state)
     limit = give_up_limit(state, limit)
@@ -78,31 +77,30 @@ def two_shot_kernel(
     own_plane = own_base + offset
     io = (residual, weight, bias, normed, residual_out)
     watch = ((state + RECORD).to(tl.int64), host_record, limit)
-    gather = ((rows + W - 1) // W * W).to(tl.int64) * C.row_bytes
-    items = rows * SPLIT
+    gather = ((rows + S.world - 1) // S.world * S.world).to(tl.int64) * C.row_bytes
+    items = rows * S.split
     turns = (items + tl.num_programs(0) - 1) // tl.num_programs(0)
 
     for turn in range(0, turns):
-        item = item_of(turn, SPLIT)
-        row = item // SPLIT
-        owner = row % W
+        item = item_of(turn, S)
+        row = item // S.split
+        owner = row % S.world
         inside = ((item < items) & (owner != rank)).to(tl.int32)
-        slot = ((row // W * W + rank).to(tl.int64)) * C.row_bytes
+        slot = ((row // S.world * S.world + rank).to(tl.int64)) * C.row_bytes
         target = tl.load(peers + owner) + offset
-        for i in tl.static_range(GROUPS):
-            element, active = lane_elements(item % SPLIT, i, C, GROUPS)
-            source = x.to(tl.int64) + (row.to(tl.int64) * C.hidden + element) * C.item_bytes
-            words = marked(load16(source, active & inside, PTX), C.zero_mark)
-            push(target + slot + element * C.item_bytes, words, active & inside, PTX)
+        words = own_words(x, row, item % S.split, inside, C, S)
+        for i in tl.static_range(STEPS):
+            element, active = lane_elements(item % S.split, i, C, S)
+            push(target + slot + element * C.item_bytes, words[i], active & inside, S.ptx)
 
     for turn in range(0, turns):
-        item = item_of(turn, SPLIT)
-        row = item // SPLIT
-        if (item < items) & (row % W == rank):
-            for i in tl.static_range(GROUPS):
-                element, active = lane_elements(item % SPLIT, i, C, GROUPS)
+        item = item_of(turn, S)
+        row = item // S.split
+        if (item < items) & (row % S.world == rank):
+            for i in tl.static_range(STEPS):
+                element, active = lane_elements(item % S.split, i, C, S)
                 source = x.to(tl.int64) + (row.to(tl.int64) * C.hidden + element) * C.item_bytes
-                slots = own_plane + (row // W * W).to(tl.int64) * C.row_bytes + element * C.item_bytes
+                slots = own_plane + (row // S.world * S.world).to(tl.int64) * C.row_bytes + element * C.item_bytes
                 words = poll(
                     slots,
                     source,
@@ -111,34 +109,34 @@ def two_shot_kernel(
                     row,
                     phase,
                     watch,
-                    SLOTS=W,
+                    SLOTS=S.world,
                     STRIDE=C.row_bytes,
-                    WORDS=4 * W,
-                    WAIT=WAIT,
-                    PTX=PTX,
+                    WORDS=4 * S.world,
+                    WAIT=S.wait,
+                    PTX=S.ptx,
                 )
-                for r in tl.static_range(W):
-                    clear(slots + r * C.row_bytes, active & (r != rank).to(tl.int32), PTX)
-                total = marked(pack(sum_over_ranks(words, C, W, PTX), C.dtype, PTX), C.zero_mark)
+                for r in tl.static_range(WORLD):
+                    clear(slots + r * C.row_bytes, active & (r != rank).to(tl.int32), S.ptx)
+                total = marked(pack(sum_over_ranks(words, C, S), C.dtype, S.ptx), C.zero_mark)
                 place = gather + row.to(tl.int64) * C.row_bytes + element * C.item_bytes
-                for r in tl.static_range(W):
-                    push(tl.load(peers + r) + offset + place, total, active, PTX)
+                for r in tl.static_range(WORLD):
+                    push(tl.load(peers + r) + offset + place, total, active, S.ptx)
 
     for turn in range(0, turns):
-        item = item_of(turn, SPLIT)
+        item = item_of(turn, S)
         if item < items:
-            row = item // SPLIT
-            part = item % SPLIT
+            row = item // S.split
+            part = item % S.split
             loads = ()
             held = ()
-            if GROUPS <= 2:
-                for i in tl.static_range(GROUPS):
-                    loads = loads + (prefetch(row, part, i, io, C, GROUPS, PTX),)
-            for i in tl.static_range(GROUPS):
-                element, active = lane_elements(part, i, C, GROUPS)
+            if S.steps <= 2:
+                for i in tl.static_range(STEPS):
+                    loads = loads + (prefetch(row, part, i, io, C, S),)
+            for i in tl.static_range(STEPS):
+                element, active = lane_elements(part, i, C, S)
                 place = own_plane + gather + row.to(tl.int64) * C.row_bytes + element * C.item_bytes
-                if GROUPS > 2:
-                    load = prefetch(row, part, i, io, C, GROUPS, PTX)
+                if S.steps > 2:
+                    load = prefetch(row, part, i, io, C, S)
                 else:
                     load = loads[i]
                 words = poll(
@@ -152,13 +150,13 @@ def two_shot_kernel(
                     SLOTS=1,
                     STRIDE=16,
                     WORDS=4,
-                    WAIT=WAIT,
-                    PTX=PTX,
+                    WAIT=S.wait,
+                    PTX=S.ptx,
                 )
-                clear(place, active, PTX)
+                clear(place, active, S.ptx)
                 # + 0.0 takes the mark's sign away again.
                 reduced = plus_scalar(unpack(words, C.dtype), 0.0)
-                held = held + (accept(reduced, row, part, i, io, scale, load, C, GROUPS, PTX),)
-            finish(held, row, part, io, state, phase, watch, eps, loads, C, GROUPS, SPLIT, WAIT, PTX)
+                held = held + (accept(reduced, row, part, i, io, scale, load, C, S),)
+            finish(held, row, part, io, state, phase, watch, eps, loads, C, S)
     end(state, phase)
     let_next_kernel_start(PDL)

@@ -1,7 +1,7 @@
 """Between 32-bit words and fp32 values: what dtypes, rounding and packing mean to the kernels.
 
-A lane holds four words: eight bf16 or fp16 values, or four fp32 values, kept as separate tensors of 128 lanes, so that
-the order of every addition is written in the code and never left to a layout that the compiler picked.
+A lane holds four words: eight bf16 or fp16 values, or four fp32 values, kept as separate tensors over lanes, so that
+the order of additions within a lane is written in the code.
 """
 
 # Triton's language, not Python: tuples grow while they are traced, and have no unpacking.
@@ -110,11 +110,15 @@ def over_scalar(a, s):
 
 
 @triton.jit
-def sum_of_squares(values):
-    """Sum of squares of one group (128 lanes), in a fixed order: pairs within a lane, then one tree over the lanes."""
+def sums_of_squares(values, GROUPS: tl.constexpr):
+    """Sums of squares of ``GROUPS`` groups of 128 lanes, each in a fixed order: pairs within a lane, then one tree over the
+    lanes. A scalar for one group."""
     s = times(values, values)
     if len(s) == 8:
         lane = ((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7]))
     else:
         lane = (s[0] + s[1]) + (s[2] + s[3])
-    return tl.sum(lane, axis=0)
+    if GROUPS == 1:
+        return tl.sum(lane, axis=0)
+    else:
+        return tl.sum(tl.reshape(lane, (GROUPS, 128)), axis=1)

@@ -21,6 +21,7 @@ from interpreted_ranks import Call, expected, ulps_apart
 from tpfuse.ops import all_reduce_add_rms_norm, bench, dispatch, launch, plane, raise_if_failed, reset
 from tpfuse.ops.flavour import NAMED
 from tpfuse.ops.kernels.constants import constants, supports
+from tpfuse.ops.launch import Part
 
 inputs = lru_cache(maxsize=None)(interpreted_ranks.inputs)  # the same calls are made by every algorithm
 
@@ -51,9 +52,18 @@ def force(algorithm: str) -> None:
     dispatch._prepared.clear()
 
 
-def split_rows(held: tuple[int, ...]) -> None:
-    """Which numbers of groups a program may hold when a row is split; () never splits."""
-    launch.GROUPS_A_PROGRAM = held  # type: ignore[misc]
+_OWN = launch.parts
+SPLITTING = {  # other ways than the op's own to share rows out: rows of so many groups -> parts, best first
+    "narrow": lambda groups: (Part(128, groups),),
+    "wide": lambda groups: (Part(1024, -(-groups // 8)),),
+    "pairs": lambda groups: (Part(128, 2), Part(128, 4), Part(256, -(-groups // 2))),
+    "wide pairs": lambda groups: (Part(256, 1), Part(256, 2), Part(512, 1), Part(512, -(-groups // 4))),
+}
+
+
+def share_rows(how: str = "") -> None:
+    """Share rows out over programs in one of the ways of ``SPLITTING``, or in the op's own."""
+    launch.parts = (lambda room, rows, groups: SPLITTING[how](groups)) if how else _OWN
     dispatch._prepared.clear()
 
 
@@ -141,10 +151,15 @@ def correctness(rank: int, world: int) -> list[str]:
     first: dict[int, str] = {}
     make_call(Call(1, 64), rank, world)  # builds the plane
     dispatch._ROWS_WARMED = ()  # type: ignore[misc]
-    for mode in ("one_shot", "two_shot", "one_shot unsplit", "two_shot unsplit", "one_shot pairs"):
-        split_rows(() if "unsplit" in mode else (2, 4) if "pairs" in mode else (1, 2, 4))
+    modes = ["one_shot", "two_shot", *(f"{name} {how}" for name in ("one_shot", "two_shot") for how in SPLITTING)]
+    for mode in modes:
+        share_rows(mode.partition(" ")[2])
         force(mode.split()[0])
-        calls = shapes(world) + (kinds() if mode in ("one_shot", "two_shot") else [])
+        calls = shapes(world)
+        if mode in ("one_shot", "two_shot"):
+            calls += kinds()
+        else:  # what depends on the sharing of rows: compiling everything again would take most of the test's time
+            calls = [call for call in calls if call.rows in (1, world + 1, 64) and call.hidden in (2880, 5120, 8192)]
         warm(calls, rank, world)
         for call in calls:
             normed, h = make_call(call, rank, world)
@@ -168,7 +183,7 @@ def correctness(rank: int, world: int) -> list[str]:
             allowed = 16 if call.dtype == torch.float32 else 2 if call.special == "denormals" else 1
             if apart[0] > allowed or apart[1] > (allowed if call.post_norm else 0):
                 complaints.append(f"{mode}: {call}: {apart} ulps from the reference, allowed {allowed}")
-    split_rows((1, 2, 4))
+    share_rows()
     force("auto")
     rows = 64
     big = Call(rows, 8192, seed=700)

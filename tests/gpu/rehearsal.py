@@ -17,8 +17,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from interpreted_ranks import Call, expected, inputs, ulps_apart
 from tpfuse.ops import dispatch
 from tpfuse.ops.flavour import NAMED
-from tpfuse.ops.kernels.constants import constants
+from tpfuse.ops.kernels.constants import GROUP_LANES, Variant, constants
 from tpfuse.ops.kernels.epilogue import STATE_WORDS
+from tpfuse.ops.launch import Part
 
 
 def _marked(t: torch.Tensor) -> torch.Tensor:
@@ -66,9 +67,9 @@ def play(call: Call, world: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]
     state = torch.zeros(STATE_WORDS, dtype=torch.int32, device=device)
     x, residual, weight = (t.to(device) for t in (given.xs[rank], given.residual, given.weight))  # type: ignore[union-attr]
     normed, h = torch.empty_like(x), torch.empty_like(x)
-    groups = call.groups or c.groups
-    split = -(-c.groups // groups)
-    kernel = dispatch.kernel_of(call.algorithm, c, world, groups, split, "off")
+    part = Part(call.lanes, call.steps or -(-c.groups * GROUP_LANES // call.lanes))
+    split = -(-c.groups // part.groups)
+    kernel = dispatch.kernel_of(call.algorithm, c, Variant(world, part.lanes, part.steps, split))
     args = (x, residual, weight, x, normed, h, peers, state, rank, call.rows, capacity * 4, 2_000_000_000, 1e-6, 1.0)
     kernel.compile(*args)
     kernel(call.rows * split, torch.cuda.current_stream().cuda_stream, *args)
@@ -81,8 +82,14 @@ def play(call: Call, world: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]
 def main() -> None:
     for world in (2, 4, 8):
         for algorithm in ("one_shot", "two_shot"):
-            for hidden, groups in ((4096, None), (4096, 1), (2880, 2)):
-                call = Call(3, hidden, algorithm=algorithm, groups=groups, seed=hidden)
+            for hidden, lanes, steps in (
+                (4096, 128, None),
+                (4096, 128, 1),
+                (2880, 128, 2),
+                (2880, 512, 1),
+                (7168, 256, 2),
+            ):
+                call = Call(3, hidden, algorithm=algorithm, lanes=lanes, steps=steps, seed=hidden)
                 want = expected(call, inputs(call, world))
                 for rank in (0, world - 1):
                     normed, h = play(replace(call), world, rank)
