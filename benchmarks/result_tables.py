@@ -53,13 +53,13 @@ def kernel_tables(results: Sequence[bench.Result], contenders: Sequence[str]) ->
 def model_tables(lines: Sequence[dict[str, Any]]) -> Iterator[str]:
     """Steps of whole models: each baseline beside tpfuse, and the ratios."""
     columns = ("step us", "back to back us", "tpfuse / it, single", "tpfuse / it, back to back", "fused", "ranks equal")
-    yield from head(("machine", "W", "phase", "rows", "contender", *columns))
+    yield from head(("machine", "model", "W", "phase", "rows", "contender", *columns))
     for one in lines:
         same = ("machine", "model", "world", "phase", "rows")
         ours = next(x for x in lines if x["contender"] == "tpfuse" and all(x[k] == one[k] for k in same))
         ratios = [f"{ours[k] / one[k]:.3f}" if one is not ours else "" for k in ("step", "back_to_back")]
         fused = f"{one['fused']} of {one['all_reduces']}" if one is ours else ""
-        where = (one["machine"], one["world"], one["phase"], one["rows"], one["contender"])
+        where = (one["machine"], one["model"], one["world"], one["phase"], one["rows"], one["contender"])
         yield row(
             (
                 *where,

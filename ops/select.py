@@ -55,19 +55,14 @@ class Entry:
 KIB, MIB = 1 << 10, 1 << 20
 _MODEL = "model of NVLink4 (370 GB/s, 1.25 us a round), not yet measured"
 _NVLINK = (
-    "two H100s, NVLink4, 2026-11-24, H 4096 to 8192, 1 to 4096 rows: docs/measuring.md. One-shot and two-shot meet at 4 MiB, "
-    "two-shot and NCCL + add+norm between 16 and 20 MiB"
+    "two H100s, NVLink4, 2026-11-24, H 4096 to 8192, 1 to 4096 rows (64 MiB): docs/measuring.md. One-shot is the fastest at "
+    "every size; larger ones were not measured"
 )
-_SHARED = (
-    "one H100 and one H200 shared by the ranks under MPS, 2026-11-24: docs/measuring.md. The launches were measured, larger "
-    "calls in several of them were not"
-)
-_SHARED_8 = (
-    "one H100 shared by the ranks under MPS, 2026-11-24, up to 160 KiB: docs/measuring.md; larger sizes not measured"
-)
+_SHARED = "one H100 and one H200 shared by the ranks under MPS, 2026-11-24, 1 to 4096 rows: docs/measuring.md"
+_SHARED_8 = "one H100 shared by the ranks under MPS, 2026-11-24, 1 to 2048 rows: docs/measuring.md"
 _GUESSED = "between the measured world sizes 2, 4 and 8; not measured"
 TABLE: tuple[Entry, ...] = (
-    Entry("any", 2, 4 * MIB, 16 * MIB, 8 * MIB, _NVLINK),
+    Entry("any", 2, 64 * MIB, 64 * MIB, 8 * MIB, _NVLINK),
     Entry("any", 3, 768 * KIB, 16 * MIB, 8 * MIB, _MODEL),
     Entry("any", 4, 384 * KIB, 16 * MIB, 8 * MIB, _MODEL),
     Entry("any", 5, 256 * KIB, 16 * MIB, 8 * MIB, _MODEL),
@@ -77,12 +72,12 @@ TABLE: tuple[Entry, ...] = (
     # Several ranks on one GPU: there is no NCCL behind it, so the kernels take every size. Launches are kept small: all
     # ranks' planes go through one L2, and a launch whose slots do not stay there takes three times as long a byte.
     Entry("any-shared", 2, UNBOUNDED, UNBOUNDED, 2 * MIB, _SHARED),
-    Entry("any-shared", 3, 512 * KIB, UNBOUNDED, 1 * MIB, _GUESSED),
-    Entry("any-shared", 4, 512 * KIB, UNBOUNDED, 1 * MIB, _SHARED),
+    Entry("any-shared", 3, 384 * KIB, UNBOUNDED, 1 * MIB, _GUESSED),
+    Entry("any-shared", 4, 384 * KIB, UNBOUNDED, 1 * MIB, _SHARED),
     Entry("any-shared", 5, 192 * KIB, UNBOUNDED, 512 * KIB, _GUESSED),
     Entry("any-shared", 6, 128 * KIB, UNBOUNDED, 512 * KIB, _GUESSED),
     Entry("any-shared", 7, 128 * KIB, UNBOUNDED, 512 * KIB, _GUESSED),
-    Entry("any-shared", 8, 128 * KIB, UNBOUNDED, 512 * KIB, _SHARED_8),
+    Entry("any-shared", 8, 64 * KIB, UNBOUNDED, 512 * KIB, _SHARED_8),
 )
 
 
