@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--worlds", type=numbers, default=default.worlds)
     parser.add_argument("--hidden", type=numbers, default=default.hiddens)
     parser.add_argument("--sizes", type=numbers, default=default.sizes, help="bytes of x")
-    parser.add_argument("--launches", type=numbers, default=default.launches, help="bytes of a two-shot launch")
+    parser.add_argument("--launches", type=numbers, default=default.launches, help="bytes of a launch, to try")
     parser.add_argument("--timeout", type=float, default=default.timeout, help="seconds for one world size")
     parser.add_argument("--out", type=Path, help="the table, for TPFUSE_TABLE")
     parser.add_argument("--timings", type=Path, help="JSON of every timing")

@@ -238,18 +238,17 @@ CONTENDERS: dict[str, Callable[[Problem], Call]] = {
 LEAVES_WORDS = ("floor",)  # pushes that nobody waits for: the plane must be reset afterwards
 
 
-def _problem(
-    rank: int, world: int, rows: int, hidden: int, group_name: str, shared: bool
+def problem(
+    rank: int, world: int, rows: int, hidden: int, group_name: str, shared: bool, device: torch.device
 ) -> tuple[Problem, list[Tensor]]:
-    device = torch.device("cuda", torch.cuda.current_device())
+    """One call as a rank makes it, and the rows of all ranks: the same numbers on every rank."""
 
     def make(seed: int, *shape: int) -> Tensor:
         g = torch.Generator(device=device).manual_seed(seed)
         return torch.randn(*shape, generator=g, device=device).bfloat16()
 
     xs = [make(1000 * rows + hidden + r, rows, hidden) for r in range(world)]
-    problem = Problem(xs[rank], make(7, rows, hidden), make(8, hidden), EPS, rank, world, group_name, shared)
-    return problem, xs
+    return Problem(xs[rank], make(7, rows, hidden), make(8, hidden), EPS, rank, world, group_name, shared), xs
 
 
 def _fp64(xs: list[Tensor], residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -321,21 +320,22 @@ def measure(rank: int, world: int, plan: Plan) -> list[Result]:
 
     torch._inductor.config.compile_threads = 1  # type: ignore[attr-defined]
     group_name = dist.group.WORLD.group_name  # type: ignore[union-attr]
+    device = torch.device("cuda", torch.cuda.current_device())
     shared = torch.cuda.device_count() < world
     results = []
     began = time.monotonic()
     if any(name.startswith("symm") for name in plan.contenders):
         largest = max(plan.rows) * max(plan.hiddens)
-        peers.reserve(group_name, largest, torch.bfloat16, torch.device("cuda", torch.cuda.current_device()))
+        peers.reserve(group_name, largest, torch.bfloat16, device)
     for rows in sorted(plan.rows):
         for hidden in plan.hiddens:
-            problem, xs = _problem(rank, world, rows, hidden, group_name, shared)
-            want = _fp64(xs, problem.residual, problem.weight)
+            given, xs = problem(rank, world, rows, hidden, group_name, shared, device)
+            want = _fp64(xs, given.residual, given.weight)
             for name in plan.contenders:
                 # No contender starts while a rank's ordinary kernels are still to run: on a shared GPU it could keep them out.
                 torch.cuda.synchronize()
                 dist.barrier()
-                results.append(_measure_one(name, problem, want, rows, hidden, world))
+                results.append(_measure_one(name, given, want, rows, hidden, world))
                 if name in LEAVES_WORDS:
                     plane.reset(group_name)
                 if plan.partial and rank == 0:

@@ -78,10 +78,7 @@ def parts(room: Room, rows: int, groups: int) -> tuple[Part, ...]:
         few = room.multiprocessors // 2 if wide else 2 * groups
     found = [Part(GROUP_LANES, 1)] if rows * groups * room.waiting_kernels <= few else []
     if not wide:
-        lanes = GROUP_LANES
-        while lanes < groups * GROUP_LANES:
-            lanes *= 2
-        return (*found, Part(lanes, 1))
+        return (*found, Part(GROUP_LANES << (groups - 1).bit_length(), 1))
     loop = Part(512, -(-groups // 4))
     if groups > 8:
         return (*found, Part(512, 1), loop)

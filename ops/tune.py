@@ -40,7 +40,7 @@ class Plan:
         worlds: world sizes, 2 to 8.
         hiddens: H.
         sizes: bytes of ``x``; a size that is no whole number of rows is left out.
-        launches: candidates for the bytes of one two-shot launch.
+        launches: candidates for the bytes of one launch; larger calls are cut.
         timeout: seconds for one world size.
     """
 
@@ -54,13 +54,13 @@ class Plan:
     timeout: float = 500.0
 
     def one_shot_most(self, world: int) -> int:
-        """The largest size that one-shot is tried at. Its plane takes ``world`` times that, twice."""
-        return 16 * MIB if world == 2 else 4 * MIB
+        """The largest size that one-shot is tried at: between two ranks it moves no more bytes than two-shot."""
+        return max(self.sizes) if world == 2 else 4 * MIB
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One algorithm at one shape. ``microseconds`` a call; ``launch_bytes`` of two-shot, else 0."""
+    """One algorithm at one shape. ``microseconds`` a call in launches of ``launch_bytes``; the library has 0."""
 
     world: int
     hidden: int
@@ -100,8 +100,8 @@ def derive(timings: Sequence[Timing], architecture: str, measured: str) -> Entry
 
     The regret of a choice at a shape is its time over the best one there, minus 1; thresholds are measured sizes, and of all
     pairs the one with the least mean regret wins. One noisy figure thus moves a threshold by at most what it costs. Without
-    timings of the library (ranks that share a GPU have none) two-shot has no upper bound. With them, and where two-shot is
-    still ahead at the largest size that was measured, the bound is that size.
+    timings of the library (ranks that share a GPU have none) the algorithm of the largest size has no upper bound. With them,
+    and where the kernels are still ahead at the largest size that was measured, the bound is that size.
 
     Args:
         timings: of one world size.
@@ -129,8 +129,8 @@ def derive(timings: Sequence[Timing], architecture: str, measured: str) -> Entry
             "ones and the library at the rest"
         )
     _, one_shot, two_shot = best
-    # One-shot was timed in one launch at every size.
-    launch = max(launch, -(-one_shot // MIB) * MIB)
+    if one_shot == sizes[-1] and not library:
+        one_shot = UNBOUNDED
     return Entry(architecture, worlds.pop(), one_shot, two_shot, launch, measured)
 
 
@@ -138,12 +138,12 @@ _Shapes = dict[tuple[int, int, int], dict[str, float]]  # (bytes, H, rows) -> al
 
 
 def _by_shape(timings: Sequence[Timing], launch_bytes: int) -> _Shapes:
-    """Two-shot counts with launches of ``launch_bytes``, or with the nearest that was measured."""
-    launches = sorted({t.launch_bytes for t in timings if t.algorithm == "two_shot"})
+    """The kernels count with launches of ``launch_bytes``, or with the nearest that was measured."""
+    launches = sorted({t.launch_bytes for t in timings if t.algorithm != "library"})
     nearest = min(launches, key=lambda n: abs(n - launch_bytes), default=0)
     found: _Shapes = {}
     for t in timings:
-        if t.algorithm != "two_shot" or t.launch_bytes == nearest:
+        if t.algorithm == "library" or t.launch_bytes == nearest:
             found.setdefault((t.size, t.hidden, t.rows), {})[t.algorithm] = t.microseconds
     return found
 
@@ -164,14 +164,15 @@ def _regret(shapes_: _Shapes, one_shot: int, two_shot: int) -> float | None:
 
 
 def _launch_bytes(timings: Sequence[Timing]) -> int:
-    """The smallest launch of two-shot that is on average within ``GROWTH`` of the best, over shapes that it cuts."""
+    """The smallest launch whose faster kernel is on average within ``GROWTH`` of the best, over shapes that it cuts."""
     by_shape: dict[tuple[int, int], dict[int, float]] = {}
     candidates = sorted({t.launch_bytes for t in timings if t.algorithm == "two_shot"})
     if not candidates:
         raise ValueError("no timings of two-shot")
     for t in timings:
-        if t.algorithm == "two_shot" and t.size > candidates[0]:
-            by_shape.setdefault((t.hidden, t.rows), {})[t.launch_bytes] = t.microseconds
+        if t.algorithm != "library" and t.size > candidates[0]:
+            times = by_shape.setdefault((t.hidden, t.rows), {})
+            times[t.launch_bytes] = min(t.microseconds, times.get(t.launch_bytes, t.microseconds))
     whole = [times for times in by_shape.values() if len(times) == len(candidates)]
     if not whole:
         return candidates[-1]
@@ -274,8 +275,7 @@ def save_timings(path: Path, tuned: Sequence[Tuned]) -> None:
 
 def generous(plan: Plan, world: int, table: Sequence[Entry] = TABLE) -> list[Entry]:
     """A table under which the ranks' planes take everything that the plan measures, whatever their architecture."""
-    most = plan.one_shot_most(world)
-    launch = max(*plan.launches, most)  # one-shot is timed in one launch
+    most, launch = plan.one_shot_most(world), max(plan.launches)
     # An entry of an architecture goes before one for "any", so each that the built-in table knows is overridden too.
     names = dict.fromkeys(("any", "any-shared", *(e.architecture for e in table)))
     return [Entry(name, world, most, UNBOUNDED, launch, "generous, for tuning") for name in names]
@@ -293,7 +293,7 @@ def shapes(plan: Plan) -> list[tuple[int, int]]:
 
 @contextlib.contextmanager
 def _launches_of(launch_bytes: int, group_name: str, device: torch.device) -> Iterator[None]:
-    """Inside, two-shot calls that are prepared are cut into launches of this many bytes. The plane stays as it is."""
+    """Inside, calls that are prepared are cut into launches of this many bytes. The plane stays as it is."""
     from . import plane
 
     key = (group_name, device.index, plane.current_stream_class())
@@ -315,7 +315,7 @@ def measure(rank: int, world: int, plan: Plan) -> Measured:
     """
     from . import bench, plane
     from .dispatch import raise_if_failed
-    from .peers import Problem, Unavailable
+    from .peers import Unavailable
 
     group_name = dist.group.WORLD.group_name  # type: ignore[union-attr]
     path = plane.describe_path(group_name)
@@ -326,25 +326,11 @@ def measure(rank: int, world: int, plan: Plan) -> Measured:
     timings: list[Timing] = []
     for hidden, rows in shapes(plan):
         size = rows * hidden * ITEM_BYTES
-        generator = torch.Generator(device).manual_seed(1000 * rows + hidden + rank)
-        common = torch.Generator(device).manual_seed(7)
-        x = torch.randn(rows, hidden, generator=generator, device=device).bfloat16()
-        residual = torch.randn(rows, hidden, generator=common, device=device).bfloat16()
-        weight = torch.randn(hidden, generator=common, device=device).bfloat16()
-        problem = Problem(
-            x=x,
-            residual=residual,
-            weight=weight,
-            eps=bench.EPS,
-            rank=rank,
-            world=world,
-            group_name=group_name,
-            shared=shared,
-        )
+        problem, _ = bench.problem(rank, world, rows, hidden, group_name, shared, device)
         calls = bench.CALLS_A_GRAPH if size <= 2 * MIB else 4
         outputs: dict[str, torch.Tensor] = {}
 
-        def time(algorithm: str, problem: Problem = problem, calls: int = calls, outputs: Any = outputs) -> float:
+        def time(algorithm: str, problem: Any = problem, calls: int = calls, outputs: Any = outputs) -> float:
             # Nothing starts while a rank has ordinary kernels to run: on a shared GPU one that waits could keep them out.
             torch.cuda.synchronize()
             dist.barrier()
@@ -355,15 +341,14 @@ def measure(rank: int, world: int, plan: Plan) -> Measured:
             dist.broadcast_object_list(said, src=0)
             return statistics.median(said[0])
 
-        if size <= plan.one_shot_most(world):
-            timings.append(Timing(world, hidden, rows, "one_shot", time("one_shot")))
-        taken = 0.0
+        algorithms = ("one_shot", "two_shot") if size <= plan.one_shot_most(world) else ("two_shot",)
+        taken: dict[str, float] = {}
         for number, launch in enumerate(sorted(plan.launches)):
             # Launches that take the whole call are all the same.
             if number == 0 or sorted(plan.launches)[number - 1] < size:
                 with _launches_of(launch, group_name, device):
-                    taken = time("two_shot")
-            timings.append(Timing(world, hidden, rows, "two_shot", taken, launch))
+                    taken = {algorithm: time(algorithm) for algorithm in algorithms}
+            timings += [Timing(world, hidden, rows, algorithm, taken[algorithm], launch) for algorithm in algorithms]
         with contextlib.suppress(Unavailable):
             timings.append(Timing(world, hidden, rows, "library", time("library")))
         torch.cuda.synchronize()

@@ -39,7 +39,7 @@ def made_up(world: int, noise: float = 0.0, seed: int = 0, library: bool = True,
             ):
                 continue
             taken = model(world, algorithm, size) * (1 + rng.uniform(-noise, noise))
-            found.append(Timing(world, hidden, rows, algorithm, taken, LAUNCH if algorithm == "two_shot" else 0))
+            found.append(Timing(world, hidden, rows, algorithm, taken, 0 if algorithm == "library" else LAUNCH))
     return found
 
 
@@ -102,13 +102,11 @@ def test_ranks_that_share_a_gpu_have_no_library_and_two_shot_has_no_end() -> Non
 
 
 def test_the_smallest_launch_that_is_nearly_as_fast_is_taken() -> None:
-    base = [t for t in made_up(4) if t.algorithm != "two_shot"]
-
     def with_launches(cost: dict[int, float]) -> list[Timing]:
-        two_shot = [t for t in made_up(4) if t.algorithm == "two_shot"]
-        return base + [
+        return [t for t in made_up(4) if t.algorithm == "library"] + [
             replace(t, launch_bytes=n, microseconds=t.microseconds * (factor if t.size > n else 1.0))
-            for t in two_shot
+            for t in made_up(4)
+            if t.algorithm != "library"
             for n, factor in cost.items()
         ]
 
@@ -117,13 +115,16 @@ def test_the_smallest_launch_that_is_nearly_as_fast_is_taken() -> None:
     assert derive(with_launches({2 * MIB: 1.3, 4 * MIB: 1.3, 8 * MIB: 1.0}), "a", "").launch_bytes == 8 * MIB
 
 
-def test_a_launch_of_one_shot_fits_the_plane_in_one_piece() -> None:
-    timings = [replace(t, launch_bytes=2 * MIB) if t.algorithm == "two_shot" else t for t in made_up(2)]
+def test_one_shot_that_is_always_faster_is_taken_at_every_size_in_launches_like_two_shot() -> None:
+    timings = [replace(t, launch_bytes=2 * MIB) if t.launch_bytes else t for t in made_up(2)]
     fast = [replace(t, microseconds=1.0) if t.algorithm == "one_shot" else t for t in timings]
     found = derive(fast, "sm_90", "here")
-    assert found.one_shot_bytes == 16 * MIB
+    assert (found.one_shot_bytes, found.two_shot_bytes, found.launch_bytes) == (32 * MIB, 32 * MIB, 2 * MIB)
     rows = found.one_shot_bytes // (4096 * 2)
-    assert select("sm_90", 2, torch.bfloat16, 4096, rows, table=[found]).rows_per_launch == rows
+    chosen = select("sm_90", 2, torch.bfloat16, 4096, rows, table=[found])
+    assert (chosen.algorithm, chosen.rows_per_launch) == ("one_shot", 256)
+    shared = derive([t for t in fast if t.algorithm != "library"], "sm_90-shared", "here")
+    assert shared.one_shot_bytes == shared.two_shot_bytes == UNBOUNDED  # there is nothing else to take
 
 
 def test_what_cannot_be_derived_says_why() -> None:
@@ -149,20 +150,11 @@ def test_the_generous_table_takes_every_shape_in_one_launch_on_any_architecture(
         assert thresholds.measured == "generous, for tuning"
         for hidden, rows in shapes(PLAN):
             size = rows * hidden * 2
-            if size <= PLAN.one_shot_most(world):
-                chosen = select(architecture, world, torch.bfloat16, hidden, rows, override="one_shot", table=table)
-                assert chosen.rows_per_launch == rows
-            if size <= max(PLAN.launches):
-                chosen = select(architecture, world, torch.bfloat16, hidden, rows, override="two_shot", table=table)
-                assert chosen.rows_per_launch == rows
+            for algorithm, most in (("one_shot", PLAN.one_shot_most(world)), ("two_shot", UNBOUNDED)):
+                chosen = select(architecture, world, torch.bfloat16, hidden, rows, override=algorithm, table=table)
+                if size <= min(most, max(PLAN.launches)):
+                    assert chosen.rows_per_launch == rows
     assert phase_bytes(entry("sm_90", world, table)) <= 64 * MIB
-
-
-def test_the_generous_table_takes_one_shot_in_one_launch_whatever_launches_two_shot_tries() -> None:
-    plan = replace(PLAN, launches=(2 * MIB,))
-    rows = plan.one_shot_most(2) // (4096 * 2)
-    table = generous(plan, 2)
-    assert select("any", 2, torch.bfloat16, 4096, rows, override="one_shot", table=table).rows_per_launch == rows
 
 
 def test_the_plan_has_whole_rows_of_every_hidden_size_with_the_largest_first() -> None:
@@ -216,7 +208,7 @@ def test_the_table_is_read_through_tpfuse_table(
     assert [len(r["timings"]) for r in json.loads(timings.read_text())] == [len(made_up(w)) for w in (2, 4)]
     # The ranks had room for what was measured, and no algorithm forced on them.
     assert [env["TPFUSE_ALGORITHM"] for env in no_ranks] == ["auto", "auto"]
-    assert entry("sm_90", 2, no_ranks[0]["entries"]).one_shot_bytes == 16 * MIB
+    assert entry("sm_90", 2, no_ranks[0]["entries"]).one_shot_bytes == 32 * MIB
     assert "two-shot up to" in capsys.readouterr().err
 
 
@@ -346,18 +338,21 @@ def test_every_rank_has_the_figures_of_rank_0() -> None:
     assert asked == also_asked
     # A call that two launches take whole is measured once.
     assert asked == [
-        "one_shot 512 x 64 launch 16384",
+        "one_shot 512 x 64 launch 16",
         "two_shot 512 x 64 launch 16",
+        "one_shot 512 x 64 launch 32",
         "two_shot 512 x 64 launch 32",
+        "one_shot 512 x 64 launch 128",
         "two_shot 512 x 64 launch 128",
-        "one_shot 64 x 64 launch 16384",
+        "one_shot 64 x 64 launch 16",
         "two_shot 64 x 64 launch 16",
     ]
     assert (first.architecture, first.facts["gpu"]) == ("sm_90-shared", "NVIDIA H200 shared by the ranks")
     assert [(t.rows, t.algorithm, t.launch_bytes) for t in first.timings] == [
         (rows, algorithm, launch)
         for rows in (512, 64)
-        for algorithm, launch in (("one_shot", 0), *(("two_shot", n) for n in SMALL.launches))
+        for launch in SMALL.launches
+        for algorithm in ("one_shot", "two_shot")
     ]
     assert [t.microseconds for t in first.timings] == [model(2, t.algorithm, t.size) for t in first.timings]
     assert derive(first.timings, first.architecture, "here").two_shot_bytes == UNBOUNDED
