@@ -33,7 +33,7 @@ demo: $(SMOLLM)/.installed
 	$(BIN)/python examples/demo.py --package $(SMOLLM)
 
 test: setup
-	$(BIN)/python -m pytest tests -m "not slow"
+	$(BIN)/python -m pytest tests -m "not slow" --durations=20
 	@echo "The tests marked slow were left out: make test-slow"
 
 test-slow: setup
