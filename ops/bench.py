@@ -175,8 +175,8 @@ def named_geometry(name: str) -> tuple[str, launch_module.Part, int] | None:
 def contender(name: str) -> Callable[[Problem], Call]:
     """What a name stands for: one of :data:`CONTENDERS`, or a geometry.
 
-    ``one-shot:512x2`` is one-shot by programs of 512 threads that hold two steps of a row, on half of the GPU (as the op takes
-    it); ``two-shot:128x4:full`` is two-shot by programs of 128 threads and four steps, on all of it.
+    ``one-shot:512x2`` is one-shot by programs of 512 threads that hold two steps of a row, on half of the GPU;
+    ``two-shot:128x4:full`` is two-shot by programs of 128 threads and four steps, on all of it.
 
     Raises:
         ValueError: the name is neither; the message lists the valid ones.

@@ -1,4 +1,4 @@
-"""From a call to a launch: how many programs, how many groups of a row each, and a cheap way to start a kernel."""
+"""From a call to a launch: how many programs, what part of a row each, and a cheap way to start a kernel."""
 
 from __future__ import annotations
 

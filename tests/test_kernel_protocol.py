@@ -2,8 +2,8 @@
 
 The portable bodies of push, poll and rounding run here; everything else is what a GPU runs. bf16 is rounded by integer
 arithmetic in the kernels, because the interpreter's own cast rounds half away from zero, so the sum and the residual must
-equal the reference bit for bit in every dtype; the norm may differ by one rounding (fp32: eight units in the last place),
-because the kernels add the squares in their own fixed order, and torch in another.
+equal the reference bit for bit in every dtype; the norm may differ by one rounding (fp32: four units in the last place),
+because the kernels add the squares in their own fixed order.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def test_two_hundred_calls_alternate_algorithm_rows_and_width_with_random_delays
             special=rng.choice(("none", "zeros")),
             seed=n,
             programs=rng.choice((1, 2, 3)),
-            lanes=rng.choice((128, 256)),
+            lanes=(128, 256)[n % 2],
         )
         for n in range(200)
     ]
