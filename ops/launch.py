@@ -68,14 +68,14 @@ def parts(room: Room, rows: int, groups: int) -> tuple[Part, ...]:
     """Parts that may share rows out, best first: the measurements behind the order are in docs/measuring.md.
 
     Many programs of 128 threads have the lowest latency for a few wide rows: each has little to push, and the multiprocessors
-    share the work. The price is one more exchange of words for the sum of squares. With more rows on the GPU, one program a
-    row is faster, and the more threads it has, the more loads and stores are in flight.
+    share the work. The price is one more exchange of words for the sum of squares. With more rows on the GPU, or narrower
+    ones, one program a row is faster, and the more threads it has, the more loads and stores are in flight.
     """
     wide = groups > 4
     if room.waiting_kernels > 1:
-        few = room.multiprocessors * (2 if wide else 1)
+        few = room.multiprocessors if wide else room.multiprocessors // 4
     else:
-        few = room.multiprocessors // 2 if wide else 2 * groups
+        few = room.multiprocessors // 2 if wide else 0
     found = [Part(GROUP_LANES, 1)] if rows * groups * room.waiting_kernels <= few else []
     if not wide:
         return (*found, Part(GROUP_LANES << (groups - 1).bit_length(), 1))
@@ -83,7 +83,7 @@ def parts(room: Room, rows: int, groups: int) -> tuple[Part, ...]:
     if groups > 8:
         return (*found, Part(512, 1), loop)
     if room.algorithm == "two_shot":
-        return (*found, Part(1024, 1))
+        return (*found, Part(512, 1), Part(1024, 1))
     if room.world > 4:  # 1024 threads would have too few registers for the words of so many ranks
         return (*found, Part(512, 1), loop)
     return (*found, Part(1024, 1), Part(512, 1), loop)
@@ -184,8 +184,8 @@ def launch_plain(function: Any, programs: int, args: tuple[Any, ...], constexprs
 # of all ranks at once.
 REGISTERS: dict[str, dict[int, int]] = {
     "one_shot of two": {1: 64, 2: 64, 4: 104, 8: 184, 16: 255},
-    "one_shot of few": {1: 64, 2: 80, 4: 104, 8: 184, 16: 255},  # three and four
-    "one_shot of many": {1: 80, 2: 96, 4: 128, 8: 200, 16: 255},
+    "one_shot of few": {1: 64, 2: 64, 4: 104, 8: 184, 16: 255},  # three and four
+    "one_shot of many": {1: 64, 2: 80, 4: 128, 8: 200, 16: 255},
     "two_shot": {1: 64, 2: 80, 4: 120, 8: 184, 16: 255},
 }
 REGISTERS_OF_AN_SM = 65536

@@ -19,12 +19,15 @@ import triton.language as tl
 
 from .memory import load16, poll, store16
 from .words import (
+    lane_sums_of_squares,
+    over_lanes,
+    over_lanes_period,
     over_scalar,
     pack,
     plus,
     plus_scalar,
     rounded,
-    sums_of_squares,
+    sums_over_lanes,
     times,
     times_scalar,
     unpack,
@@ -37,19 +40,32 @@ EPOCHS: tl.constexpr = tl.constexpr(0)  # one word a program: calls so far, modu
 RECORD: tl.constexpr = tl.constexpr(1024)  # what a poll that gave up was waiting for; word 0 is 0 while all is well
 PARTIALS: tl.constexpr = tl.constexpr(1040)  # per program: MAX_GROUPS sums of squares, from the programs of its row
 STATE_WORDS = 1040 + 1024 * 16
+# Behind the state of a kernel with stamps, which has to be larger: for each phase and program eight int64, in nanoseconds.
+STAMPS: tl.constexpr = tl.constexpr(STATE_WORDS // 2)
+STAMP_NAMES = ("launched", "begun", "pushed", "reduced", "received", "finished")
+STAMP_WORDS = 2 * 1024 * 8 * 2
 
 
 @triton.jit
-def load_values(pointer, element, active, DTYPE: tl.constexpr, VALUES: tl.constexpr, PTX: tl.constexpr):
-    """``VALUES`` consecutive values a lane, as fp32, starting at ``element`` (an int64 offset in values)."""
+def load_words(pointer, element, active, DTYPE: tl.constexpr, VALUES: tl.constexpr, PTX: tl.constexpr):
+    """The words of ``VALUES`` consecutive values a lane from ``element`` (an int64 offset in values): four, or eight."""
     if DTYPE == tl.float32:
         address = pointer.to(tl.int64) + element * 4
-        values = unpack(load16(address, active, PTX), DTYPE)
+        words = load16(address, active, PTX)
         if VALUES == 8:
-            values = values + unpack(load16(address + 16, active, PTX), DTYPE)
-        return values
+            words = words + load16(address + 16, active, PTX)
+        return words
     else:
-        return unpack(load16(pointer.to(tl.int64) + element * 2, active, PTX), DTYPE)
+        return load16(pointer.to(tl.int64) + element * 2, active, PTX)
+
+
+@triton.jit
+def values_of(words, DTYPE: tl.constexpr):
+    """The fp32 values of what :func:`load_words` returned."""
+    values = unpack((words[0], words[1], words[2], words[3]), DTYPE)
+    if len(words) == 8:
+        values = values + unpack((words[4], words[5], words[6], words[7]), DTYPE)
+    return values
 
 
 @triton.jit
@@ -67,9 +83,9 @@ def store_values(pointer, element, values, active, DTYPE: tl.constexpr, PTX: tl.
 
 @triton.jit
 def affine(values, shift, scale, C: tl.constexpr, PTX: tl.constexpr):
-    """Bias, then scale, each rounded to the dtype as eager mode does."""
+    """Bias (its words), then scale, each rounded to the dtype as eager mode does."""
     if C.bias != "none":
-        values = rounded(plus(values, shift), C.dtype, PTX)
+        values = rounded(plus(values, values_of(shift, C.dtype)), C.dtype, PTX)
     if C.scaled:
         values = rounded(times_scalar(values, scale), C.dtype, PTX)
     return values
@@ -77,7 +93,8 @@ def affine(values, shift, scale, C: tl.constexpr, PTX: tl.constexpr):
 
 @triton.jit
 def gain_of(weight, C: tl.constexpr, PTX: tl.constexpr):
-    """The gain of the norm in the flavour's gain dtype."""
+    """The gain of the norm in the flavour's gain dtype, from the words of the weight."""
+    weight = values_of(weight, C.weight_dtype)
     if C.gain_dtype != C.weight_dtype:
         weight = rounded(weight, C.gain_dtype, PTX)
     if C.one_plus:
@@ -105,29 +122,44 @@ def normalised(values, mean, weight, eps, C: tl.constexpr, PTX: tl.constexpr):
 
 
 @triton.jit
-def exchange(partials, part, row, state, phase, watch, C: tl.constexpr, S: tl.constexpr):
-    """The sum of squares, fp64, of a row whose groups are held by ``S.split`` neighbouring programs, one item each.
+def announce(sums, part, state, S: tl.constexpr):
+    """Write the sums of squares of this program's groups into the area of every program of its row.
 
-    Every program writes its partial sums into the area of every program of the row, polls its own area and restores
-    its zeros: push and poll again, within one GPU. A partial sum is not negative, so its sign bit marks it as written.
-    The kernel boundary orders the zeros before the next call's writes: one phase is enough.
+    A sum is not negative, so its sign bit marks it as written. A masked tl.store, not push: where a tensor has fewer elements
+    than there are threads, inline PTX would store again from the replicas, perhaps after the reader restored its zeros.
     """
     STEPS: tl.constexpr = S.steps
     GROUPS: tl.constexpr = S.groups_a_step
-    WORDS: tl.constexpr = S.split * S.groups
     first = tl.program_id(0) - part
     readers = tl.arange(0, MAX_GROUPS)
-    for i in tl.static_range(STEPS):
-        word = partials[i].to(tl.int32, bitcast=True) | (-2147483648)
-        areas = state + PARTIALS + (first + readers) * MAX_GROUPS + (part * S.steps + i) * GROUPS
-        # A masked tl.store, not push: with fewer elements than threads inline PTX would store again from the replicas,
-        # perhaps after the reader restored its zeros.
-        if GROUPS == 1:
-            tl.store(areas, tl.zeros((MAX_GROUPS,), tl.int32) + word, mask=readers < S.split)
-        else:
-            places = areas[None, :] + tl.arange(0, GROUPS)[:, None]
-            words = tl.zeros((GROUPS, MAX_GROUPS), tl.int32) + word[:, None]
-            tl.store(places, words, mask=(readers < S.split)[None, :])
+    if S.ptx:
+        PERIOD: tl.constexpr = over_lanes_period(S.steps, S.groups_a_step)
+        word = over_lanes(sums, GROUPS, False).to(tl.int32, bitcast=True) | (-2147483648)
+        lane = tl.arange(0, S.lanes)
+        place = state + PARTIALS + (first + lane // PERIOD) * MAX_GROUPS + part * S.groups + lane % PERIOD
+        tl.store(place, word, mask=(lane // PERIOD < S.split) & (lane % PERIOD < S.groups))
+    else:
+        for i in tl.static_range(STEPS):
+            word = sums_over_lanes(sums[i], GROUPS).to(tl.int32, bitcast=True) | (-2147483648)
+            areas = state + PARTIALS + (first + readers) * MAX_GROUPS + (part * S.steps + i) * GROUPS
+            if GROUPS == 1:
+                tl.store(areas, tl.zeros((MAX_GROUPS,), tl.int32) + word, mask=readers < S.split)
+            else:
+                places = areas[None, :] + tl.arange(0, GROUPS)[:, None]
+                words = tl.zeros((GROUPS, MAX_GROUPS), tl.int32) + word[:, None]
+                tl.store(places, words, mask=(readers < S.split)[None, :])
+
+
+@triton.jit
+def exchange(sums, part, row, state, phase, watch, C: tl.constexpr, S: tl.constexpr):
+    """The sum of squares, fp32, of a row whose groups are held by ``S.split`` neighbouring programs, one item each.
+
+    Push and poll again, within one GPU: every program announces its sums, polls its own area, and restores its zeros when
+    it has nothing else to do (:func:`restore`). The kernel boundary orders them before the next call's writes: one phase
+    is enough.
+    """
+    WORDS: tl.constexpr = S.split * S.groups
+    announce(sums, part, state, S)
     mine = state + PARTIALS + tl.program_id(0) * MAX_GROUPS
     words = poll(
         mine.to(tl.int64),
@@ -143,12 +175,26 @@ def exchange(partials, part, row, state, phase, watch, C: tl.constexpr, S: tl.co
         WAIT=S.wait,
         PTX=S.ptx,
     )
-    tl.debug_barrier()  # every warp polls the same words: none may restore them before all have seen them
-    tl.store(mine + readers, tl.zeros((MAX_GROUPS,), tl.int32))
-    total = (words[0] & 0x7FFFFFFF).to(tl.float32, bitcast=True).to(tl.float64)
-    for i in tl.static_range(1, WORDS):
-        total += (words[i] & 0x7FFFFFFF).to(tl.float32, bitcast=True).to(tl.float64)
-    return total
+    totals = ()
+    for i in tl.static_range(WORDS):
+        totals = totals + ((words[i] & 0x7FFFFFFF).to(tl.float32, bitcast=True).to(tl.float64),)
+    # In pairs: exact as any other order, and the fewest additions in a row.
+    for _ in tl.static_range(4):
+        pairs = ()
+        for i in tl.static_range(len(totals) // 2):
+            pairs = pairs + (totals[2 * i] + totals[2 * i + 1],)
+        if len(totals) % 2 == 1:
+            pairs = pairs + (totals[len(totals) - 1],)
+        totals = pairs
+    return totals[0].to(tl.float32)
+
+
+@triton.jit
+def restore(state):
+    """The zeros of what :func:`exchange` polled."""
+    tl.debug_barrier()  # every warp polled the same words: none may restore them before all have seen them
+    places = state + PARTIALS + tl.program_id(0) * MAX_GROUPS + tl.arange(0, MAX_GROUPS)
+    tl.store(places, tl.zeros((MAX_GROUPS,), tl.int32))
 
 
 @triton.jit
@@ -156,18 +202,22 @@ def mean_of_squares(held, part, row, state, phase, watch, C: tl.constexpr, S: tl
     """Mean of squares of a row from the words of the groups that this program holds."""
     STEPS: tl.constexpr = S.steps
     GROUPS: tl.constexpr = S.groups_a_step
-    partials = ()
+    sums = ()
     for i in tl.static_range(STEPS):
-        partials = partials + (sums_of_squares(unpack(held[i], C.dtype), GROUPS),)
+        sums = sums + (lane_sums_of_squares(unpack(held[i], C.dtype)),)
     if S.split > 1:
-        total = exchange(partials, part, row, state, phase, watch, C, S)
+        total = exchange(sums, part, row, state, phase, watch, C, S)
+    elif S.ptx:
+        total = over_lanes(sums, GROUPS, True)
     else:
-        total = partials[0].to(tl.float64)
+        groups = sums_over_lanes(sums[0], GROUPS).to(tl.float64)
         for i in tl.static_range(1, STEPS):
-            total += partials[i].to(tl.float64)
-        if GROUPS > 1:
-            total = tl.sum(total, axis=0)
-    return tl.math.div_rn(total.to(tl.float32), C.hidden * 1.0)
+            groups += sums_over_lanes(sums[i], GROUPS).to(tl.float64)
+        total = (tl.sum(groups, axis=0) if GROUPS > 1 else groups).to(tl.float32)
+    if C.hidden & (C.hidden - 1) == 0:
+        return total * (1.0 / C.hidden)  # the same bits as the division
+    else:
+        return tl.math.div_rn(total, C.hidden * 1.0)
 
 
 @triton.jit
@@ -179,7 +229,10 @@ def lane_elements(part, i: tl.constexpr, C: tl.constexpr, S: tl.constexpr):
 
 @triton.jit
 def prefetch(row, part, i: tl.constexpr, io, C: tl.constexpr, S: tl.constexpr):
-    """Residual, bias and (for short programs) weight of one step, loaded before the poll so that the wait hides them."""
+    """Words of residual, bias and (for short programs) weight of one step, loaded before the poll so that the wait hides them.
+
+    Words, not values: a value would have to be there before the poll begins, and takes twice the registers.
+    """
     element, active = lane_elements(part, i, C, S)
     row_start = row.to(tl.int64) * C.hidden
     residual, weight, bias = io[0], io[1], io[2]
@@ -187,13 +240,13 @@ def prefetch(row, part, i: tl.constexpr, io, C: tl.constexpr, S: tl.constexpr):
     b = ()
     w = ()
     if C.has_residual and (S.steps <= 2 or not C.post_norm):
-        r = load_values(residual, row_start + element, active, C.dtype, C.values, S.ptx)
+        r = load_words(residual, row_start + element, active, C.dtype, C.values, S.ptx)
     if C.bias == "row":
-        b = load_values(bias, element.to(tl.int64), active, C.dtype, C.values, S.ptx)
+        b = load_words(bias, element.to(tl.int64), active, C.dtype, C.values, S.ptx)
     if C.bias == "full":
-        b = load_values(bias, row_start + element, active, C.dtype, C.values, S.ptx)
+        b = load_words(bias, row_start + element, active, C.dtype, C.values, S.ptx)
     if C.has_weight and S.steps <= 2:
-        w = load_values(weight, element.to(tl.int64), active, C.weight_dtype, C.values, S.ptx)
+        w = load_words(weight, element.to(tl.int64), active, C.weight_dtype, C.values, S.ptx)
     return (r, b, w)
 
 
@@ -218,7 +271,7 @@ def accept(
     element, active = lane_elements(part, i, C, S)
     values = affine(reduced, loads[1], scale, C, S.ptx)
     if C.has_residual and not C.post_norm:
-        values = plus(loads[0], values)
+        values = plus(values_of(loads[0], C.dtype), values)
     words = pack(values, C.dtype, S.ptx)
     if not C.post_norm:
         address = io[4].to(tl.int64) + (row.to(tl.int64) * C.hidden + element) * C.item_bytes
@@ -258,7 +311,7 @@ def finish(
             if S.steps <= 2:
                 gain = loads[i][2]
             else:
-                gain = load_values(weight, element.to(tl.int64), active, C.weight_dtype, C.values, S.ptx)
+                gain = load_words(weight, element.to(tl.int64), active, C.weight_dtype, C.values, S.ptx)
         out = normalised(unpack(held[i], C.dtype), mean, gain, eps, C, S.ptx)
         store_values(normed, row_start + element, out, active, C.out_dtype, S.ptx)
         if C.post_norm:
@@ -266,6 +319,8 @@ def finish(
             if S.steps <= 2:
                 r = loads[i][0]
             else:
-                r = load_values(residual, row_start + element, active, C.dtype, C.values, S.ptx)
-            total = plus(r, rounded(out, C.out_dtype, S.ptx))
+                r = load_words(residual, row_start + element, active, C.dtype, C.values, S.ptx)
+            total = plus(values_of(r, C.dtype), rounded(out, C.out_dtype, S.ptx))
             store_values(residual_out, row_start + element, total, active, C.residual_dtype, S.ptx)
+    if S.split > 1:
+        restore(state)

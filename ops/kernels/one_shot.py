@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .epilogue import EPOCHS, MAX_PROGRAMS, RECORD, accept, finish, lane_elements, prefetch
+from .epilogue import EPOCHS, MAX_PROGRAMS, RECORD, STAMPS, accept, finish, lane_elements, prefetch
 from .memory import clear, load16, marked, poll, push
 from .words import plus, plus_scalar, rounded, unpack
 
@@ -29,18 +29,30 @@ def sum_over_ranks(words, C: tl.constexpr, S: tl.constexpr):
 
 
 @triton.jit
-def own_words(x, row, part, allowed, C: tl.constexpr, S: tl.constexpr):
-    """What this rank pushes of its part of a row: marked words, one tuple a step. All loads are in flight before any push."""
+def own_part(x, item, allowed, C: tl.constexpr, S: tl.constexpr):
+    """This rank's words of an item, one tuple a step. All loads are in flight before any push."""
     STEPS: tl.constexpr = S.steps
+    row = item // S.split
     held = ()
     for i in tl.static_range(STEPS):
-        element, active = lane_elements(part, i, C, S)
+        element, active = lane_elements(item % S.split, i, C, S)
         source = x.to(tl.int64) + (row.to(tl.int64) * C.hidden + element) * C.item_bytes
         held = held + (load16(source, active & allowed, S.ptx),)
-    words = ()
+    return held
+
+
+@triton.jit
+def push_to_peers(held, item, allowed, bases, offset, rank, C: tl.constexpr, S: tl.constexpr):
+    """Push what :func:`own_part` returned to every other rank."""
+    STEPS: tl.constexpr = S.steps
+    WORLD: tl.constexpr = S.world
+    row = item // S.split
     for i in tl.static_range(STEPS):
-        words = words + (marked(held[i], C.zero_mark),)
-    return words
+        words = marked(held[i], C.zero_mark)
+        element, active = lane_elements(item % S.split, i, C, S)
+        slot = offset + (row.to(tl.int64) * S.world + rank) * C.row_bytes + element * C.item_bytes
+        for r in tl.static_range(WORLD):
+            push(bases[r] + slot, words, active & allowed & (r != rank).to(tl.int32), S.ptx)
 
 
 @triton.jit
@@ -92,6 +104,24 @@ def end(state, phase):
         )
 
 
+@triton.jit
+def now(S: tl.constexpr):
+    """Nanoseconds of the GPU's clock, as the first warp sees it; 0 unless the variant keeps stamps."""
+    if S.stamps:
+        return tl.extra.cuda.globaltimer()
+    else:
+        return tl.full((), 0, tl.int64)
+
+
+@triton.jit
+def keep_stamps(state, phase, times, S: tl.constexpr):
+    """Leave ``times``, see ``epilogue.STAMP_NAMES``, behind the state."""
+    if S.stamps:
+        place = state.to(tl.pointer_type(tl.int64)) + STAMPS + (phase * MAX_PROGRAMS + tl.program_id(0)) * 8
+        for i in tl.static_range(len(times)):
+            tl.store(place + i, times[i])
+
+
 @triton.jit(do_not_specialize=["rank", "rows", "phase_bytes", "limit"])
 def one_shot_kernel(
     x,
@@ -123,6 +153,7 @@ def one_shot_kernel(
     WORLD: tl.constexpr = S.world
     PDL: tl.constexpr = S.pdl  # Triton 3.6 passes no plain string on
     STEPS: tl.constexpr = S.steps
+    launched = now(S)
     # The table of planes never changes: the only thing that may be read before the previous kernel has ended.
     bases = ()
     for r in tl.static_range(WORLD):
@@ -130,23 +161,25 @@ def one_shot_kernel(
     own_base = tl.load(peers + rank)
     host_record = tl.load(peers + S.world)
     wait_for_previous_kernel(PDL)
+    begun = now(S)
+    first = tl.program_id(0)
+    items = rows * S.split
+    has_first = (first < items).to(tl.int32)
+    # Before the phase is asked for: both are on their way together.
+    held = own_part(x, first, has_first, C, S)
     phase = begin(state)
     limit = give_up_limit(state, limit)
-    own_plane = own_base + phase.to(tl.int64) * phase_bytes
+    offset = phase.to(tl.int64) * phase_bytes
+    own_plane = own_base + offset
     io = (residual, weight, bias, normed, residual_out)
     watch = ((state + RECORD).to(tl.int64), host_record, limit)
-    items = rows * S.split
     # All pushes first: the later ones travel while the first rows are being reduced.
-    for item in range(tl.program_id(0), items, tl.num_programs(0)):
-        row = item // S.split
-        words = own_words(x, row, item % S.split, 1, C, S)
-        for i in tl.static_range(STEPS):
-            element, active = lane_elements(item % S.split, i, C, S)
-            slot = (row.to(tl.int64) * S.world + rank) * C.row_bytes + element * C.item_bytes
-            for r in tl.static_range(WORLD):
-                peer = bases[r] + phase.to(tl.int64) * phase_bytes
-                push(peer + slot, words[i], active & (r != rank).to(tl.int32), S.ptx)
-    for item in range(tl.program_id(0), items, tl.num_programs(0)):
+    push_to_peers(held, first, has_first, bases, offset, rank, C, S)
+    for item in range(first + tl.num_programs(0), items, tl.num_programs(0)):
+        push_to_peers(own_part(x, item, 1, C, S), item, 1, bases, offset, rank, C, S)
+    pushed = now(S)
+    received = pushed
+    for item in range(first, items, tl.num_programs(0)):
         row = item // S.split
         part = item % S.split
         loads = ()
@@ -176,10 +209,12 @@ def one_shot_kernel(
                 WAIT=S.wait,
                 PTX=S.ptx,
             )
+            received = now(S)
             for r in tl.static_range(WORLD):
                 clear(slots + r * C.row_bytes, active & (r != rank).to(tl.int32), S.ptx)
             reduced = sum_over_ranks(words, C, S)
             held = held + (accept(reduced, row, part, i, io, scale, load, C, S),)
         finish(held, row, part, io, state, phase, watch, eps, loads, C, S)
     end(state, phase)
+    keep_stamps(state, phase, (launched, begun, pushed, pushed, received, now(S)), S)
     let_next_kernel_start(PDL)

@@ -18,8 +18,10 @@ from .one_shot import (
     begin,
     end,
     give_up_limit,
+    keep_stamps,
     let_next_kernel_start,
-    own_words,
+    now,
+    own_part,
     sum_over_ranks,
     wait_for_previous_kernel,
 )
@@ -38,6 +40,24 @@ def item_of(turn, S: tl.constexpr):
         return turn * programs + tl.program_id(0)
     else:
         return turn * programs + (tl.program_id(0) + turn) % programs
+
+
+@triton.jit
+def for_others(item, items, rank, S: tl.constexpr):
+    """1 where the item exists and another rank owns its row."""
+    return ((item < items) & (item // S.split % S.world != rank)).to(tl.int32)
+
+
+@triton.jit
+def push_to_owner(held, item, allowed, peers, offset, rank, C: tl.constexpr, S: tl.constexpr):
+    """Push what ``own_part`` returned to the owner of its row."""
+    STEPS: tl.constexpr = S.steps
+    row = item // S.split
+    slot = (row // S.world * S.world + rank).to(tl.int64) * C.row_bytes
+    target = tl.load(peers + row % S.world) + offset + slot
+    for i in tl.static_range(STEPS):
+        element, active = lane_elements(item % S.split, i, C, S)
+        push(target + element * C.item_bytes, marked(held[i], C.zero_mark), active & allowed, S.ptx)
 
 
 @triton.jit(do_not_specialize=["rank", "rows", "phase_bytes", "limit"])
@@ -68,9 +88,16 @@ def two_shot_kernel(
     WORLD: tl.constexpr = S.world
     PDL: tl.constexpr = S.pdl  # Triton 3.6 passes no plain string on
     STEPS: tl.constexpr = S.steps
+    launched = now(S)
     own_base = tl.load(peers + rank)
     host_record = tl.load(peers + S.world)
     wait_for_previous_kernel(PDL)
+    begun = now(S)
+    items = rows * S.split
+    turns = (items + tl.num_programs(0) - 1) // tl.num_programs(0)
+    first = item_of(0, S)
+    # Before the phase is asked for: both are on their way together.
+    to_push = own_part(x, first, for_others(first, items, rank, S), C, S)
     phase = begin(state)
     limit = give_up_limit(state, limit)
     offset = phase.to(tl.int64) * phase_bytes
@@ -78,21 +105,14 @@ def two_shot_kernel(
     io = (residual, weight, bias, normed, residual_out)
     watch = ((state + RECORD).to(tl.int64), host_record, limit)
     gather = ((rows + S.world - 1) // S.world * S.world).to(tl.int64) * C.row_bytes
-    items = rows * S.split
-    turns = (items + tl.num_programs(0) - 1) // tl.num_programs(0)
 
-    for turn in range(0, turns):
+    push_to_owner(to_push, first, for_others(first, items, rank, S), peers, offset, rank, C, S)
+    for turn in range(1, turns):
         item = item_of(turn, S)
-        row = item // S.split
-        owner = row % S.world
-        inside = ((item < items) & (owner != rank)).to(tl.int32)
-        slot = ((row // S.world * S.world + rank).to(tl.int64)) * C.row_bytes
-        target = tl.load(peers + owner) + offset
-        words = own_words(x, row, item % S.split, inside, C, S)
-        for i in tl.static_range(STEPS):
-            element, active = lane_elements(item % S.split, i, C, S)
-            push(target + slot + element * C.item_bytes, words[i], active & inside, S.ptx)
+        inside = for_others(item, items, rank, S)
+        push_to_owner(own_part(x, item, inside, C, S), item, inside, peers, offset, rank, C, S)
 
+    pushed = now(S)
     for turn in range(0, turns):
         item = item_of(turn, S)
         row = item // S.split
@@ -122,6 +142,8 @@ def two_shot_kernel(
                 for r in tl.static_range(WORLD):
                     push(tl.load(peers + r) + offset + place, total, active, S.ptx)
 
+    reduced_all = now(S)
+    received = reduced_all
     for turn in range(0, turns):
         item = item_of(turn, S)
         if item < items:
@@ -153,10 +175,12 @@ def two_shot_kernel(
                     WAIT=S.wait,
                     PTX=S.ptx,
                 )
+                received = now(S)
                 clear(place, active, S.ptx)
                 # + 0.0 takes the mark's sign away again.
                 reduced = plus_scalar(unpack(words, C.dtype), 0.0)
                 held = held + (accept(reduced, row, part, i, io, scale, load, C, S),)
             finish(held, row, part, io, state, phase, watch, eps, loads, C, S)
     end(state, phase)
+    keep_stamps(state, phase, (launched, begun, pushed, reduced_all, received, now(S)), S)
     let_next_kernel_start(PDL)

@@ -32,9 +32,9 @@ def unpack(words, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def half_bits(value, DTYPE: tl.constexpr, PTX: tl.constexpr):
+def half_bits(value, DTYPE: tl.constexpr):
     """The 16 bits of ``value`` rounded to nearest even, as the low half of an int32 whose upper half is zero."""
-    if DTYPE == tl.bfloat16 and not PTX:
+    if DTYPE == tl.bfloat16:
         # Written out: the interpreter rounds fp32 to bf16 half away from zero.
         bits = value.to(tl.int32, bitcast=True)
         bits = tl.where(value != value, 0x7FFF0000, bits + 0x7FFF + ((bits >> 16) & 1))
@@ -50,10 +50,20 @@ def pack(values, DTYPE: tl.constexpr, PTX: tl.constexpr):
     for i in tl.static_range(4):
         if DTYPE == tl.float32:
             words = words + (values[i].to(tl.int32, bitcast=True),)
+        elif PTX:
+            # Left to itself LLVM converts most values one by one, at a quarter of the rate of pairs.
+            words = words + (
+                tl.inline_asm_elementwise(
+                    "cvt.rn.bf16x2.f32 $0, $2, $1;" if DTYPE == tl.bfloat16 else "cvt.rn.f16x2.f32 $0, $2, $1;",
+                    "=r,f,f",
+                    [values[2 * i], values[2 * i + 1]],
+                    dtype=tl.int32,
+                    is_pure=True,
+                    pack=1,
+                ),
+            )
         else:
-            low = half_bits(values[2 * i], DTYPE, PTX)
-            high = half_bits(values[2 * i + 1], DTYPE, PTX)
-            words = words + (low | (high << 16),)
+            words = words + (half_bits(values[2 * i], DTYPE) | (half_bits(values[2 * i + 1], DTYPE) << 16),)
     return words
 
 
@@ -110,15 +120,84 @@ def over_scalar(a, s):
 
 
 @triton.jit
-def sums_of_squares(values, GROUPS: tl.constexpr):
-    """Sums of squares of ``GROUPS`` groups of 128 lanes, each in a fixed order: pairs within a lane, then one tree over the
-    lanes. A scalar for one group."""
+def lane_sums_of_squares(values):
+    """Sum of squares of the values of each lane, in pairs."""
     s = times(values, values)
     if len(s) == 8:
-        lane = ((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7]))
+        return ((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7]))
     else:
-        lane = (s[0] + s[1]) + (s[2] + s[3])
+        return (s[0] + s[1]) + (s[2] + s[3])
+
+
+@triton.constexpr_function
+def over_lanes_asm(steps, groups_a_step, whole):
+    """PTX that sums ``steps`` values a thread over groups of 128 threads; ``whole``: and the groups in fp64.
+
+    Every thread gets the sum over all groups, or, without ``whole``, thread ``t`` that of group ``t`` modulo
+    :func:`over_lanes_period`. One tree a warp, the sums of all warps through shared memory, four of them a group. Triton's own
+    reduction goes through shared memory three times, with six barriers.
+    """
+    groups, period = steps * groups_a_step, over_lanes_period(steps, groups_a_step)
+    lines = ["{", f".shared .align 16 .b32 sums[{4 * groups}];", ".reg .pred %p;", ".reg .b64 %d, %e;"]
+    lines += [".reg .b32 %v, %o, %a, %b, %c, %t, %s, %r, %lo, %hi;"]
+    lines += [
+        "mov.u32 %t, %tid.x;",
+        "mov.u32 %s, sums;",
+        "shr.u32 %r, %t, 5;",
+        "shl.b32 %r, %r, 2;",
+        "add.u32 %r, %r, %s;",
+    ]
+    lines += ["and.b32 %o, %t, 31;", "setp.eq.u32 %p, %o, 0;"]
+    lines += ["bar.sync 0;"]  # all warps have read what a previous row left
+    for step in range(steps):
+        lines += [f"mov.b32 %v, ${step + 1};"]
+        for distance in (16, 8, 4, 2, 1):
+            lines += [f"shfl.sync.bfly.b32 %o, %v, {distance}, 31, 0xffffffff;", "add.rn.f32 %v, %v, %o;"]
+        lines += [f"@%p st.shared.b32 [%r+{16 * groups_a_step * step}], %v;"]
+    lines += ["bar.sync 0;", f"and.b32 %o, %t, {period - 1};", f"setp.lt.u32 %p, %o, {groups};"]
+    lines += ["shl.b32 %o, %o, 4;", "add.u32 %s, %s, %o;"]
+    lines += [f"mov.b32 {one}, 0;" for one in ("%v", "%a", "%b", "%c")]
+    lines += ["@%p ld.shared.v4.b32 {%v, %a, %b, %c}, [%s];"]
+    lines += ["add.rn.f32 %v, %v, %b;", "add.rn.f32 %a, %a, %c;", "add.rn.f32 %v, %v, %a;"]
+    if whole and groups > 1:
+        lines += ["cvt.f64.f32 %d, %v;"]
+        for distance in (8, 4, 2, 1):
+            if distance < period:
+                lines += ["mov.b64 {%lo, %hi}, %d;"]
+                lines += [f"shfl.sync.bfly.b32 {half}, {half}, {distance}, 31, 0xffffffff;" for half in ("%lo", "%hi")]
+                lines += ["mov.b64 %e, {%lo, %hi};", "add.rn.f64 %d, %d, %e;"]
+        lines += ["cvt.rn.f32.f64 %v, %d;"]
+    return "\n".join([*lines, "mov.b32 $0, %v;", "}"])
+
+
+@triton.constexpr_function
+def over_lanes_period(steps, groups_a_step):
+    """The power of two that is not below the number of groups."""
+    return 1 << (steps * groups_a_step - 1).bit_length()
+
+
+@triton.constexpr_function
+def over_lanes_constraints(steps):
+    return "=f" + ",f" * steps
+
+
+@triton.jit
+def over_lanes(values, GROUPS_A_STEP: tl.constexpr, WHOLE: tl.constexpr):
+    """See :func:`over_lanes_asm`: a tensor over lanes. ``values``: one fp32 tensor over lanes a step."""
+    return tl.inline_asm_elementwise(
+        over_lanes_asm(len(values), GROUPS_A_STEP, WHOLE),
+        over_lanes_constraints(len(values)),
+        values,
+        dtype=tl.float32,
+        is_pure=False,  # all threads meet in it
+        pack=1,
+    )
+
+
+@triton.jit
+def sums_over_lanes(values, GROUPS: tl.constexpr):
+    """The portable body for one step: the sums of ``GROUPS`` groups of 128 lanes, a scalar for one group."""
     if GROUPS == 1:
-        return tl.sum(lane, axis=0)
+        return tl.sum(values, axis=0)
     else:
-        return tl.sum(tl.reshape(lane, (GROUPS, 128)), axis=1)
+        return tl.sum(tl.reshape(values, (GROUPS, 128)), axis=1)
