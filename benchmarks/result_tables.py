@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from stages import STAGES
 from tpfuse.ops import bench
 
 RESULTS = Path(__file__).parent / "results"
@@ -32,17 +33,18 @@ def head(cells: Sequence[object]) -> Iterator[str]:
 
 
 def kernel_tables(results: Sequence[bench.Result], contenders: Sequence[str]) -> Iterator[str]:
-    """How ``tpfuse`` compares with every contender, then microseconds a call at every shape."""
+    """How ``tpfuse``, where it takes part, compares with every contender, then microseconds a call at every shape."""
     present = list(dict.fromkeys(r.contender for r in results if r.median))
     names = [c for c in contenders if c in present] or present
-    yield from head(("tpfuse against", "shapes", "geometric mean", "worst", "where"))
-    for other in [n for n in names if n != "tpfuse"]:
-        by = bench.ratios(results, "tpfuse", other)
-        if by:
-            worst = max(by, key=lambda k: by[k])
-            where = f"W = {worst[0]}, {worst[1]} rows, H = {worst[2]}"
-            yield row((other, len(by), f"{bench.geometric_mean(list(by.values())):.3f}", f"{by[worst]:.3f}", where))
-    yield ""
+    if "tpfuse" in names:
+        yield from head(("tpfuse against", "shapes", "geometric mean", "worst", "where"))
+        for other in [n for n in names if n != "tpfuse"]:
+            by = bench.ratios(results, "tpfuse", other)
+            if by:
+                worst = max(by, key=lambda k: by[k])
+                where = f"W = {worst[0]}, {worst[1]} rows, H = {worst[2]}"
+                yield row((other, len(by), f"{bench.geometric_mean(list(by.values())):.3f}", f"{by[worst]:.3f}", where))
+        yield ""
     yield from head(("W", "H", "rows", *names))
     found = {(r.contender, r.world, r.hidden, r.rows): r.median for r in results}
     for world, hidden, rows in sorted({(r.world, r.hidden, r.rows) for r in results}):
@@ -72,11 +74,23 @@ def model_tables(lines: Sequence[dict[str, Any]]) -> Iterator[str]:
         )
 
 
+def stage_tables(found: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Where the time of a call goes, microseconds."""
+    yield from head(("W", "H", "rows", "kernel", "dependent launch", *STAGES))
+    for one in found:
+        kernel = f"{one['algorithm'].replace('_', '-')}, {one['programs']} programs of {one['part']}"
+        times = (f"{one['ns'][stage] / 1000:.2f}" if stage in one["ns"] else "" for stage in STAGES)
+        waits = "" if one["wait"] else ", floor"
+        yield row((one["world"], one["hidden"], one["rows"], kernel + waits, one["pdl"], *times))
+
+
 def tables(path: Path, contenders: Sequence[str] = ()) -> str:
     """The Markdown of one file of results."""
     stored = json.loads(path.read_text())
     if "lines" in stored:
         return "\n".join(model_tables(stored["lines"]))
+    if "stages" in stored:
+        return "\n".join(stage_tables(stored["stages"]))
     return "\n".join(kernel_tables(bench.load(path), contenders))
 
 

@@ -5,7 +5,7 @@
 The kernels are the op's own, compiled to keep the times of their stages (``Variant.stamps``); calls follow one another in a
 CUDA graph and the last one of each replay counts. A stage is what the first warp of a program sees: the median over programs,
 ranks and replays. ``boundary`` is from the last program of a call to the first one of the next on the same rank; ``skew`` is
-between the first and the last rank to begin (only where ranks share a GPU and so a clock).
+between the first and the last rank to begin: only where ranks share a GPU, and so a clock, and wait for one another.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def stages(rank: int, world: int, rows: int, hidden: int, algorithm: str, wait: 
             found["call"].append(max(program[-1] for program in last) - end_before)
             for number, stage in enumerate(BETWEEN):
                 found[stage] += [program[number + 1] - program[number] for program in last]
-        if shared:
+        if shared and wait:
             begun = [min(program[1] for program in last) for _, last in everyone]
             found["skew"].append(max(begun) - min(begun))
     if not wait:

@@ -55,11 +55,10 @@ class Entry:
 KIB, MIB = 1 << 10, 1 << 20
 _MODEL = "model of NVLink4 (370 GB/s, 1.25 us a round), not yet measured"
 _NVLINK = (
-    "two H100s, NVLink4, 2026-11-24, H 4096 to 8192, 1 to 4096 rows (64 MiB): docs/measuring.md. One-shot is the fastest at "
+    "two H100s, NVLink4, 2026-11-25, H 4096 to 8192, 1 to 4096 rows (64 MiB): docs/measuring.md. One-shot is the fastest at "
     "every size; larger ones were not measured"
 )
-_SHARED = "one H100 and one H200 shared by the ranks under MPS, 2026-11-24, 1 to 4096 rows: docs/measuring.md"
-_SHARED_8 = "one H100 shared by the ranks under MPS, 2026-11-24, 1 to 2048 rows: docs/measuring.md"
+_SHARED = "one H100 and one H200 shared by the ranks under MPS, 2026-11-25, 1 to 4096 rows: docs/measuring.md"
 _GUESSED = "between the measured world sizes 2, 4 and 8; not measured"
 TABLE: tuple[Entry, ...] = (
     Entry("any", 2, 64 * MIB, 64 * MIB, 8 * MIB, _NVLINK),
@@ -77,7 +76,7 @@ TABLE: tuple[Entry, ...] = (
     Entry("any-shared", 5, 192 * KIB, UNBOUNDED, 512 * KIB, _GUESSED),
     Entry("any-shared", 6, 128 * KIB, UNBOUNDED, 512 * KIB, _GUESSED),
     Entry("any-shared", 7, 128 * KIB, UNBOUNDED, 512 * KIB, _GUESSED),
-    Entry("any-shared", 8, 64 * KIB, UNBOUNDED, 512 * KIB, _SHARED_8),
+    Entry("any-shared", 8, 64 * KIB, UNBOUNDED, 512 * KIB, _SHARED),
 )
 
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -21,6 +26,31 @@ def test_a_changed_figure_is_noticed() -> None:
     import result_tables
 
     page = (ROOT / "docs" / "measuring.md").read_text()
-    changed = page.replace("| 3.18 |", "| 2.18 |", 1)
-    assert changed != page
-    assert result_tables.renewed(changed) == page
+    for name in ("h100-nvlink-w2 ", "h200-shared-stages ", "e2e "):
+        start = page.index(f"<!-- results: {name}")
+        figure = re.search(r"\| (\d+\.\d\d\d?) \|", page[start:])
+        assert figure, name
+        place = start + figure.start(1)
+        changed = page[:place] + "9" + page[place:]
+        assert result_tables.renewed(changed) == page
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU: the script would run")
+def test_stages_of_a_call_need_a_gpu_and_say_so() -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "stages.py"], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 2
+    assert "no GPU is visible" in done.stderr
+
+
+def test_stages_are_printed_in_microseconds_with_the_floor_beside_the_kernel() -> None:
+    import json
+
+    import stages
+
+    stored = json.loads((ROOT / "benchmarks" / "results" / "h200-shared-stages.json").read_text())["stages"]
+    said = stages.text(stored[:2]).splitlines()
+    assert len(said) == 3 and said[2].split()[-1] == "-" and "floor" in said[2]
+    assert all(stage in said[0] for stage in stages.STAGES)
+    assert f"{stored[0]['ns']['call'] / 1000:.2f}" in said[1]

@@ -36,12 +36,14 @@ def _constants(
     )
 
 
-def _compile(algorithm: str, c: Constants, world: int, part: Part, target: GPUTarget, pdl: str = "off") -> Any:
+def _compile(
+    algorithm: str, c: Constants, world: int, part: Part, target: GPUTarget, pdl: str = "off", stamps: bool = False
+) -> Any:
     split = -(-c.groups // part.groups)
     ptx = target.backend == "cuda"
     x, weight, out, residual = (TYPES[torch_dtype(d)] for d in (c.dtype, c.weight_dtype, c.out_dtype, c.residual_dtype))
     kinds = (x, x, weight, x, out, residual, "*i64", "*i32", "i32", "i32", "i32", "i64", "fp32", "fp32")
-    constexprs = (c, Variant(world, part.lanes, part.steps, split, ptx=ptx, pdl=pdl))
+    constexprs = (c, Variant(world, part.lanes, part.steps, split, ptx=ptx, pdl=pdl, stamps=stamps))
     function = KERNELS[algorithm]
     names = function.arg_names
     signature = dict(zip(names, (*kinds, *("constexpr",) * len(constexprs)), strict=True))
@@ -116,6 +118,32 @@ def test_no_variant_of_the_table_spills(algorithm: str, arch: int, tmp_path: Pat
     ):
         for lanes in (128, 512):
             _check(algorithm, c, 8, Part(lanes, 1), arch, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("algorithm", sorted(KERNELS))
+def test_what_takes_time_in_a_kernel_is_done_once(algorithm: str, dtype: torch.dtype) -> None:
+    target = GPUTarget("cuda", 90, 32)
+    ptx = _compile(algorithm, _constants(hidden=8192, dtype=dtype), 2, Part(512, 2), target).asm["ptx"]
+    # Values are rounded in pairs, and warps meet twice a row: to agree on the sum of squares.
+    assert not re.findall(r"cvt\.rn\.b?f16\.f32", ptx)
+    assert len(re.findall(r"bar(?:rier)?\.sync", ptx)) == 2
+    # The first load of x does not wait for the phase word: whatever is pushed needs both.
+    before_any_push = ptx[: ptx.index("st.relaxed.sys")]
+    own, phase = before_any_push.index("ld.global.v4"), before_any_push.rindex("ld.global.b32")
+    assert own < phase
+
+
+def test_stamps_are_in_the_kernels_that_ask_for_them_only() -> None:
+    target = GPUTarget("cuda", 90, 32)
+    for algorithm in KERNELS:
+        plain, stamped = (
+            _compile(algorithm, _constants(hidden=4096), 4, Part(512, 1), target, "early", stamps).asm["ptx"]
+            for stamps in (False, True)
+        )
+        # One read of the clock in the watchdog of each poll.
+        reads = [ptx.count("%globaltimer") for ptx in (plain, stamped)]
+        assert reads[1] >= reads[0] + 5
 
 
 @pytest.mark.parametrize("algorithm", sorted(KERNELS))
