@@ -66,7 +66,7 @@ def kernels(
                 post_norm=False,
             )
             for algorithm, part, share in forced:
-                most = bench._resident(algorithm, part, stand) // share  # type: ignore[arg-type]
+                most = bench.resident(algorithm, part, stand) // share  # type: ignore[arg-type]
 
                 def shape_of(
                     n: int, c: Constants = c, part: launch.Part = part, most: int = most

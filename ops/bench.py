@@ -113,7 +113,7 @@ def _forced(
         )
         assert prepared.constants is not None
         groups = prepared.constants.groups
-        most = _resident(algorithm, part, ours) // share if part is not None and algorithm is not None else 0
+        most = resident(algorithm, part, ours) // share if part is not None and algorithm is not None else 0
 
         def shape_of(rows: int) -> launch_module.Geometry:
             assert part is not None
@@ -156,7 +156,7 @@ def _forced(
     return make
 
 
-def _resident(algorithm: str, part: launch_module.Part, p: Plane) -> int:
+def resident(algorithm: str, part: launch_module.Part, p: Plane) -> int:
     """Programs of one rank that its registers leave room for, with the other ranks of the GPU beside it."""
     processors = torch.cuda.get_device_properties(p.device).multi_processor_count
     return min(

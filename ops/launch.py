@@ -10,6 +10,8 @@ from torch import Tensor
 
 from .kernels.constants import GROUP_LANES
 
+SPARE, SPARE_SHARED = 32, 8  # one in so many multiprocessors of a GPU is left to kernels that do not wait
+
 
 @dataclass(frozen=True)
 class Part:
@@ -60,8 +62,26 @@ class Room:
         return self.sharers * self.concurrent
 
     def fits(self, part: Part) -> int:
-        """How many programs may be in flight when each holds this part; see :func:`most_programs`."""
-        return most_programs(self, part)
+        """How many programs of one kernel of this rank may be in flight, so that whatever they wait for can run.
+
+        With a GPU to itself a rank waits only for kernels on other GPUs; it fills its own but for a few multiprocessors.
+
+        With several kernels that wait for each other on one GPU, be it because ranks share it or because a rank uses several
+        planes at once, a kernel that waits may keep out an ordinary one (a matrix product, a reduction) that another rank
+        has to finish first. Room in terms of registers is not enough: measured on an H200, where filled multiprocessors stopped
+        the random test of ``tests/gpu`` and free ones did not; probably because a multiprocessor that holds any block cannot
+        change how its memory is split into cache and shared memory. So all waiting
+        programs together get fewer than all multiprocessors, however they are spread, and some stay free for everything else.
+        """
+        resident = resident_programs(self.algorithm, self.world, part)
+        all_of_them = self.multiprocessors
+        if self.waiting_kernels == 1:
+            most = (all_of_them - all_of_them // SPARE) * resident
+        elif self.packed:
+            most = all_of_them * resident // self.waiting_kernels
+        else:
+            most = (all_of_them - all_of_them // SPARE_SHARED) // self.waiting_kernels
+        return max(1, min(MAX_PROGRAMS, most))
 
 
 def parts(room: Room, rows: int, groups: int) -> tuple[Part, ...]:
@@ -207,29 +227,3 @@ def resident_programs(algorithm: str, world: int, part: Part) -> int:
     return min(
         16, REGISTERS_OF_AN_SM // (register_bound(algorithm, world, part) * threads), THREADS_OF_AN_SM // threads
     )
-
-
-SPARE, SPARE_SHARED = 32, 8  # one in so many multiprocessors of a GPU is left to kernels that do not wait
-
-
-def most_programs(room: Room, part: Part) -> int:
-    """How many programs of one kernel of this rank may be in flight, so that whatever they wait for can run.
-
-    With a GPU to itself a rank waits only for kernels on other GPUs; it fills its own but for a few multiprocessors.
-
-    With several kernels that wait for each other on one GPU, be it because ranks share it or because a rank uses several
-    planes at once, a kernel that waits may keep out an ordinary one (a matrix product, a reduction) that another rank
-    has to finish first. Room in terms of registers is not enough: measured on an H200, where filled multiprocessors stopped
-    the random test of ``tests/gpu`` and free ones did not; probably because a multiprocessor that holds any block cannot
-    change how its memory is split into cache and shared memory. So all waiting
-    programs together get fewer than all multiprocessors, however they are spread, and some stay free for everything else.
-    """
-    resident = resident_programs(room.algorithm, room.world, part)
-    all_of_them = room.multiprocessors
-    if room.waiting_kernels == 1:
-        most = (all_of_them - all_of_them // SPARE) * resident
-    elif room.packed:
-        most = all_of_them * resident // room.waiting_kernels
-    else:
-        most = (all_of_them - all_of_them // SPARE_SHARED) // room.waiting_kernels
-    return max(1, min(MAX_PROGRAMS, most))

@@ -31,7 +31,7 @@ Two streams may not use one plane at once: their kernels are not ordered. Use a 
 
 Why nothing waits for a program that is not running
 ---------------------------------------------------
-Programs wait for peers' programs and, in a split row, for their neighbours. The grid is capped (``launch.most_programs``) so
+Programs wait for peers' programs and, in a split row, for their neighbours. The grid is capped (``launch.Room.fits``) so
 that all programs of all ranks that share a GPU are resident together, and so that the ordinary kernels that a peer has in
 its stream before its own call find multiprocessors on which nobody waits.
 """
