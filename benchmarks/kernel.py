@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
 from arguments import add_shapes
 from tpfuse.ops import bench, links
-from tpfuse.ops.one_gpu import run_ranks
+from tpfuse.ops.one_gpu import gpu_count, run_ranks
 from tpfuse.ops.plane import Settings
 
 
@@ -45,18 +46,24 @@ def main() -> None:
     )
     parser.add_argument("--only-links", action="store_true", help="and nothing else")
     args = parser.parse_args()
+    if gpu_count() == 0:
+        parser.exit(2, "kernel.py: no GPU is visible\n")
     plan = bench.Plan(args.worlds, args.hidden, args.rows, tuple(args.contenders.split(",")), args.timeout)
     results = []
     args.out.mkdir(parents=True, exist_ok=True)
     measured = measure_links(plan, args.out / f"{args.name}-links.json") if args.links or args.only_links else []
     if args.only_links:
-        return
+        sys.exit(len(measured) < len(plan.worlds))
+    failed = False
     for world in plan.worlds:
         partial = args.out / f"{args.name}-W{world}.part.json"
         one = bench.Plan((world,), plan.hiddens, plan.rows, plan.contenders, plan.timeout, str(partial))
         try:
-            results += bench.run(one)
+            found = bench.run(one)
+            failed |= len(found) < len(plan.hiddens) * len(plan.rows) * len(plan.contenders)  # cut short
+            results += found
         except Exception as error:  # a world size that fails leaves the others their figures
+            failed = True
             print(f"W={world}: {type(error).__name__}: {error}", flush=True)
         bench.save(results, args.out / f"{args.name}.json")
         partial.unlink(missing_ok=True)
@@ -68,6 +75,7 @@ def main() -> None:
         print(text)
         if measured:
             print(links.beside_floor(results, measured, Settings.from_environment().table))
+    sys.exit(failed)
 
 
 if __name__ == "__main__":
