@@ -1,9 +1,9 @@
 """The kernels themselves, interpreted, one process a rank: sums, norms, sentinels, phases.
 
 The portable bodies of push, poll and rounding run here; everything else is what a GPU runs. bf16 is rounded by integer
-arithmetic in the kernels, because the interpreter's own cast rounds half away from zero, so the sum and the residual must
-equal the reference bit for bit in every dtype; the norm may differ by one rounding (fp32: four units in the last place),
-because the kernels add the squares in their own fixed order.
+arithmetic in the kernels, because the interpreter's own cast rounds half away from zero. In every dtype both outputs must equal
+bit for bit the reference that adds the squares in the kernels' own fixed order; and the one in torch's order within one
+rounding (fp32: four units in the last place), the residual bit for bit.
 """
 
 from __future__ import annotations
