@@ -2,6 +2,7 @@
 
     python benchmarks/result_tables.py benchmarks/results/h100-nvlink-w2.json      # prints the tables of one file
     python benchmarks/result_tables.py --write docs/measuring.md                   # renews every table of a page
+    python benchmarks/result_tables.py --plot docs/h200-shared.svg benchmarks/results/h200-shared.json
 
 In a page, a table stands between ``<!-- results: NAME -->`` and ``<!-- end -->``; NAME is a file of ``benchmarks/results``
 without its suffix, and behind it may stand the contenders to show, separated by commas.
@@ -109,7 +110,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", type=Path, help="results to print as Markdown")
     parser.add_argument("--write", type=Path, help="a page whose tables are renewed")
+    parser.add_argument("--plot", type=Path, help="a plot of the one file given, instead of its tables")
     args = parser.parse_args()
+    if args.plot is not None:
+        if len(args.files) != 1:
+            parser.error(f"--plot draws one file of results, not {len(args.files)}")
+        bench.plot(bench.load(args.files[0]), args.plot)
+        return
     for path in args.files:
         print(tables(path))
     if args.write is not None:

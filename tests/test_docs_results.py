@@ -54,3 +54,21 @@ def test_stages_are_printed_in_microseconds_with_the_floor_beside_the_kernel() -
     assert len(said) == 3 and said[2].split()[-1] == "-" and "floor" in said[2]
     assert all(stage in said[0] for stage in stages.STAGES)
     assert f"{stored[0]['ns']['call'] / 1000:.2f}" in said[1]
+
+
+def test_a_contender_has_one_colour_in_all_panels_of_a_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.axes import Axes
+    from tpfuse.ops import bench
+
+    drawn: dict[str, set[str]] = {}
+    plain = Axes.plot
+
+    def plot(axis: Axes, *args: object, **options: object) -> object:
+        drawn.setdefault(str(options["label"]), set()).add(str(options["color"]))
+        return plain(axis, *args, **options)
+
+    monkeypatch.setattr(Axes, "plot", plot)
+    bench.plot(bench.load(ROOT / "benchmarks" / "results" / "h200-shared.json"), tmp_path / "plot.svg")
+    assert set(drawn) == {"tpfuse", "floor", "symm one-shot", "symm two-shot", "flashinfer pdl"}
+    assert all(len(colours) == 1 for colours in drawn.values()) and len(set(map(min, drawn.values()))) == 5
+    assert "symm two-shot" in (tmp_path / "plot.svg").read_text()  # words, not outlines

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ def _ballot(**changes: object) -> Ballot:
 
 
 def test_small_calls_take_one_shot_medium_ones_two_shot_and_large_ones_the_library() -> None:
-    chosen = [select("sm_90", 8, torch.bfloat16, 8192, rows).algorithm for rows in (1, 6, 7, 128, 1024, 1025, 8192)]
+    chosen = [select("sm_90", 8, torch.bfloat16, 8192, rows).algorithm for rows in (1, 4, 5, 128, 1024, 1025, 8192)]
     assert chosen == ["one_shot", "one_shot", "two_shot", "two_shot", "two_shot", "library", "library"]
 
 
@@ -39,6 +40,23 @@ def test_the_choice_is_nowhere_slower_than_the_library_in_what_was_measured() ->
             assert times[name[algorithm], hidden, rows] <= 1.08 * best, (hidden, rows)
     assert chosen == {"one_shot"}
     assert select("sm_90", 2, torch.bfloat16, 8192, 4097).algorithm == "library"
+
+
+def test_thresholds_that_were_not_measured_follow_from_what_was_measured_between_two_gpus() -> None:
+    from statistics import median
+
+    from tpfuse.ops import bench, links
+
+    path = Path(__file__).parents[1] / "benchmarks" / "results" / "h100-nvlink-w2.json"
+    times = {(r.contender, r.hidden, r.rows): r.median for r in bench.load(path) if r.median and r.rows <= 8}
+    second_round = median(
+        times["two-shot", hidden, rows] - t for (name, hidden, rows), t in times.items() if name == "one-shot"
+    )
+    model = links.Links(**{**json.loads(path.read_text())["links"][0], "latency": second_round})
+    assert f"{second_round:.2f} us" in entry("sm_90", 8).measured
+    assert f"{model.bandwidth / 1000:.0f} GB/s" in entry("sm_90", 8).measured
+    for world in range(3, 9):
+        assert entry("sm_90", world).one_shot_bytes == pytest.approx(links.crossing(model, world), rel=0.05)
 
 
 def test_the_choice_depends_on_bytes_alone() -> None:

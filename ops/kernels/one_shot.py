@@ -1,8 +1,8 @@
 """One-shot: every rank pushes its rows to every other rank, and every rank reduces everything itself.
 
 One store-to-visible latency and ``(W - 1) * B`` bytes out of each rank, where ``B`` is the size of ``x``: best while the
-latency dominates. On one H200 shared by all ranks see the table in ``docs/measuring.md``; over NVLink4 the model of
-``ops/select.py`` puts the crossing to two-shot at 370 KB for W = 4 and 106 KB for W = 8, and never for W = 2.
+latency dominates. Between two GPUs it is the fastest at every size measured; where two-shot takes over for more ranks stands
+in the table of ``ops/select.py``, with where each number comes from.
 """
 
 # Triton's language, not Python: tuples grow while they are traced, and have no unpacking.
