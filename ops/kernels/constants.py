@@ -64,7 +64,7 @@ class Variant:
     wait: bool = True  # False: never spins, the floor that benchmarks compare with
     ptx: bool = True  # False: the portable bodies
     pdl: str = "off"  # programmatic dependent launch: "off", "end" or "early"
-    stamps: bool = False  # True: leaves the times of its stages behind the state, for benchmarks/profile.py
+    stamps: bool = False  # True: leaves the times of its stages behind the state, for benchmarks/stages.py
 
     @property
     def groups_a_step(self) -> int:

@@ -128,10 +128,8 @@ def announce(sums, part, state, S: tl.constexpr):
     A sum is not negative, so its sign bit marks it as written. A masked tl.store, not push: where a tensor has fewer elements
     than there are threads, inline PTX would store again from the replicas, perhaps after the reader restored its zeros.
     """
-    STEPS: tl.constexpr = S.steps
     GROUPS: tl.constexpr = S.groups_a_step
     first = tl.program_id(0) - part
-    readers = tl.arange(0, MAX_GROUPS)
     if S.ptx:
         PERIOD: tl.constexpr = over_lanes_period(S.steps, S.groups_a_step)
         word = over_lanes(sums, GROUPS, False).to(tl.int32, bitcast=True) | (-2147483648)
@@ -139,6 +137,8 @@ def announce(sums, part, state, S: tl.constexpr):
         place = state + PARTIALS + (first + lane // PERIOD) * MAX_GROUPS + part * S.groups + lane % PERIOD
         tl.store(place, word, mask=(lane // PERIOD < S.split) & (lane % PERIOD < S.groups))
     else:
+        STEPS: tl.constexpr = S.steps
+        readers = tl.arange(0, MAX_GROUPS)
         for i in tl.static_range(STEPS):
             word = sums_over_lanes(sums[i], GROUPS).to(tl.int32, bitcast=True) | (-2147483648)
             areas = state + PARTIALS + (first + readers) * MAX_GROUPS + (part * S.steps + i) * GROUPS
