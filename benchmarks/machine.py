@@ -12,8 +12,11 @@ Every step has a limit of its own, and one that fails leaves the others their fi
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
+import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -28,11 +31,9 @@ HIDDEN = "4096,5120,7168,8192"
 ROWS = "1,2,4,8,16,32,64,128,256,512,1024,2048,4096"
 SHARED = "tpfuse,symm one-shot,symm two-shot,flashinfer pdl,floor"
 OWN = "tpfuse,one-shot,two-shot,library,nccl,symm one-shot,symm two-shot,flashinfer pdl,floor"
-LAYOUTS = {
-    2: (2, 1, 2),
-    4: (4, 2, 2),
-    8: (8, 2, 4),
-}  # world size -> (tp, attention dp, dense tp) of the DeepSeek-like model
+ALL_ROWS = ("--batch", "1,8,32,128", "--prefill", "2048")
+# World size -> (tp, attention dp, dense tp) of the DeepSeek-like model.
+LAYOUTS = {2: (2, 1, 2), 4: (4, 2, 2), 8: (8, 2, 4)}
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,6 @@ def steps(worlds: tuple[int, ...], out: Path, gpus: int) -> list[Step]:
         return (sys.executable, str(HERE / name), *map(str, arguments))
 
     listed = ",".join(map(str, worlds))
-    shared = [world for world in worlds if world > gpus]
     own = [world for world in worlds if world <= gpus]
     shapes = ("--hidden", HIDDEN, "--rows", ROWS)
     found = [
@@ -59,7 +59,7 @@ def steps(worlds: tuple[int, ...], out: Path, gpus: int) -> list[Step]:
         Step("check", (sys.executable, "-m", "pytest", str(HERE.parent / "tests" / "gpu"), "-rs"), 1200),
     ]
     for world in worlds:
-        more = ("--contenders", SHARED) if world in shared else ("--contenders", OWN, "--links")
+        more = ("--contenders", OWN, "--links") if world in own else ("--contenders", SHARED)
         kernel = script("kernel.py", "--worlds", world, *shapes, *more, "--name", f"kernel-W{world}", "--out", out)
         found.append(Step(f"kernels-W{world}", kernel, 400))
     found.append(
@@ -68,29 +68,15 @@ def steps(worlds: tuple[int, ...], out: Path, gpus: int) -> list[Step]:
         )
     )
     for world in worlds:
-        batch = ("--batch", "1,8,32") if world in shared else ("--batch", "1,8,32,128", "--prefill", 2048)
+        batch = ALL_ROWS if world in own else ("--batch", "1,8,32")
         llama = script("e2e.py", "--worlds", world, *batch, "--out", out / f"llama-W{world}.json")
         found.append(Step(f"llama-W{world}", llama, 600))
     for world in own:
         if world in LAYOUTS:
             tp, dp, k = LAYOUTS[world]
-            sizes = (
-                "--model",
-                "deepseek",
-                "--tp",
-                tp,
-                "--dp",
-                dp,
-                "--k",
-                k,
-                "--batch",
-                "1,8,32,128",
-                "--prefill",
-                2048,
-            )
-            found.append(
-                Step(f"deepseek-W{world}", script("e2e.py", *sizes, "--out", out / f"deepseek-W{world}.json"), 600)
-            )
+            layout = ("--model", "deepseek", "--tp", tp, "--dp", dp, "--k", k)
+            deepseek = script("e2e.py", *layout, *ALL_ROWS, "--out", out / f"deepseek-W{world}.json")
+            found.append(Step(f"deepseek-W{world}", deepseek, 600))
     tune = ("--out", out / "table.json", "--timings", out / "timings.json")
     found.append(Step("tune", script("tune.py", "--worlds", listed, *tune), 600))
     return found
@@ -101,13 +87,19 @@ def run(step: Step, out: Path) -> bool:
     began = time.monotonic()
     log = out / f"{step.name}.log"
     with log.open("w") as file:
+        # A session of its own: what the step has started, ranks for example, ends with it.
+        process = subprocess.Popen(
+            step.command, stdout=file, stderr=subprocess.STDOUT, cwd=HERE.parent, start_new_session=True
+        )
         try:
-            done = subprocess.run(
-                step.command, stdout=file, stderr=subprocess.STDOUT, timeout=step.limit, cwd=HERE.parent, check=False
-            )
-            verdict = "done" if done.returncode == 0 else f"FAILED with exit code {done.returncode}"
+            code = process.wait(step.limit)
+            verdict = "done" if code == 0 else f"FAILED with exit code {code}"
         except subprocess.TimeoutExpired:
             verdict = f"FAILED: not finished in {step.limit} s"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     print(f"{step.name:14} {time.monotonic() - began:6.0f} s  {verdict}; {log}", flush=True)
     return verdict == "done"
 

@@ -48,18 +48,22 @@ def test_a_step_that_fails_or_takes_too_long_leaves_the_others_and_says_so(
 ) -> None:
     import machine
 
+    child = [sys.executable, "-c", "import time; time.sleep(30)"]
+    starting = f"import subprocess, time; print(subprocess.Popen({child}).pid, flush=True); time.sleep(30)"
     ends = [
         machine.run(machine.Step(name, (sys.executable, "-c", code), 2), tmp_path)
         for name, code in (
             ("fine", "print(1)"),
             ("bad", "raise SystemExit(3)"),
-            ("slow", "import time; time.sleep(30)"),
+            ("slow", starting),
         )
     ]
     assert ends == [True, False, False]
     said = capsys.readouterr().out
     assert "exit code 3" in said and "not finished in 2 s" in said
     assert (tmp_path / "fine.log").read_text() == "1\n"
+    left = Path(f"/proc/{int((tmp_path / 'slow.log').read_text())}/stat")
+    assert not left.exists() or left.read_text().rpartition(")")[2].split()[0] in "ZX", "what the step started runs on"
 
 
 @pytest.mark.slow
