@@ -11,6 +11,7 @@ without its suffix, and behind it may stand the contenders to show, separated by
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -18,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from stages import STAGES
-from tpfuse.ops import bench
+from tpfuse.ops import bench, links
 
 RESULTS = Path(__file__).parent / "results"
+RANGES = ((1, 64), (8, 64), (65, 1 << 30))  # of rows
 MARK = re.compile(r"<!-- results: (?P<name>[\w-]+)(?P<contenders>[^>]*) -->\n.*?<!-- end -->", re.DOTALL)
 
 
@@ -33,19 +35,35 @@ def head(cells: Sequence[object]) -> Iterator[str]:
     yield "|" + "---|" * len(cells)
 
 
-def kernel_tables(results: Sequence[bench.Result], contenders: Sequence[str]) -> Iterator[str]:
+def summary(results: Sequence[bench.Result], names: Sequence[str], measured: Sequence[links.Links]) -> Iterator[str]:
+    """``tpfuse`` against every contender, and against the floor of the links if those were measured, by ranges of rows."""
+    yield from head(("tpfuse against", "W", "rows", "shapes", "geometric mean", "least", "largest", "second largest"))
+    against = {name: bench.ratios(results, "tpfuse", name) for name in names if name != "tpfuse"}
+    for one in measured:
+        against["t0 + L + B / bandwidth"] = {
+            (r.world, r.rows, r.hidden): r.median / links.floor(one, "one_shot", r.world, r.rows * r.hidden * 2)
+            for r in results
+            if r.contender == "tpfuse" and r.world == one.world and r.median
+        }
+    for name, by in against.items():
+        for world, (low, high) in itertools.product(sorted({shape[0] for shape in by}), RANGES):
+            ordered = sorted((ratio, n, h) for (w, n, h), ratio in by.items() if w == world and low <= n <= high)
+            if ordered:
+                rows = f"{min(n for _, n, _ in ordered)} to {max(n for _, n, _ in ordered)}"
+                largest = [f"{ratio:.3f} ({n} rows of {h})" for ratio, n, h in reversed(ordered[-2:])]
+                mean = bench.geometric_mean([ratio for ratio, _, _ in ordered])
+                yield row((name, world, rows, len(ordered), f"{mean:.3f}", f"{ordered[0][0]:.3f}", *(*largest, "")[:2]))
+    yield ""
+
+
+def kernel_tables(
+    results: Sequence[bench.Result], contenders: Sequence[str], measured: Sequence[links.Links] = ()
+) -> Iterator[str]:
     """How ``tpfuse``, where it takes part, compares with every contender, then microseconds a call at every shape."""
     present = list(dict.fromkeys(r.contender for r in results if r.median))
     names = [c for c in contenders if c in present] or present
     if "tpfuse" in names:
-        yield from head(("tpfuse against", "shapes", "geometric mean", "worst", "where"))
-        for other in [n for n in names if n != "tpfuse"]:
-            by = bench.ratios(results, "tpfuse", other)
-            if by:
-                worst = max(by, key=lambda k: by[k])
-                where = f"W = {worst[0]}, {worst[1]} rows, H = {worst[2]}"
-                yield row((other, len(by), f"{bench.geometric_mean(list(by.values())):.3f}", f"{by[worst]:.3f}", where))
-        yield ""
+        yield from summary(results, names, measured)
     yield from head(("W", "H", "rows", *names))
     found = {(r.contender, r.world, r.hidden, r.rows): r.median for r in results}
     for world, hidden, rows in sorted({(r.world, r.hidden, r.rows) for r in results}):
@@ -92,7 +110,8 @@ def tables(path: Path, contenders: Sequence[str] = ()) -> str:
         return "\n".join(model_tables(stored["lines"]))
     if "stages" in stored:
         return "\n".join(stage_tables(stored["stages"]))
-    return "\n".join(kernel_tables(bench.load(path), contenders))
+    measured = [links.Links(**one) for one in stored.get("links", ())]
+    return "\n".join(kernel_tables(bench.load(path), contenders, measured))
 
 
 def renewed(text: str) -> str:
