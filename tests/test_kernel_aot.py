@@ -134,6 +134,24 @@ def test_what_takes_time_in_a_kernel_is_done_once(algorithm: str, dtype: torch.d
     assert own < phase
 
 
+@pytest.mark.parametrize("arch", NVIDIA)
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("algorithm", sorted(KERNELS))
+def test_sums_and_gains_of_16_bits_are_done_in_pairs(algorithm: str, dtype: torch.dtype, arch: int) -> None:
+    ptx = _compile(algorithm, _constants(hidden=4096, dtype=dtype), 2, Part(512, 1), GPUTarget("cuda", arch, 32)).asm[
+        "ptx"
+    ]
+    if dtype == torch.bfloat16:
+        pairs = len(re.findall(r"fma\.rn\.bf16x2", ptx))
+    else:
+        pairs = len(re.findall(r"(?:add|mul)\.rn\.f16x2", ptx))
+    # Four words a lane: two ranks, + 0.0, the residual, the gain; two-shot also takes the marks of zeros away by + 0.0.
+    assert pairs == 4 * (4 if algorithm == "one_shot" else 5)
+    # In fp32 only what is left: squares and norm multiply (8 each, and the mean), and the squares add up.
+    assert len(re.findall(r"\bmul(?:\.rn)?\.f32", ptx)) <= 18
+    assert len(re.findall(r"\badd(?:\.rn)?\.f32", ptx)) <= 16
+
+
 def test_stamps_are_in_the_kernels_that_ask_for_them_only() -> None:
     target = GPUTarget("cuda", 90, 32)
     for algorithm in KERNELS:

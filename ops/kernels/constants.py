@@ -49,6 +49,12 @@ class Constants:
         """Groups of ``128 * values`` elements in a row."""
         return -(-self.hidden // (GROUP_LANES * self.values))
 
+    @property
+    def plain_gain(self) -> bool:
+        """The weight times the rounded norm, all of it in the dtype of ``x``: Llama's order."""
+        dtypes = {self.weight_dtype, self.gain_dtype, self.product_dtype, self.out_dtype}
+        return self.has_weight and self.round_normed and not self.one_plus and dtypes == {self.dtype}
+
 
 @dataclass(frozen=True)
 class Variant:

@@ -26,10 +26,12 @@ from .words import (
     pack,
     plus,
     plus_scalar,
+    plus_words,
     rounded,
     sums_over_lanes,
     times,
     times_scalar,
+    times_words,
     unpack,
 )
 
@@ -69,26 +71,34 @@ def values_of(words, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def store_values(pointer, element, values, active, DTYPE: tl.constexpr, PTX: tl.constexpr):
-    """Round fp32 values to ``DTYPE`` and store them from ``element`` on."""
-    if DTYPE == tl.float32:
-        address = pointer.to(tl.int64) + element * 4
-        store16(address, pack(values, DTYPE, PTX), active, PTX)
-        if len(values) == 8:
-            rest = (values[4], values[5], values[6], values[7])
-            store16(address + 16, pack(rest, DTYPE, PTX), active, PTX)
-    else:
-        store16(pointer.to(tl.int64) + element * 2, pack(values, DTYPE, PTX), active, PTX)
+def words_of(values, DTYPE: tl.constexpr, PTX: tl.constexpr):
+    """The words of fp32 values rounded to ``DTYPE``: four, or eight for eight fp32 values."""
+    words = pack(values, DTYPE, PTX)
+    if DTYPE == tl.float32 and len(values) == 8:
+        words = words + pack((values[4], values[5], values[6], values[7]), DTYPE, PTX)
+    return words
 
 
 @triton.jit
-def affine(values, shift, scale, C: tl.constexpr, PTX: tl.constexpr):
-    """Bias (its words), then scale, each rounded to the dtype as eager mode does."""
+def store_words(pointer, element, words, active, DTYPE: tl.constexpr, PTX: tl.constexpr):
+    """Store what :func:`words_of` returned from ``element`` on."""
+    if DTYPE == tl.float32:
+        address = pointer.to(tl.int64) + element * 4
+        store16(address, (words[0], words[1], words[2], words[3]), active, PTX)
+        if len(words) == 8:
+            store16(address + 16, (words[4], words[5], words[6], words[7]), active, PTX)
+    else:
+        store16(pointer.to(tl.int64) + element * 2, words, active, PTX)
+
+
+@triton.jit
+def affine(words, shift, scale, C: tl.constexpr, PTX: tl.constexpr):
+    """Bias (its words), then scale, each rounded to the dtype as eager mode does; words in, words out."""
     if C.bias != "none":
-        values = rounded(plus(values, values_of(shift, C.dtype)), C.dtype, PTX)
+        words = plus_words(words, shift, C.dtype, PTX)
     if C.scaled:
-        values = rounded(times_scalar(values, scale), C.dtype, PTX)
-    return values
+        words = pack(times_scalar(unpack(words, C.dtype), scale), C.dtype, PTX)
+    return words
 
 
 @triton.jit
@@ -104,7 +114,7 @@ def gain_of(weight, C: tl.constexpr, PTX: tl.constexpr):
 
 @triton.jit
 def normalised(values, mean, weight, eps, C: tl.constexpr, PTX: tl.constexpr):
-    """The normed output of one group as fp32 values, in the flavour's rounding order."""
+    """Words of the normed output of one group, in the flavour's rounding order."""
     v = mean + eps
     if C.root == "rsqrt" or C.root == "pow":
         out = times_scalar(values, tl.rsqrt(v))
@@ -112,13 +122,16 @@ def normalised(values, mean, weight, eps, C: tl.constexpr, PTX: tl.constexpr):
         out = over_scalar(values, tl.math.sqrt_rn(v))
     else:
         out = times_scalar(values, tl.math.div_rn(1.0, tl.math.sqrt_rn(v)))
-    if C.round_normed:
-        out = rounded(out, C.dtype, PTX)
-    if C.has_weight:
-        out = times(out, gain_of(weight, C, PTX))
-        if C.product_dtype != C.out_dtype:
-            out = rounded(out, C.product_dtype, PTX)
-    return out
+    if C.plain_gain:
+        return times_words(pack(out, C.dtype, PTX), weight, C.dtype, PTX)
+    else:
+        if C.round_normed:
+            out = rounded(out, C.dtype, PTX)
+        if C.has_weight:
+            out = times(out, gain_of(weight, C, PTX))
+            if C.product_dtype != C.out_dtype:
+                out = rounded(out, C.product_dtype, PTX)
+        return words_of(out, C.out_dtype, PTX)
 
 
 @triton.jit
@@ -265,14 +278,13 @@ def accept(
     """Bias, scale and residual add of one step; returns the words of what will be normalised.
 
     Args:
-        reduced: fp32 values: the sum over ranks, rounded to the dtype.
+        reduced: words of the sum over ranks.
         loads: what :func:`prefetch` returned for this step.
     """
     element, active = lane_elements(part, i, C, S)
-    values = affine(reduced, loads[1], scale, C, S.ptx)
+    words = affine(reduced, loads[1], scale, C, S.ptx)
     if C.has_residual and not C.post_norm:
-        values = plus(values_of(loads[0], C.dtype), values)
-    words = pack(values, C.dtype, S.ptx)
+        words = plus_words(loads[0], words, C.dtype, S.ptx)
     if not C.post_norm:
         address = io[4].to(tl.int64) + (row.to(tl.int64) * C.hidden + element) * C.item_bytes
         store16(address, words, active, S.ptx)
@@ -313,14 +325,17 @@ def finish(
             else:
                 gain = load_words(weight, element.to(tl.int64), active, C.weight_dtype, C.values, S.ptx)
         out = normalised(unpack(held[i], C.dtype), mean, gain, eps, C, S.ptx)
-        store_values(normed, row_start + element, out, active, C.out_dtype, S.ptx)
+        store_words(normed, row_start + element, out, active, C.out_dtype, S.ptx)
         if C.post_norm:
             r = ()
             if S.steps <= 2:
                 r = loads[i][0]
             else:
                 r = load_words(residual, row_start + element, active, C.dtype, C.values, S.ptx)
-            total = plus(values_of(r, C.dtype), rounded(out, C.out_dtype, S.ptx))
-            store_values(residual_out, row_start + element, total, active, C.residual_dtype, S.ptx)
+            if C.out_dtype == C.dtype:
+                total = plus_words(r, out, C.dtype, S.ptx)
+            else:
+                total = words_of(plus(values_of(r, C.dtype), values_of(out, C.out_dtype)), C.residual_dtype, S.ptx)
+            store_words(residual_out, row_start + element, total, active, C.residual_dtype, S.ptx)
     if S.split > 1:
         restore(state)

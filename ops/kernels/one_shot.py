@@ -15,17 +15,22 @@ import triton.language as tl
 
 from .epilogue import EPOCHS, MAX_PROGRAMS, RECORD, STAMPS, accept, finish, lane_elements, prefetch
 from .memory import clear, load16, marked, poll, push
-from .words import plus, plus_scalar, rounded, unpack
+from .words import pack, plus, plus_words, positive_zeros, unpack
 
 
 @triton.jit
 def sum_over_ranks(words, C: tl.constexpr, S: tl.constexpr):
-    """fp32 sum in rank order from +0.0, rounded once to the dtype; a zero is +0.0 even if rounding made it -0.0."""
+    """Words of the fp32 sum in rank order, rounded once to the dtype; a zero is +0.0 even if rounding made it -0.0."""
     WORLD: tl.constexpr = S.world
-    total = plus_scalar(unpack((words[0], words[1], words[2], words[3]), C.dtype), 0.0)
-    for r in tl.static_range(1, WORLD):
-        total = plus(total, unpack((words[4 * r], words[4 * r + 1], words[4 * r + 2], words[4 * r + 3]), C.dtype))
-    return plus_scalar(rounded(total, C.dtype, S.ptx), 0.0)
+    total = (words[0], words[1], words[2], words[3])
+    if WORLD == 2:
+        total = plus_words(total, (words[4], words[5], words[6], words[7]), C.dtype, S.ptx)
+    else:
+        values = unpack(total, C.dtype)
+        for r in tl.static_range(1, WORLD):
+            values = plus(values, unpack((words[4 * r], words[4 * r + 1], words[4 * r + 2], words[4 * r + 3]), C.dtype))
+        total = pack(values, C.dtype, S.ptx)
+    return positive_zeros(total, C.dtype, S.ptx)
 
 
 @triton.jit

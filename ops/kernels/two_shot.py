@@ -25,7 +25,7 @@ from .one_shot import (
     sum_over_ranks,
     wait_for_previous_kernel,
 )
-from .words import pack, plus_scalar, unpack
+from .words import positive_zeros
 
 
 @triton.jit
@@ -137,7 +137,7 @@ def two_shot_kernel(
                 )
                 for r in tl.static_range(WORLD):
                     clear(slots + r * C.row_bytes, active & (r != rank).to(tl.int32), S.ptx)
-                total = marked(pack(sum_over_ranks(words, C, S), C.dtype, S.ptx), C.zero_mark)
+                total = marked(sum_over_ranks(words, C, S), C.zero_mark)
                 place = gather + row.to(tl.int64) * C.row_bytes + element * C.item_bytes
                 for r in tl.static_range(WORLD):
                     push(tl.load(peers + r) + offset + place, total, active, S.ptx)
@@ -178,7 +178,7 @@ def two_shot_kernel(
                 received = now(S)
                 clear(place, active, S.ptx)
                 # + 0.0 takes the mark's sign away again.
-                reduced = plus_scalar(unpack(words, C.dtype), 0.0)
+                reduced = positive_zeros(words, C.dtype, S.ptx)
                 held = held + (accept(reduced, row, part, i, io, scale, load, C, S),)
             finish(held, row, part, io, state, phase, watch, eps, loads, C, S)
     end(state, phase)
