@@ -5,7 +5,7 @@ has as many threads as its tensors have lanes, so no thread ever repeats an acce
 The words travel as data and flag in one:
 
 - A slot of a plane is all zeros while it is empty. A word that *is* zero is replaced on push by a word of equal value
-  whose bits are not zero (-0.0 in its low half; -0.0 as a whole for fp32). Sums start from +0.0, so the sign of a
+  whose bits are not zero (-0.0 in its low half; -0.0 as a whole for fp32). Every sum ends with + 0.0, so the sign of a
   pushed zero never reaches the result.
 - ``push`` writes words with relaxed, system-scope stores: memory order does not matter, because each word carries its
   own flag and no word vouches for another.

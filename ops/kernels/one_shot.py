@@ -20,7 +20,7 @@ from .words import pack, plus, plus_words, positive_zeros, unpack
 
 @triton.jit
 def sum_over_ranks(words, C: tl.constexpr, S: tl.constexpr):
-    """Words of the fp32 sum in rank order, rounded once to the dtype; a zero is +0.0 even if rounding made it -0.0."""
+    """Words of the fp32 sum in rank order, rounded once to the dtype; a zero is +0.0, whatever signs it was made of."""
     WORLD: tl.constexpr = S.world
     total = (words[0], words[1], words[2], words[3])
     if WORLD == 2:
