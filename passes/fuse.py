@@ -6,22 +6,26 @@ Imports no kernel and needs no GPU, so it runs on a fake process group as well a
 from __future__ import annotations
 
 import itertools
+import logging
 import time
+import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch.distributed as dist
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.node import map_arg
 
 from tpfuse import compat
 
 from . import collectives, rewrite, sharing, values
 from .options import PassOptions
 from .reasons import Reason, Refusal
+from .replacement import Replacement, build
 from .report import GraphReport, LayerAudit, Site
 from .sites import Candidate, Found, Walk, settle
 
+log = logging.getLogger("tpfuse")
 _ids = itertools.count()
 
 
@@ -53,48 +57,16 @@ def fuse(
     started = time.perf_counter()
     module = graph if isinstance(graph, GraphModule) else None
     g = graph.graph if isinstance(graph, GraphModule) else graph
-
-    found = collectives.find(g)
-    relaxed = options.numerics == "relaxed"
-    walk = Walk(g, relaxed)
-    looked = settle([walk.look(c) for c in found]) if found else []
-    places = sharing.order_layers([sharing.place(c, walk.order) for c in found])
-    audits = sharing.audit(found, places)
-    judged = _judge(looked, places, audits, options, training)
-
-    sites: list[Site] = []
-    changed = False
-    # Points are nodes of the original graph; they are looked up before anything moves.
-    points = [walk.insertion_point(f.outcome) if isinstance(f.outcome, Candidate) else None for f in judged]
-    described = [_site(f, p, audits) for f, p in zip(judged, places, strict=True)]
-    outputs = [n.name for n in _outputs(g)]
-    moved: dict[Node, Node] = {}
-    for item, point, site in zip(judged, points, described, strict=True):
-        if not isinstance(item.outcome, Candidate):
-            sites.append(site)
-            continue
-        candidate = _follow_moves(item.outcome, moved)
-        assert point is not None
-        new = rewrite.fuse(g, candidate, _alive(point, walk))
-        if options.verify:
-            difference = rewrite.verify(candidate, new.fused)
-            if difference is not None:
-                raise VerificationError(
-                    f"tpfuse.verify: the rewrite of {site.nodes[0]} ({site.source or 'unknown source'}) is wrong: "
-                    f"{difference}. This is a bug in tpfuse; compile with options={{'tpfuse.policy': 'off'}} meanwhile."
-                )
-        # What stands for the erased nodes now: later regions may have them as operands.
-        moved[item.outcome.norm.out] = new.normed
-        moved[item.outcome.post_add or item.outcome.h.root] = new.summed
-        sites.append(replace(site, replaced_by=new.fused.name))
-        changed = True
-    if changed:
-        rewrite.shrink(g, found)
-        _keep_output_names(g, outputs)
-        g.lint()
-        _check_replaced(judged)
-        if module is not None:
+    try:
+        sites, audits = _rewrite(g, options, training)
+        if module is not None and any(s.fused for s in sites):
             module.recompile()
+    except VerificationError:
+        raise
+    except Exception as error:
+        if options.verify:
+            raise
+        sites, audits = _kept(g, error), []
     initialised = dist.is_available() and dist.is_initialized()
     return GraphReport(
         graph_id=next_graph_id(),
@@ -109,36 +81,93 @@ def fuse(
     )
 
 
-def _outputs(graph: Graph) -> list[Node]:
-    found: list[Node] = []
-    map_arg(graph.output_node().args, found.append)
-    return found
+def _rewrite(g: Graph, options: PassOptions, training: bool) -> tuple[list[Site], list[LayerAudit]]:
+    """Find, judge and build everything; only then edit. An exception leaves the graph as it was."""
+    found = collectives.find(g)
+    walk = Walk(g, options.numerics == "relaxed")
+    looked = settle([_guarded(c, options, walk.look) for c in found]) if found else []
+    built: dict[Node, Replacement] = {}
+    for position, item in enumerate(looked):
+        if isinstance(item.outcome, Candidate):
+            looked[position], replacement = _build(item, options)
+            if replacement is not None:
+                built[item.outcome.norm.out] = replacement
+    places = sharing.order_layers([sharing.place(c, walk.order) for c in found])
+    audits = sharing.audit(found, places)
+    judged = _judge(looked, places, audits, options, training)
+    sites = [_site(f, p, audits) for f, p in zip(judged, places, strict=True)]
+
+    decisions: list[rewrite.Decision] = []
+    for item, site in zip(judged, sites, strict=True):
+        if isinstance(item.outcome, Candidate):
+            point = walk.insertion_point(item.outcome)
+            assert point is not None  # judged legal
+            decision = rewrite.Decision(built[item.outcome.norm.out], point)
+            if options.verify:
+                _verify(decision, site)
+            decisions.append(decision)
+    fused = iter(rewrite.apply(g, decisions))
+    return [replace(s, replaced_by=next(fused).name) if s.fused else s for s in sites], audits
 
 
-def _keep_output_names(graph: Graph, names: list[str]) -> None:
-    """Give the outputs their old names: the signature of an exported program refers to them by name."""
-    taken = {n.name for n in graph.nodes}
-    for node, name in zip(_outputs(graph), names, strict=True):
-        if node.name != name and name not in taken and node.op == "call_function":
-            node.name = name
+def _guarded(c: collectives.Collective, options: PassOptions, look: Callable[[collectives.Collective], Found]) -> Found:
+    """One all-reduce that the pass stumbles over must not cost the others their fusion."""
+    try:
+        return look(c)
+    except Exception as error:
+        if options.verify:
+            raise
+        return Found(c, _internal(error), "all_reduce")
 
 
-def _check_replaced(judged: list[Found]) -> None:
-    """A reduction that was fused and still runs would be summed twice: slower than no fusion, and silent."""
-    for item in judged:
-        node = item.collective.node
-        if isinstance(item.outcome, Candidate) and item.collective.index is None and not compat.is_erased(node):
-            raise RuntimeError(
-                f"tpfuse: {node.name} was fused, but something still reads it: {', '.join(u.name for u in node.users)}. "
-                "This is a bug in tpfuse; compile with options={'tpfuse.policy': 'off'} meanwhile."
-            )
+def _build(item: Found, options: PassOptions) -> tuple[Found, Replacement | None]:
+    assert isinstance(item.outcome, Candidate)
+    try:
+        built = build(item.outcome)
+    except Exception as error:
+        if options.verify:
+            raise
+        built = _internal(error)
+    if isinstance(built, Refusal):
+        return Found(item.collective, built, item.pattern), None
+    return item, built
 
 
-def _alive(point: Node, walk: Walk) -> Node:
-    """The first node from ``point`` on that earlier rewrites have left in place."""
-    while compat.is_erased(point):
-        point = walk.nodes[walk.order[point] + 1]
-    return point
+def _verify(decision: rewrite.Decision, site: Site) -> None:
+    difference = rewrite.verify(decision)
+    if difference is not None:
+        raise VerificationError(
+            f"tpfuse.verify: the rewrite of {site.nodes[0]} ({site.source or 'unknown source'}) is wrong: "
+            f"{difference}. This is a bug in tpfuse; compile with options={{'tpfuse.policy': 'off'}} meanwhile."
+        )
+
+
+_warned: set[str] = set()
+
+
+def _internal(error: Exception) -> Refusal:
+    """The refusal for an exception of the pass itself; warns once for each."""
+    text = f"{type(error).__name__}: {error}"
+    if text not in _warned:
+        _warned.add(text)
+        warnings.warn(
+            f"tpfuse: the pass failed and left the graph as it was: {text}. This is a bug in tpfuse; the model runs unfused "
+            "there. options={'tpfuse.verify': True} raises the exception with its traceback.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    log.debug("the pass failed", exc_info=error)
+    return Refusal(Reason.INTERNAL, text)
+
+
+def _kept(g: Graph, error: Exception) -> list[Site]:
+    """One site for every all-reduce of a graph that was left as it was, by what can be read without the part that failed."""
+    refusal = _internal(error)
+    nodes = [n for n in g.nodes if collectives.spelling_of(n) is not None]
+    return [
+        Site(False, Reason.INTERNAL.value, refusal.detail, "all_reduce", "other", None, (), None, "", [n.name])
+        for n in nodes
+    ]
 
 
 def _judge(
@@ -222,16 +251,3 @@ def _site(item: Found, spot: sharing.Place, audits: list[LayerAudit]) -> Site:
         matched=outcome.matched,
         **common,
     )
-
-
-def _follow_moves(candidate: Candidate, moved: dict[Node, Node]) -> Candidate:
-    """The candidate with operands that an earlier rewrite replaced exchanged for what stands for them now."""
-    c = candidate.collective
-    changes: dict[str, Any] = {}
-    for name in ("bias", "residual"):
-        node = getattr(candidate, name)
-        if node is not None and node in moved:
-            changes[name] = moved[node]
-    if c.x in moved:
-        changes["collective"] = replace(c, x=moved[c.x])
-    return replace(candidate, **changes) if changes else candidate

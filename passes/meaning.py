@@ -66,8 +66,11 @@ class Meaning:
             return a if step.args[1] == 0 else None
         if a is None:
             return None
+        if not step.layout and step.kind not in ("same", "part", "mean", "sum", "norm2"):
+            self.notes.setdefault(Reason.UNKNOWN_NORM, f"{step.target} joins a statistic of each row with columns")
+            return None
         if step.kind in {"same", "part"}:
-            if step.kept:
+            if step.kept and step.layout not in ("", "part"):
                 return a
             if a.has(S):
                 return self._fresh("part")
@@ -85,8 +88,12 @@ class Meaning:
         if step.kind == "fused":
             return self._fused(step, a)
         if step.kind in ("mean", "sum", "norm2"):
-            if not step.last_dim:
-                self.notes[Reason.MEAN_DIM] = f"{step.target} does not reduce just the last dimension"
+            if not step.layout:
+                # A sum of plain values over another dimension (that over experts, say) is no norm of any kind.
+                if not step.last_dim and (step.kind == "norm2" or sympy.expand(a).has(S**2)):
+                    self.notes[Reason.MEAN_DIM] = f"{step.target} does not reduce just the last dimension"
+                elif step.last_dim and any(str(x).startswith("part") for x in a.free_symbols):
+                    self._mean(a)  # for its notes
                 return None
             inner = a**2 if step.kind == "norm2" else a
             mean = self._mean(inner)
@@ -142,7 +149,7 @@ class Meaning:
             eps = sympy.cancel(S**2 * g**2 / squared - Q)
             eps_free = eps.free_symbols
             if eps_free and all(str(x).startswith("c") for x in eps_free):
-                self.notes[Reason.EPS_NOT_CONSTANT] = self._symbolic_eps()
+                self._note_symbolic_eps()
                 continue
             if eps_free or not eps.is_real or eps < 0:
                 continue
@@ -151,15 +158,18 @@ class Meaning:
                 return g, eps
         return None
 
-    def _symbolic_eps(self) -> str:
+    def _note_symbolic_eps(self) -> None:
+        """``(c * s) / sqrt(mean((c * s)**2) + eps)`` is the norm of ``s`` with ``eps / c**2``: unknown is then the scale."""
         for step in self.steps:
             refs = [a for a in step.args if isinstance(a, Ref)]
             scalar = any(r.kind == "leaf" and self.leaves[r.index].shape == "scalar" for r in refs)
-            if step.kind in ("mul", "div") and scalar and any(r.kind == "s" for r in refs):
-                return (
-                    "the sum is multiplied by a scalar tensor before the norm; only a Python number can be part of it"
-                )
-        return "eps is a tensor or a symbolic number of the graph"
+            if step.kind in ("mul", "div") and scalar and any(self._is_s(r) for r in refs):
+                self.notes[Reason.SCALE_NOT_CONSTANT] = "the sum is multiplied by a scalar tensor before the norm"
+                return
+        self.notes[Reason.EPS_NOT_CONSTANT] = "eps is a tensor or a symbolic number of the graph"
+
+    def _is_s(self, ref: Ref) -> bool:
+        return ref.kind == "s" or (ref.kind == "step" and self.exprs[ref.index] == S)
 
     def miss(self) -> Refusal | None:
         """Why no step is a norm, most telling reason first; None when nothing here even looks like one."""
@@ -169,6 +179,7 @@ class Meaning:
             Reason.MEAN_DIM,
             Reason.PARTIAL_WIDTH,
             Reason.WEIGHT_INSIDE_MEAN,
+            Reason.SCALE_NOT_CONSTANT,
             Reason.EPS_NOT_CONSTANT,
         )
         for reason in priority:
@@ -185,7 +196,9 @@ class Meaning:
                         f"the value is divided by {power.base}, expected sqrt(mean + eps)",
                         seen,
                     )
-        if any(s.kind in REDUCTIONS for s in self.steps):
+        if any(s.kind in REDUCTIONS and (s.layout or s.kind == "norm2") for s in self.steps):
+            if Reason.UNKNOWN_NORM in self.notes:
+                return Refusal(Reason.UNKNOWN_NORM, self.notes[Reason.UNKNOWN_NORM], seen)
             last = next((e for e in reversed(self.exprs) if e is not None), None)
             return Refusal(Reason.UNKNOWN_NORM, f"matched up to {seen[-1] if seen else 'nothing'}: {last}", seen)
         return None

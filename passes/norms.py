@@ -20,7 +20,7 @@ from . import values
 from .meaning import Meaning
 from .program import REDUCTIONS, Leaf, Step, ancestors, closed, read
 from .reasons import Reason, Refusal
-from .rounding import Match, Proof, derive, prove, same_order
+from .rounding import Match, derive, prove, same_order
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,6 @@ class NormForm:
         flavour: its rounding order.
         exact: whether the flavour repeats the model's bits (False only with relaxed numerics).
         steps: nodes between ``s`` and ``out``, both not counted, in graph order.
-        proof: what it takes to run the model's own steps again (``tpfuse.verify``).
     """
 
     out: Node
@@ -43,7 +42,6 @@ class NormForm:
     flavour: Flavour
     exact: bool
     steps: tuple[Node, ...]
-    proof: Proof
 
 
 @lru_cache(maxsize=512)
@@ -55,7 +53,7 @@ def _analyse(
     gains: dict[int, Any] = {}
     for index, expr in enumerate(meaning.exprs):
         found = meaning.gain(expr)
-        if found is not None and steps[index].dtype is not None:
+        if found is not None and steps[index].dtype is not None and steps[index].layout == "rows":
             gains[index] = found
     gains = {i: g for i, g in gains.items() if not (steps[i].kind == "fused" and _is_tuple(steps[i]))}
     if not gains:
@@ -120,8 +118,7 @@ def match(source: values.Aliases, order: dict[Node, int], relaxed: bool = False)
         if tensor is None or tensor.dim() != 1:
             return Refusal(Reason.WEIGHT_SHAPE, f"the weight is {None if tensor is None else tuple(tensor.shape)}")
     steps = tuple(program.nodes[i] for i in sorted(inside) if i != found.out)
-    proof = Proof(tuple(program.steps), tuple(program.leaves), found.out, found.weight, found.at_base)
-    return NormForm(program.nodes[found.out], weight, found.eps, found.flavour, found.exact, steps, proof)
+    return NormForm(program.nodes[found.out], weight, found.eps, found.flavour, found.exact, steps)
 
 
 def forget() -> None:

@@ -6,7 +6,7 @@ A program is what the rest of the norm matching looks at: it can be compared, re
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -75,14 +75,25 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Step:
-    """One arithmetic node. ``last_dim`` tells whether a reduction is over the last dimension alone; ``kept`` whether a
-    reshape or slice keeps the width; ``leaks`` whether a node outside the program reads the value."""
+    """One arithmetic node.
+
+    Attributes:
+        layout: how the value lies beside the rows of ``s``: ``rows`` (a value for each element), ``kept`` (a statistic of each
+            row, whose last dimension is 1), ``dropped`` (a statistic without that dimension), ``part`` (a slice or a
+            regrouping of the columns), ``""``: none of these, so the value has no meaning as part of a norm.
+        last_dim: whether a reduction is over the last dimension alone.
+        keepdim: of a reduction, as the model gives it.
+        kept: whether a reshape or slice keeps the width.
+        leaks: whether a node outside the program reads the value.
+    """
 
     kind: str
     target: Any
     args: tuple[Any, ...]
     dtype: torch.dtype | None
+    layout: str = "rows"
     last_dim: bool = True
+    keepdim: bool = True
     kept: bool = True
     leaks: bool = False
 
@@ -95,13 +106,14 @@ class Program:
     leaves: list[Leaf] = field(default_factory=list)
     nodes: list[Node] = field(default_factory=list)
     leaf_nodes: list[tuple[Node, Node]] = field(default_factory=list)  # (operand, base of its chain)
+    layouts: dict[Node, str] = field(default_factory=dict)
 
 
 def read(source: values.Aliases, order: dict[Node, int], hidden: int) -> Program:
     """The arithmetic that hangs on ``s``, in graph order, up to the first operation that no norm contains."""
     known: dict[Node, Ref] = {name: Ref("s") for name in source.names}
     leaves: dict[Node, Ref] = {}
-    program = Program()
+    program = Program(layouts=dict.fromkeys(source.names, "rows"))
     queue = {user for name in source.names for user in name.users if user not in known}
     rejected: set[Node] = set()
     while queue and len(program.nodes) < MAX_STEPS:
@@ -114,15 +126,13 @@ def read(source: values.Aliases, order: dict[Node, int], hidden: int) -> Program
         known[node] = Ref("step", len(program.steps))
         program.steps.append(step)
         program.nodes.append(node)
+        program.layouts[node] = step.layout
         queue.update(user for user in node.users if user not in known and user not in rejected)
     inside = set(program.nodes)
     for index, node in enumerate(program.nodes):
         leaks = any(user not in inside and not values.is_dead(user) for user in node.users)
         if leaks:
-            step = program.steps[index]
-            program.steps[index] = Step(
-                step.kind, step.target, step.args, step.dtype, step.last_dim, step.kept, leaks=True
-            )
+            program.steps[index] = replace(program.steps[index], leaks=True)
     return program
 
 
@@ -155,14 +165,92 @@ def _step(node: Node, known: dict[Node, Ref], leaves: dict[Node, Ref], program: 
         leaves[arg] = Ref("leaf", len(program.leaves))
         program.leaves.append(leaf)
         program.leaf_nodes.append((arg, base))
-    last_dim, kept = True, True
+    last_dim, keepdim, kept = True, True, True
     tensor = values.value(node)
     first = node.args[0] if node.args and isinstance(node.args[0], Node) else None
     if kind in ("mean", "sum", "norm2"):
         last_dim = _over_last_dim(node, kind)
+        keepdim = _keeps_dim(node, kind)
     elif kind in ("same", "part") and first is not None:
         kept = _keeps_width(node, first, known)
-    return Step(kind, node.target, tuple(args), None if tensor is None else tensor.dtype, last_dim, kept)
+    layout = _layout(node, kind, first, program.layouts, last_dim, keepdim, kept)
+    dtype = None if tensor is None else tensor.dtype
+    return Step(kind, node.target, tuple(args), dtype, layout, last_dim, keepdim, kept)
+
+
+def _layout(
+    node: Node,
+    kind: str,
+    first: Node | None,
+    layouts: dict[Node, str],
+    last_dim: bool,
+    keepdim: bool,
+    kept: bool,
+) -> str:
+    """See :attr:`Step.layout`. Broadcasting joins values by their position from the right, so a statistic without its last
+    dimension meets columns, not rows: a square input hides that, since all shapes fit."""
+    if kind in ("mean", "sum", "norm2"):
+        if first is None or layouts.get(first) != "rows" or not last_dim:
+            return ""
+        return "kept" if keepdim else "dropped"
+    if kind in ("same", "part"):
+        return _reshaped(node, first, layouts) if kept and first is not None else "part"
+    if kind in ("variance", "layer_norm", "fused", "item"):
+        return layouts.get(first, "rows") if first is not None else ""
+    mine = [(a, layouts[a]) for a in node.args if isinstance(a, Node) and a in layouts]
+    others = [a for a in node.args if isinstance(a, Node) and a not in layouts]
+    kinds = {layout for _, layout in mine}
+    if "part" in kinds:
+        return "part"
+    wide = [a for a in others if (t := values.value(a)) is not None and t.dim() > 0 and t.numel() != 1]
+    if "" in kinds or not kinds or ("dropped" in kinds and (len(kinds) > 1 or wide)):
+        return ""
+    tensor = values.value(node)
+    if tensor is None:
+        return ""
+    want = tensor.shape if kinds == {"dropped"} else tensor.shape[:-1]
+    for arg, layout in mine:
+        have = values.value(arg)
+        if have is None:
+            return ""
+        rows = have.shape if layout == "dropped" else have.shape[:-1]
+        if not values.same_sizes(_rows(rows), _rows(want)):
+            return ""
+    if kinds == {"dropped"}:
+        return "dropped"
+    return "rows" if "rows" in kinds or wide else "kept"
+
+
+def _rows(sizes: Any) -> tuple[Any, ...]:
+    """The dimensions that number the rows, without those of size one in front."""
+    return values.without_leading_ones((*sizes, 0))[:-1]
+
+
+def _reshaped(node: Node, first: Node, layouts: dict[Node, str]) -> str:
+    """The layout behind a reshape of which :func:`_keeps_width` said yes."""
+    layout, new, old = layouts.get(first, ""), values.value(node), values.value(first)
+    if new is None or old is None or new.dim() == 0 or old.dim() == 0:
+        return layout if new is not None and old is not None and new.dim() == old.dim() else ""
+    if layout == "dropped":
+        # One value a row: it becomes a column by unsqueeze(-1), and nothing else is understood.
+        last = node.target in values.overloads("unsqueeze.default") and node.args[1] in (-1, new.dim() - 1)
+        return "kept" if last else "dropped" if values.same_sizes(new.shape, old.shape) else ""
+    if node.target in values.EXPANDS and not values.same_sizes(_rows(new.shape), _rows(old.shape)):
+        return ""  # repeats rows
+    if compat.statically_true(new.shape[-1] == old.shape[-1]) and not _drops_last(node, old):
+        return layout
+    return "dropped" if layout == "kept" and _drops_last(node, old) else ""
+
+
+def _drops_last(node: Node, old: torch.Tensor) -> bool:
+    if node.target not in values.overloads("squeeze.dim"):
+        return False
+    return node.args[1] in (-1, old.dim() - 1) and compat.statically_true(old.shape[-1] == 1)
+
+
+def _keeps_dim(node: Node, kind: str) -> bool:
+    position = 3 if kind == "norm2" else 2
+    return bool(node.args[position] if len(node.args) > position else node.kwargs.get("keepdim", False))
 
 
 def _over_last_dim(node: Node, kind: str) -> bool:

@@ -30,6 +30,9 @@ class Reason(str, Enum):
     RESIDUAL_DERIVED = "residual-derived"
     MUTATION = "mutation"
     ORDER = "collective-order"
+    LAYOUT = "layout"
+    SCALE_NOT_CONSTANT = "scale-not-constant"
+    DROPOUT = "dropout"
     # What the norm is
     UNKNOWN_NORM = "unknown-norm"
     LAYER_NORM = "layer-norm"
@@ -45,6 +48,8 @@ class Reason(str, Enum):
     GROUP_MISMATCH = "group-mismatch"
     POLICY = "policy"
     FUEL = "fuel"
+    # What went wrong here
+    INTERNAL = "internal"
 
     def __str__(self) -> str:
         return self.value
@@ -76,6 +81,11 @@ REMEDIES: dict[Reason, str] = {
     "operations there.",
     Reason.ORDER: "Moving the all-reduce to its norm would carry it past another collective of the same group. Issue the "
     "collectives in the order in which their results are used.",
+    Reason.LAYOUT: "The value that the norm reads or gives lies in memory in another order than row by row. Call .contiguous() "
+    "on the input of the all-reduce.",
+    Reason.SCALE_NOT_CONSTANT: "The sum is multiplied by a tensor before the norm. Multiply by a Python number, or scale the "
+    "weight of the layer before it.",
+    Reason.DROPOUT: "Dropout stands between the sum and the norm. Call model.eval() before compiling for inference.",
     Reason.UNKNOWN_NORM: "What reads the sum is not an RMSNorm: s * g(w) / sqrt(mean(s**2) + eps), g in {1, w, 1 + w}.",
     Reason.LAYER_NORM: "The norm subtracts the mean (LayerNorm). Only RMSNorm is fused.",
     Reason.EPS_OUTSIDE_ROOT: "eps is added outside the square root. Add it to the mean of squares.",
@@ -90,6 +100,8 @@ REMEDIES: dict[Reason, str] = {
     Reason.GROUP_MISMATCH: "Attention and MLP of this layer reduce over different ranks, so the group is not shared. Set "
     "moe_dense_tp_size equal to attn_tp_size, or use policy='all'.",
     Reason.POLICY: "Legal, but not selected by the policy. Use policy='all' to fuse every legal site.",
+    Reason.INTERNAL: "The pass itself failed here and left this all-reduce as it was. Please report the detail; "
+    "tpfuse.verify=True raises the exception with its traceback.",
     Reason.FUEL: "The limit of tpfuse.fuel was reached. Raise or unset it.",
 }
 

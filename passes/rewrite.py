@@ -1,150 +1,153 @@
-"""Replace judged regions by the fused op. Decides nothing: every question was answered by ``sites`` and ``sharing``."""
+"""Replace judged regions by the fused op, all of them or none. Decides nothing: ``sites`` and ``replacement`` did."""
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-import tpfuse.ops  # noqa: F401  (registers the op)
 from torch.fx import Graph, Node
+from torch.fx.node import map_arg
 
 from tpfuse import compat
 
-from ..ops import reference
-from ..ops.flavour import Flavour
 from . import values
-from .collectives import Collective, spelling_of
+from .collectives import Collective
+from .program import KINDS
+from .replacement import Replacement
 from .sites import Candidate
-
-OP = torch.ops.tpfuse.all_reduce_add_rms_norm.default
 
 
 @dataclass(frozen=True)
-class Rewritten:
-    """The nodes that stand for a region now.
+class Decision:
+    """A region that will be rewritten: its replacement, and the node of the original graph before which it goes."""
 
-    Attributes:
-        fused: the fused op.
-        normed: what readers of the norm read.
-        summed: what readers of the residual sum read.
+    replacement: Replacement
+    point: Node
+
+    @property
+    def candidate(self) -> Candidate:
+        return self.replacement.candidate
+
+
+class Transaction:
+    """Edits of a graph that can be taken back until :meth:`commit`: new nodes, redirected readers, names of outputs."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.nodes = list(graph.nodes)
+        self.arguments = {n: (n.args, n.kwargs) for n in self.nodes}
+
+    def roll_back(self) -> None:
+        """The graph as it was."""
+        for node in self.nodes:
+            args, kwargs = self.arguments[node]
+            if node.args != args or node.kwargs != kwargs:
+                node.args, node.kwargs = args, kwargs
+        old = set(self.nodes)
+        for node in reversed(list(self.graph.nodes)):
+            if node not in old:
+                self.graph.erase_node(node)
+
+
+def apply(graph: Graph, decisions: Sequence[Decision]) -> list[Node]:
+    """Carry out all decisions; returns the fused nodes. On an exception the graph is as it was before the call."""
+    if not decisions:
+        return []
+    found = [d.candidate.collective for d in decisions]
+    outputs = _outputs(graph)
+    names = [n.name for n in outputs]
+    transaction = Transaction(graph)
+    try:
+        fused = _insert(graph, decisions)
+        dead = _dead(graph, decisions, _shrink(graph, found))
+        _check(graph, decisions, dead)
+    except BaseException:
+        transaction.roll_back()
+        raise
+    for node in reversed(list(graph.nodes)):
+        if node in dead:
+            graph.erase_node(node)
+    _keep_output_names(graph, names)
+    return fused
+
+
+def _insert(graph: Graph, decisions: Sequence[Decision]) -> list[Node]:
+    """Insert every replacement and let all readers read it."""
+    moved: dict[Node, Node] = {}  # regions may have one another's results as operands
+    fused = []
+    for decision in decisions:
+        new, candidate = decision.replacement, decision.candidate
+        made = new.insert(graph, decision.point, moved)
+        normed, summed = made[new.normed.index], made[new.summed.index]
+        fused.append(made[new.fused.index])
+        mine = set(made)
+
+        def redirect(old: Node, to: Node, mine: set[Node] = mine) -> None:
+            old.replace_all_uses_with(to, delete_user_cb=lambda user: user not in mine, propagate_meta=False)
+            moved[old] = to
+
+        redirect(candidate.norm.out, normed)
+        if candidate.post_add is not None:
+            redirect(candidate.post_add, summed)
+            continue
+        c = candidate.collective
+        for name in {candidate.h.root, *(c.waits if candidate.h.root in c.waits else ())}:
+            redirect(name, summed)
+    return fused
+
+
+def _dead(graph: Graph, decisions: Sequence[Decision], regions: set[Node]) -> set[Node]:
+    """The nodes of ``regions`` and of the decisions that nobody reads any more. Waits have effects, so no dead-code pass
+    would remove them."""
+    for decision in decisions:
+        candidate = decision.candidate
+        regions |= {n for n in (*candidate.nodes, *candidate.h.names) if n.op == "call_function"}
+    regions |= {user for node in regions for user in node.users if user.target in values.CHECKS}
+    dead: set[Node] = set()
+    for node in reversed(list(graph.nodes)):
+        if node in regions and all(user in dead for user in node.users):
+            dead.add(node)
+    return dead
+
+
+def _check(graph: Graph, decisions: Sequence[Decision], dead: set[Node]) -> None:
+    """What must hold before anything is erased: values come before their readers, and no fused all-reduce still runs."""
+    seen: set[Node] = set()
+    for node in graph.nodes:
+        if node in dead:
+            continue
+        for source in node.all_input_nodes:
+            if source not in seen:
+                raise RuntimeError(f"{node.name} would read {source.name} before it is computed, or after it is erased")
+        seen.add(node)
+    for decision in decisions:
+        c = decision.candidate.collective
+        # It would be summed twice: slower than no fusion, and silent.
+        if c.index is None and c.node not in dead:
+            readers = ", ".join(u.name for u in c.node.users if u not in dead)
+            raise RuntimeError(f"{c.node.name} was fused, but {readers} still reads it")
+
+
+def _shrink(graph: Graph, found: Sequence[Collective]) -> set[Node]:
+    """Take the fused items out of coalesced all-reduces, so that they are not summed twice.
+
+    The smaller all-reduce stands beside the old one. Returns the old ones with their items, which nobody reads any more.
     """
-
-    fused: Node
-    normed: Node
-    summed: Node
-
-
-def fuse(graph: Graph, candidate: Candidate, before: Node) -> Rewritten:
-    """Insert the fused op in front of ``before``, redirect all readers, erase the region."""
-    c, norm = candidate.collective, candidate.norm
-    with graph.inserting_before(before):
-        x = _repeat(graph, candidate.chain, c.x)
-        fused = graph.call_function(
-            OP,
-            (
-                x,
-                candidate.residual,
-                norm.weight,
-                candidate.bias,
-                norm.eps,
-                candidate.scale,
-                str(norm.flavour),
-                candidate.post_add is not None,
-                c.group_name,
-            ),
-        )
-        normed = graph.call_function(operator.getitem, (fused, 0))
-        summed = graph.call_function(operator.getitem, (fused, 1))
-        _describe(candidate, fused, normed, summed)
-        out = _repeat(graph, candidate.reshapes, normed)
-        total = summed if candidate.post_add is None else _repeat(graph, candidate.reshapes, summed)
-    for node in (fused, normed, summed):
-        for key in ("stack_trace", "nn_module_stack"):
-            if key in c.node.meta:
-                node.meta[key] = c.node.meta[key]
-    region = candidate.nodes
-    mine = {fused, normed, summed, x, out, *region}
-
-    def redirect(old: Node, new: Node) -> None:
-        old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in mine, propagate_meta=False)
-
-    redirect(norm.out, out)
-    if candidate.post_add is None:
-        redirect(candidate.h.root, summed)
-        for wait in c.waits if candidate.h.root in c.waits else ():
-            redirect(wait, summed)
-    else:
-        redirect(candidate.post_add, total)
-    _erase(graph, candidate)
-    # Steps of the norm that others read too (a cast of the residual sum, say) stay, and read the new sum.
-    if candidate.post_add is None and not compat.is_erased(candidate.h.root):
-        candidate.h.root.replace_all_uses_with(summed, propagate_meta=False)
-        _erase(graph, candidate)
-    return Rewritten(fused, out, total)
-
-
-def _repeat(graph: Graph, steps: tuple[Node, ...], start: Node) -> Node:
-    """Apply the shape-changing steps to another value of the same rows."""
-    current = start
-    for step in steps:
-        if step.target not in values.RESHAPES:
-            continue
-        new = graph.call_function(cast(Any, step.target), (current, *step.args[1:]), dict(step.kwargs))
-        shape, model = values.value(step), values.value(current)
-        if shape is not None and model is not None:
-            new.meta["val"] = shape if shape.dtype == model.dtype else model.new_empty(shape.shape)
-        current = new
-    return current
-
-
-def _describe(candidate: Candidate, fused: Node, normed: Node, summed: Node) -> None:
-    """Give the new nodes the fake tensors that later passes ask for: those of the nodes they stand for, where shapes agree."""
-    like, out = values.value(candidate.h.root), values.value(candidate.norm.out)
-    if like is None or out is None:
-        return
-    total = like if candidate.post_add is None else values.value(candidate.post_add)
-    if candidate.reshapes:
-        out = like.new_empty(like.shape, dtype=out.dtype)
-        total = total if total is like or total is None else like.new_empty(like.shape, dtype=total.dtype)
-    normed.meta["val"], summed.meta["val"] = out, total
-    fused.meta["val"] = (out, total)
-
-
-def _erase(graph: Graph, candidate: Candidate) -> None:
-    """Erase what nobody reads any more, readers first. Waits have effects, so no dead-code pass would remove them."""
-    left = [n for n in dict.fromkeys([*candidate.nodes, *candidate.h.names]) if not compat.is_erased(n)]
-    if candidate.collective.index is not None and candidate.collective.node in left:
-        left.remove(candidate.collective.node)  # coalesced: shrink() takes it apart once all sites are done
-    for check in [user for node in left for user in node.users if user.target in values.CHECKS]:
-        graph.erase_node(check)
-    progress = True
-    while progress:
-        dead = [n for n in left if not n.users and n.op == "call_function"]
-        for node in dead:
-            graph.erase_node(node)
-            left.remove(node)
-        progress = bool(dead)
-
-
-def shrink(graph: Graph, collectives: list[Collective]) -> None:
-    """Take the fused items out of coalesced all-reduces, so that they are not summed twice."""
-    for node in {c.node for c in collectives if c.index is not None}:
-        if compat.is_erased(node):
-            continue
-        items: dict[Any, Node] = {u.args[1]: u for u in node.users if u.target is operator.getitem}
-        for index, item in list(items.items()):
-            if not item.users:
-                graph.erase_node(item)
-                del items[index]
-        if not items:
-            graph.erase_node(node)
-            continue
+    old: set[Node] = set()
+    for node in {c.node for c in found if c.index is not None}:
+        old |= {node, *(u for u in node.users if u.target is operator.getitem)}
+        fused = {c.index for c in found if c.node is node}
+        items: dict[Any, list[Node]] = {}
+        for user in node.users:
+            if user.target is operator.getitem and user.args[1] not in fused:
+                items.setdefault(user.args[1], []).append(user)
         inputs = list(cast(Any, node.args[0]))
-        if len(items) == len(inputs):
-            continue
         kept = sorted(items)
+        if not kept:
+            continue
         with graph.inserting_before(node):
             smaller = graph.call_function(
                 cast(Any, node.target), ([inputs[i] for i in kept], *node.args[1:]), dict(node.kwargs)
@@ -154,53 +157,93 @@ def shrink(graph: Graph, collectives: list[Collective]) -> None:
             if isinstance(tensors, list | tuple):
                 smaller.meta["val"] = [tensors[i] for i in kept]
         for position, index in enumerate(kept):
-            items[index].args = (smaller, position)
-        graph.erase_node(node)
+            for item in items[index]:
+                item.args = (smaller, position)
+    return old
 
 
-def remaining(graph: Graph) -> int:
-    """How many all-reduces the graph still runs."""
-    return sum(1 for n in graph.nodes if spelling_of(n) is not None)
+def _outputs(graph: Graph) -> list[Node]:
+    found: list[Node] = []
+    map_arg(graph.output_node().args, found.append)
+    return found
 
 
-def verify(candidate: Candidate, fused: Node, rows: int = 3) -> str | None:
-    """Run the model's own region and the fused op's reference on the same random rows.
+def _keep_output_names(graph: Graph, names: list[str]) -> None:
+    """Give the outputs their old names: the signature of an exported program refers to them by name."""
+    taken = {n.name for n in graph.nodes}
+    for node, name in zip(_outputs(graph), names, strict=True):
+        if node.name != name and name not in taken and node.op == "call_function":
+            node.name = name
 
-    The all-reduce itself is left out: both sides start from the same sum. Returns None when every bit is equal, else
-    what differs.
+
+# -- tpfuse.verify ----------------------------------------------------------------------------------------------------
+
+
+def verify(decision: Decision) -> str | None:
+    """Run the model's own nodes and the replacement's steps on the same random values, in the shapes of the graph.
+
+    The all-reduce itself is left out: both start from the same sum. Call it before :func:`apply`. Returns None when every
+    bit is equal, else what differs.
     """
-    _, residual, weight, bias, eps, scale, flavour, post, _ = fused.args
-    hidden = values.width(candidate.h.root)
-    dtype = values.dtype(candidate.h.root)
-
-    def random(node: object, seed: int) -> torch.Tensor | None:
-        if not isinstance(node, Node):
-            return None
-        tensor = values.value(node)
-        assert tensor is not None
-        shape = (hidden,) if values.is_vector(node, hidden) and tensor.dim() == 1 else (rows, hidden)
-        return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(tensor.dtype)
-
+    new, candidate = decision.replacement, decision.candidate
+    c, norm = candidate.collective, candidate.norm
     with compat.without_fake_mode(), torch.no_grad():
-        summed = torch.randn(rows, hidden, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
-        r, w, b = random(residual, 2), random(weight, 3), random(bias, 4)
-        ours = reference.add_rms_norm(summed, r, w, b, eps, scale, Flavour.parse(flavour), post)
-        h = summed
-        last = candidate.terms[-1] if candidate.residual is not None and candidate.post_add is None else None
-        for term in candidate.terms:
-            if term.kind == "scale":
-                h = h * term.factor
-            else:
-                addend = r if term is last else b
-                assert addend is not None
-                h = h + addend
-        normed = candidate.norm.proof.run(h, w)
-        total = h
-        if candidate.post_add is not None:
-            assert r is not None
-            total = r + normed
-        for name, model, got in (("normed", normed, ours[0]), ("residual_out", total, ours[1])):
-            if model.dtype != got.dtype or not torch.equal(model, got):
+        known: dict[Node, Any] = {}
+        for seed, node in enumerate(dict.fromkeys((c.x, *candidate.operands)), 1):
+            known[node] = _random(node, seed)
+        ours = new.run(lambda node: _run(node, known))
+        theirs = dict(known)
+        for same in (c.node, c.value, *c.waits):
+            theirs[same] = known[c.x]
+        pairs = (
+            ("normed", norm.out, ours[new.normed.index]),
+            ("residual_out", candidate.post_add or candidate.h.root, ours[new.summed.index]),
+        )
+        for name, node, got in pairs:
+            model = _run(node, theirs)
+            if model.dtype != got.dtype or model.shape != got.shape:
+                return (
+                    f"{name} is {model.dtype} {tuple(model.shape)} in the model, {got.dtype} {tuple(got.shape)} fused"
+                )
+            if not torch.equal(model, got):
                 worst = (model.double() - got.double()).abs().max().item()
-                return f"{name} differs by up to {worst:.3g} ({model.dtype} in the model, {got.dtype} fused)"
+                return f"{name} differs by up to {worst:.3g} (in {model.dtype})"
     return None
+
+
+def _random(node: Node, seed: int) -> torch.Tensor:
+    tensor = values.value(node)
+    assert tensor is not None
+    shape = [compat.example_size(n) for n in tensor.shape]
+    generator = torch.Generator().manual_seed(seed)
+    if not tensor.dtype.is_floating_point:
+        return torch.ones(shape, dtype=tensor.dtype)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(tensor.dtype)
+
+
+def _run(node: Node, known: dict[Node, Any]) -> Any:
+    """The value of a node, computed from ``known`` by the graph's own operators with their own arguments."""
+    if node in known:
+        return known[node]
+    tensor = values.value(node)
+    symbolic = tensor is None and isinstance(node.meta.get("val"), torch.SymInt)
+    if symbolic:
+        known[node] = compat.example_size(node.meta["val"])
+    elif not _reaches(node, known):
+        known[node] = _random(node, len(known) + 1)
+    else:
+        args, kwargs = map_arg((node.args, node.kwargs), lambda n: _run(n, known))
+        known[node] = cast(Any, node.target)(*args, **kwargs)
+    return known[node]
+
+
+def _reaches(node: Node, known: dict[Node, Any]) -> bool:
+    """Whether a node is computed from known ones by the arithmetic of a region; nothing else is ever run."""
+    if node in known:
+        return True
+    if node.target not in _ARITHMETIC:
+        return False
+    return any(_reaches(source, known) for source in node.all_input_nodes)
+
+
+_ARITHMETIC = frozenset(KINDS) | values.COPIES | values.RESHAPES

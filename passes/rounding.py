@@ -32,27 +32,6 @@ class Match:
     exact: bool
 
 
-@dataclass(frozen=True)
-class Proof:
-    """A norm's program, detached from the graph: enough to repeat the model's own operations on other numbers."""
-
-    steps: tuple[Step, ...]
-    leaves: tuple[Leaf, ...]
-    out: int
-    weight: int | None
-    at_base: bool
-
-    def run(self, s: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
-        """The model's operations on rows ``s`` of shape ``(rows, H)``; ``weight`` is what the fused op is given."""
-        operands = []
-        for index, leaf in enumerate(self.leaves):
-            if index != self.weight or weight is None:
-                operands.append(torch.zeros((), dtype=leaf.dtype))
-            else:
-                operands.append(_operand_value(leaf, weight) if self.at_base else weight)
-        return _replay(self.steps, self.out, s, operands)
-
-
 def derive(
     steps: tuple[Step, ...],
     leaves: tuple[Leaf, ...],
@@ -169,7 +148,7 @@ def _tree(steps: tuple[Step, ...], leaves: tuple[Leaf, ...], out: int, s_dtype: 
         step = steps[index]
         pairs = [operand(a) for a in step.args]
         (a, have), b = pairs[0], pairs[1] if len(pairs) > 1 else (None, None)
-        if a is None:
+        if a is None or step.layout in ("", "part"):
             return None
         if step.kind in ("same", "part"):
             tree = a if step.kept else None
@@ -260,7 +239,10 @@ def same_order(
 
 
 def _replay(steps: tuple[Step, ...], out: int, s: torch.Tensor, leaves: list[torch.Tensor]) -> torch.Tensor:
-    """The model's own operations, one by one, on real numbers. Reshapes are identities: rows are rows."""
+    """The model's own operations, one by one, on real numbers, reductions with the model's own keepdim.
+
+    Reshapes of rows are identities: rows are rows. A statistic gains or loses its last dimension where the model's does.
+    """
     inside = ancestors(steps, out)
     results: dict[int, Any] = {}
 
@@ -269,17 +251,22 @@ def _replay(steps: tuple[Step, ...], out: int, s: torch.Tensor, leaves: list[tor
             return s if arg.kind == "s" else results[arg.index] if arg.kind == "step" else leaves[arg.index]
         return list(arg) if isinstance(arg, tuple) else arg
 
+    def layout_of(arg: Any) -> str:
+        return steps[arg.index].layout if isinstance(arg, Ref) and arg.kind == "step" else "rows"
+
     for index in sorted(inside):
         step = steps[index]
         args = [operand(a) for a in step.args]
         if step.kind in ("same", "part"):
             results[index] = args[0]
+            if step.layout != layout_of(step.args[0]):
+                results[index] = args[0].unsqueeze(-1) if step.layout == "kept" else args[0].squeeze(-1)
         elif step.kind == "cast":
             results[index] = args[0].to(step.dtype)
         elif step.kind in ("mean", "sum"):
-            results[index] = getattr(args[0], step.kind)(-1, keepdim=True, dtype=step.dtype)
+            results[index] = getattr(args[0], step.kind)(-1, keepdim=step.keepdim, dtype=step.dtype)
         elif step.kind == "norm2":
-            results[index] = torch.linalg.vector_norm(args[0], 2, -1, keepdim=True)
+            results[index] = torch.linalg.vector_norm(args[0], 2, -1, keepdim=step.keepdim)
         elif step.kind == "item":
             results[index] = args[0][args[1]] if isinstance(args[0], tuple | list) else args[0]
         elif step.kind == "fused":
@@ -297,8 +284,10 @@ def _samples(s_dtype: torch.dtype, leaves: tuple[Leaf, ...], hidden: int) -> lis
     samples = []
     for seed in (11, 12):
         generator = torch.Generator().manual_seed(seed)
-        s = torch.randn(4, hidden, generator=generator, dtype=torch.float64)
-        s *= torch.tensor([1.0, 30.0, 0.02, 300.0], dtype=torch.float64)[:, None]
+        # Never as many rows as columns: a square would hide what is broadcast along the wrong dimension.
+        scales = [1.0, 30.0, 0.02, 300.0] if hidden != 4 else [1.0, 30.0, 0.02, 300.0, 1.0]
+        s = torch.randn(len(scales), hidden, generator=generator, dtype=torch.float64)
+        s *= torch.tensor(scales, dtype=torch.float64)[:, None]
         tensors = []
         for leaf in leaves:
             if leaf.base is None or not leaf.base.is_floating_point:
@@ -341,7 +330,7 @@ def prove(
             w = None if weight is None else bases[weight] if at_base else operands[weight]
             model = _replay(steps, out, s, operands)
             ours = reference.rms_norm(s, w, eps, flavour)
-            if model.dtype != ours.dtype:
+            if model.dtype != ours.dtype or model.shape != ours.shape:
                 return _Comparison(False, False)
             equal = equal and torch.equal(model, ours)
             tolerance = 4 * torch.finfo(s_dtype).eps

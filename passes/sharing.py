@@ -124,7 +124,9 @@ def _producers(collective: Collective, order: dict[Node, int]) -> Iterator[Node]
         if node.op != "call_function" or is_communication(node):
             continue
         yield node
-        for source in node.all_input_nodes:
+        # copy(dst, src) holds nothing of dst, which is an earlier buffer: an in-place all-reduce, made functional.
+        copied = node.args[1] if node.target in values.COPIES else None
+        for source in [copied] if isinstance(copied, Node) else node.all_input_nodes:
             if source not in seen:
                 seen.add(source)
                 heapq.heappush(heap, (-order[source], source))

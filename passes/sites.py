@@ -14,7 +14,7 @@ from torch.fx import Graph, Node
 
 from tpfuse import compat
 
-from . import collectives, norms, values
+from . import collectives, memory, norms, values
 from .collectives import Collective
 from .norms import NormForm
 from .reasons import Reason, Refusal
@@ -23,6 +23,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_TERMS = 4
 ADD = values.overloads("add.Tensor")
 MUL = values.overloads("mul.Tensor", "mul.Scalar")
+WHERE = values.overloads("where.self")
+DROPOUTS = values.overloads("native_dropout.default", "dropout.default")
+MASKS = values.CASTS | MUL | values.overloads("div.Tensor", "div.Scalar", "gt.Scalar", "lt.Scalar", "ge.Scalar")
+MASK_DEPTH = 4
 GATHERS = frozenset({"all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all_single", "broadcast"})
 
 
@@ -31,16 +35,18 @@ class Term:
     """One step between the sum and the norm.
 
     Attributes:
-        kind: ``bias`` (a vector is added), ``full`` (a tensor of the sum's shape is added) or ``scale``.
+        kind: ``bias`` (a vector is added), ``full`` (a tensor with the rows of the sum is added) or ``scale``.
         node: the node that does it.
         operand: what is added; None for a scale.
         factor: of a scale.
+        path: alias nodes between the value before and this step; their reshapes are repeated on the partial sum.
     """
 
     kind: str
     node: Node
     operand: Node | None = None
     factor: float = 1.0
+    path: tuple[Node, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,6 @@ class Candidate:
 
     Attributes:
         collective: the all-reduce.
-        chain: alias nodes between the sum and its last term; their reshapes are repeated on the partial sum.
         terms: in order, at most one bias (or full addend), one scale, one residual.
         bias: vector or full addend, or None.
         scale: 1.0 when there is none.
@@ -57,10 +62,10 @@ class Candidate:
         h: the value that is normalised, under all its names (the sum itself when there are no terms).
         norm: what was found.
         post_add: the add after the norm when the residual is added there, else None.
+        post_path: alias nodes between the norm and that add.
     """
 
     collective: Collective
-    chain: tuple[Node, ...]
     terms: tuple[Term, ...]
     bias: Node | None
     scale: float
@@ -68,6 +73,7 @@ class Candidate:
     h: values.Aliases
     norm: NormForm
     post_add: Node | None = None
+    post_path: tuple[Node, ...] = ()
 
     @property
     def pattern(self) -> str:
@@ -84,6 +90,11 @@ class Candidate:
         return "+".join(parts)
 
     @property
+    def operands(self) -> tuple[Node, ...]:
+        """What the fused op reads besides the partial sum."""
+        return tuple(n for n in (self.bias, self.residual, self.norm.weight) if n is not None)
+
+    @property
     def reshapes(self) -> tuple[Node, ...]:
         """The reshapes between the residual sum's shape and the shape in which the model reads the normalised value."""
         region = [*self.norm.steps, self.norm.out]
@@ -95,11 +106,11 @@ class Candidate:
     @property
     def nodes(self) -> tuple[Node, ...]:
         """The nodes that the fused op replaces, the all-reduce first."""
-        region = [self.collective.node, *self.collective.waits, *self.chain]
-        region += [term.node for term in self.terms]
+        region = [self.collective.node, *self.collective.waits]
+        region += [node for term in self.terms for node in (*term.path, term.node)]
         region += [*self.norm.steps, self.norm.out]
         if self.post_add is not None:
-            region.append(self.post_add)
+            region += [*self.post_path, self.post_add]
         return tuple(dict.fromkeys(region))
 
 
@@ -119,7 +130,7 @@ class Walk:
         self.nodes = list(graph.nodes)
         self.order = {node: index for index, node in enumerate(self.nodes)}
         self.relaxed = relaxed
-        self.mutations = [n for n in graph.nodes if _mutates(n)]
+        self.mutations = [n for n in graph.nodes if memory.mutates(n)]
         self.communication = [n for n in graph.nodes if collectives.is_communication(n)]
 
     def look(self, collective: Collective) -> Found:
@@ -152,7 +163,6 @@ class Walk:
 
     def _follow(self, c: Collective) -> tuple[Candidate | Refusal, str]:
         terms: list[Term] = []
-        chain: tuple[Node, ...] = ()
         pattern = "all_reduce"
         current = values.aliases(c.value, self.order, also=c.waits)
         while True:
@@ -161,7 +171,7 @@ class Walk:
             scaled = isinstance(term, Term) and term.kind == "scale"
             norm = None if scaled else norms.match(current, self.order, self.relaxed)
             if isinstance(norm, NormForm):
-                return self._candidate(c, chain, terms, current, norm), _pattern(terms, "rms_norm")
+                return self._candidate(c, terms, current, norm), _pattern(terms, "rms_norm")
             if isinstance(norm, Refusal) and term is None:
                 return norm, _pattern(terms, "norm?")
             pattern = _pattern(terms, None)
@@ -172,14 +182,9 @@ class Walk:
                 return term, pattern
             if term is None or len(terms) == MAX_TERMS:
                 return self._no_norm(current, terms), pattern
-            chain += self._chain(current, term)
-            terms.append(term)
+            name = next(a for a in term.node.all_input_nodes if a in current)
+            terms.append(replace(term, path=tuple(current.path(name))))
             current = values.aliases(term.node, self.order)
-
-    @staticmethod
-    def _chain(current: values.Aliases, term: Term) -> tuple[Node, ...]:
-        name = next(a for a in term.node.all_input_nodes if a in current)
-        return tuple(current.path(name))
 
     def _stop(self, c: Collective, current: values.Aliases, terms: list[Term]) -> Refusal | None:
         """A sum with several readers and no norm among them."""
@@ -202,13 +207,24 @@ class Walk:
         for reader in current.readers:
             if reader.op == "output":
                 if not terms:
-                    return Refusal(Reason.RETURNED, "the sum is an output of the graph")
-                return Refusal(Reason.NO_NORM, f"the {what} leaves the graph before any norm reads it")
+                    return Refusal(
+                        Reason.RETURNED,
+                        "the sum is an output of the graph. If the model does not return it, the graph ends between the sum and "
+                        "its norm: a graph break (TORCH_LOGS=graph_breaks shows where), or layers that are compiled one by one",
+                    )
+                return Refusal(
+                    Reason.NO_NORM,
+                    f"the {what} leaves the graph before any norm reads it: the model returns it, or the graph ends there (a "
+                    "graph break, which TORCH_LOGS=graph_breaks shows, or layers that are compiled one by one)",
+                )
         for reader in current.readers:
             if reader.target in values.ROW_MOVERS or _gathers(reader):
                 return Refusal(Reason.ROWS_MOVE, f"{reader.name} ({reader.target}) moves rows of the {what}")
         for reader in current.readers:
-            if _mutates(reader):
+            if _drops_out(reader):
+                return Refusal(Reason.DROPOUT, f"{reader.name} ({reader.target}) drops values of the {what} at random")
+        for reader in current.readers:
+            if memory.mutates(reader):
                 return Refusal(
                     Reason.MUTATION,
                     f"{reader.name} ({reader.target}) writes the {what} in place; the pass reads functional graphs, which "
@@ -244,18 +260,20 @@ class Walk:
             return Refusal(
                 Reason.DTYPE, f"the sum is {values.dtype(current.root)}, {other.name} is {values.dtype(other)}"
             )
-        if isinstance(hidden, int) and values.is_vector(other, hidden) and not values.same_shape(other, mine[0]):
-            return Term("bias", reader, other)
-        if not values.same_shape(other, mine[0]) or not values.same_shape(reader, mine[0]):
+        rows = values.same_rows(other, mine[0])
+        if isinstance(hidden, int) and values.is_vector(other, hidden) and values.same_rows(reader, mine[0]):
+            # A tensor of one row is a residual where the sum has one row too, unless its shape says vector.
+            tensor = values.value(other)
+            if not rows or (tensor is not None and tensor.dim() == 1 and not values.same_shape(other, mine[0])):
+                return Term("bias", reader, other)
+        if not rows or not values.same_rows(reader, mine[0]):
             shapes = f"{_shape(other)} to {_shape(mine[0])}"
             return Refusal(Reason.RESIDUAL_SHAPE, f"{reader.name} adds {other.name}: {shapes}")
         return Term("full", reader, other)
 
     # -- from the norm to a candidate
 
-    def _candidate(
-        self, c: Collective, chain: tuple[Node, ...], terms: list[Term], h: values.Aliases, norm: NormForm
-    ) -> Candidate | Refusal:
+    def _candidate(self, c: Collective, terms: list[Term], h: values.Aliases, norm: NormForm) -> Candidate | Refusal:
         kinds = [t.kind for t in terms]
         residual = terms[-1].operand if terms and kinds[-1] == "full" else None
         before = terms[:-1] if residual is not None else terms
@@ -273,16 +291,7 @@ class Walk:
         for operand in operands:
             if values.depends_on(operand, c.node, self.order):
                 return Refusal(Reason.RESIDUAL_DERIVED, f"{operand.name} is computed from the sum itself")
-        if (
-            bias is not None
-            and not values.is_vector(bias, values.width(h.root))
-            and not values.same_shape(bias, h.root)
-        ):
-            return Refusal(
-                Reason.RESIDUAL_SHAPE,
-                f"{bias.name} is {_shape(bias)}; the sum is reshaped to {_shape(h.root)} after it is added",
-            )
-        candidate = Candidate(c, chain, tuple(terms), bias, scale, residual, h, norm)
+        candidate = Candidate(c, tuple(terms), bias, scale, residual, h, norm)
         return candidate if residual is not None else self._post(candidate)
 
     def _post(self, candidate: Candidate) -> Candidate:
@@ -301,8 +310,9 @@ class Walk:
             other = others[0]
             fits = (
                 values.dtype(other) == values.dtype(candidate.h.root) == values.dtype(reader)
-                and values.same_shape(other, mine[0])
-                and values.same_shape(mine[0], candidate.norm.out)
+                and values.same_rows(other, mine[0])
+                and values.same_rows(mine[0], candidate.norm.out)
+                and values.same_rows(reader, mine[0])
             )
             first_use = min(self.order[r] for r in out.readers)
             if (
@@ -310,7 +320,7 @@ class Walk:
                 and self.order[other] < first_use
                 and not values.depends_on(other, candidate.collective.node, self.order)
             ):
-                return replace(candidate, residual=other, post_add=reader)
+                return replace(candidate, residual=other, post_add=reader, post_path=tuple(out.path(mine[0])))
         return candidate
 
     # -- legality
@@ -320,8 +330,7 @@ class Walk:
         produced = {candidate.h.root, candidate.norm.out}
         if candidate.post_add is not None:
             produced.add(candidate.post_add)
-        operands = [candidate.collective.x, candidate.bias, candidate.residual, candidate.norm.weight]
-        ready = max((self.order[n] for n in operands if n is not None), default=-1)
+        ready = max(self.order[n] for n in (candidate.collective.x, *candidate.operands))
         ready = max(ready, self.order[candidate.collective.node])
         if self.order[candidate.h.root] > ready:
             return candidate.h.root
@@ -330,6 +339,7 @@ class Walk:
         readers = [u for node in produced for u in node.users if u not in inside]
         readers += [n for n in candidate.norm.steps if any(u not in inside for u in n.users)]  # these stay
         readers += [u for name in candidate.h.names for u in name.users if u not in inside and u not in candidate.h]
+        readers += _names_that_stay(candidate.h, inside)
         if any(self.order[reader] <= ready for reader in readers):
             return None
         return self.nodes[ready + 1]
@@ -339,27 +349,67 @@ class Walk:
         if point is None:
             return Refusal(Reason.ORDER, "an operand of the fused op is computed after its result is first read")
         shapes = candidate.reshapes
-        if not values.same_shape(shapes[-1] if shapes else candidate.h.root, candidate.norm.out):
+        if not values.same_rows(shapes[-1] if shapes else candidate.h.root, candidate.norm.out):
             return Refusal(
                 Reason.ROWS_MOVE,
                 f"the norm turns {_shape(candidate.h.root)} into {_shape(candidate.norm.out)} in a way that is not a reshape",
             )
-        start, end = self.order[candidate.collective.node], self.order[point]
-        operands = [candidate.collective.x, candidate.bias, candidate.residual, candidate.norm.weight]
-        stores = {_storage(n) for n in operands if n is not None}
-        stores |= {_storage(n) for n in (candidate.collective.value, *candidate.h.names)}
-        for node in self.mutations:
-            if start < self.order[node] <= self.order[candidate.norm.out] and (_written(node) & stores):
-                return Refusal(Reason.MUTATION, f"{node.name} ({node.target}) writes an operand in place")
+        refusal = self._written(candidate, point) or self._read_elsewhere(candidate)
+        if refusal is not None:
+            return refusal
         other = self._later_sum(candidate)
         if other is not None:
             return Refusal(
                 Reason.SUM_OF_REDUCTIONS, f"its sum is added to that of {other.name}, which takes it as an addend"
             )
+        start, end = self.order[candidate.collective.node], self.order[point]
         for node in self.communication:
             if start < self.order[node] < end and self._same_group(node, candidate.collective):
                 return Refusal(
                     Reason.ORDER, f"{node.name} communicates on the same ranks between the all-reduce and its norm"
+                )
+        return None
+
+    def _written(self, candidate: Candidate, point: Node) -> Refusal | None:
+        """Whether something in the region is overwritten between the first and the last node that the rewrite moves."""
+        c = candidate.collective
+        region = {*candidate.nodes, *candidate.h.names}
+        stores = {m for node in (*region, *candidate.operands, c.x) for m in memory.of(node)}
+        first = min(self.order[n] for n in region)
+        last = max(self.order[n] for n in (*region, point))
+        for node in self.mutations:
+            if node is c.node or not first <= self.order[node] <= last:
+                continue
+            written = memory.written(node)
+            if written is None or written & stores:
+                return Refusal(Reason.MUTATION, f"{node.name} ({node.target}) writes an operand in place")
+        return None
+
+    def _read_elsewhere(self, candidate: Candidate) -> Refusal | None:
+        """Whether the sum is read past the names that the rewrite redirects.
+
+        An all-reduce that writes its input in place leaves the sum in a buffer that older views show as well.
+        """
+        c = candidate.collective
+        region = {*candidate.nodes, *candidate.h.names, *values.aliases(c.value, self.order, also=c.waits).names}
+        if c.node is not c.value and c.index is None:
+            for reader in c.node.users:
+                if reader not in region:
+                    return Refusal(Reason.EXTRA_READER, f"{reader.name} reads the all-reduce without its wait")
+        if not memory.mutates(c.node):
+            return None
+        buffer = memory.of(c.x)
+        start = self.order[c.node]
+        for node in self.nodes:
+            if node in region or not memory.of(node) & buffer:
+                continue
+            if node.op != "call_function":
+                return Refusal(Reason.MUTATION, f"the all-reduce writes the graph's input {node.name} in place")
+            late = next((u for u in node.users if self.order[u] > start and u not in region), None)
+            if late is not None:
+                return Refusal(
+                    Reason.MUTATION,
+                    f"{late.name} reads {node.name} later, a view of the buffer that the all-reduce writes in place",
                 )
         return None
 
@@ -408,6 +458,15 @@ def settle(found: Sequence[Found]) -> list[Found]:
     return settled
 
 
+def _names_that_stay(h: values.Aliases, inside: set[Node]) -> list[Node]:
+    """The names of a value, other than its root, that something outside the region reads, or a further such name."""
+    stay: set[Node] = set()
+    for name in reversed(list(h.parent)):  # a name comes after the one that it was made from
+        if any(user in stay or (user not in inside and user not in h) for user in name.users):
+            stay.add(name)
+    return list(stay)
+
+
 def _pattern(terms: list[Term], end: str | None) -> str:
     names = {"bias": "bias", "full": "add", "scale": "scale"}
     return "+".join(["all_reduce", *(names[t.kind] for t in terms), *([end] if end else [])])
@@ -418,48 +477,24 @@ def _shape(node: Node) -> str:
     return "?" if tensor is None else str(tuple(compat.size_hint(n) for n in tensor.shape))
 
 
+def _drops_out(node: Node) -> bool:
+    """Whether a node is dropout, or multiplies by a random mask, which is what dropout is decomposed into."""
+    if node.target in DROPOUTS:
+        return True
+    if node.target not in MUL and node.target not in WHERE:
+        return False
+    stack = [(a, 0) for a in node.all_input_nodes]
+    while stack:
+        current, depth = stack.pop()
+        target = current.target
+        if isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags:
+            return True
+        if "inductor_random" in str(target):
+            return True
+        if depth < MASK_DEPTH and (depth == 0 or values.dtype(current) == torch.bool or target in MASKS):
+            stack.extend((a, depth + 1) for a in current.all_input_nodes)
+    return False
+
+
 def _gathers(node: Node) -> bool:
     return getattr(getattr(node.target, "overloadpacket", None), "__name__", "") in GATHERS
-
-
-def _mutates(node: Node) -> bool:
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
-        return False
-    return node.target._schema.is_mutable and node.target.namespace not in ("_c10d_functional",)
-
-
-def _written(node: Node) -> set[Node]:
-    """The storages that a mutating node writes."""
-    schema = node.target._schema.arguments  # type: ignore[union-attr]
-    written = set()
-    for position, argument in enumerate(schema):
-        if argument.alias_info is None or not argument.alias_info.is_write:
-            continue
-        arg = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
-        for item in arg if isinstance(arg, list | tuple) else [arg]:
-            if isinstance(item, Node):
-                written.add(_storage(item))
-    return written
-
-
-def _storage(node: Node) -> Node:
-    """The node that owns the memory behind a view."""
-    while node.op == "call_function" and (
-        _mutates(node)  # an in-place operation returns what it wrote
-        or node.target in values.RESHAPES
-        or node.target
-        in values.overloads(
-            "detach.default",
-            "alias.default",
-            "slice.Tensor",
-            "select.int",
-            "permute.default",
-            "transpose.int",
-            "t.default",
-        )
-    ):
-        first = node.args[0]
-        if not isinstance(first, Node):
-            break
-        node = first
-    return node

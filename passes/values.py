@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Node
 
 from tpfuse import compat
 
@@ -101,9 +101,28 @@ def width(node: Node) -> Any:
 def same_shape(a: Node, b: Node) -> bool:
     """Whether two nodes provably have one shape; adds no guard."""
     x, y = value(a), value(b)
-    if x is None or y is None or x.dim() != y.dim():
+    return x is not None and y is not None and same_sizes(x.shape, y.shape)
+
+
+def without_leading_ones(sizes: Any) -> tuple[Any, ...]:
+    """A shape without the dimensions of size one in front: two values whose shapes agree but for those hold the same rows."""
+    start = 0
+    while start < len(sizes) - 1 and compat.statically_true(sizes[start] == 1):
+        start += 1
+    return tuple(sizes[start:])
+
+
+def same_sizes(a: Any, b: Any) -> bool:
+    """Whether two shapes are provably equal; adds no guard."""
+    return len(a) == len(b) and all(compat.statically_true(m == n) for m, n in zip(a, b, strict=True))
+
+
+def same_rows(a: Node, b: Node) -> bool:
+    """Whether two nodes hold the same rows: equal shapes up to leading dimensions of size one."""
+    x, y = value(a), value(b)
+    if x is None or y is None or not x.dim() or not y.dim():
         return False
-    return all(compat.statically_true(m == n) for m, n in zip(x.shape, y.shape, strict=True))
+    return same_sizes(without_leading_ones(x.shape), without_leading_ones(y.shape))
 
 
 def is_vector(node: Node, hidden: int) -> bool:
@@ -191,11 +210,6 @@ def aliases(root: Node, order: dict[Node, int], also: tuple[Node, ...] = ()) -> 
 def is_dead(node: Node) -> bool:
     """A node without readers and without effects: dead code that some mounts have not yet removed, and export's checks."""
     return not node.users and node.op == "call_function" and (node.target in CHECKS or not node.is_impure())
-
-
-def positions(graph: Graph) -> dict[Node, int]:
-    """Every node's position in the graph."""
-    return {node: index for index, node in enumerate(graph.nodes)}
 
 
 def depends_on(node: Node, source: Node, order: dict[Node, int]) -> bool:

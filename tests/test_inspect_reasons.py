@@ -233,6 +233,47 @@ def _():
     return reported(f, tensor(), tensor(), torch.rand(HIDDEN), torch.tensor(1e-6))
 
 
+@produces(Reason.SCALE_NOT_CONSTANT)
+def _():
+    def f(x, w, scale):
+        return norm(all_reduce(x) * scale, w)
+
+    return reported(f, tensor(), torch.rand(HIDDEN), torch.tensor(8.0))
+
+
+@produces(Reason.LAYOUT)
+def _():
+    def f(x, r, w):
+        return norm(r.transpose(0, 1) + all_reduce(x.transpose(0, 1)), w)
+
+    return reported(f)
+
+
+@produces(Reason.DROPOUT)
+def _():
+    def f(x, r, w):
+        return norm(r + nn.functional.dropout(all_reduce(x), 0.5, training=True), w)
+
+    return reported(f)
+
+
+@produces(Reason.INTERNAL)
+def _():
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        pytest.warns(RuntimeWarning, match="left the graph as it was: ValueError: odd"),
+    ):
+        patch.setattr("tpfuse.passes.norms.read", raises(ValueError("odd")))
+        return reported(plain)
+
+
+def raises(error: Exception) -> Callable[..., object]:
+    def function(*_: object) -> object:
+        raise error
+
+    return function
+
+
 @produces(Reason.UNKNOWN_FLAVOUR)
 def _():
     def odd(h, w):

@@ -23,8 +23,8 @@ GOLDEN: dict[str, tuple[int, int, dict[str, int]]] = {
     "qwen3": (7, 7, {}),
     "qwen3_moe": (7, 7, {}),
     "mixtral": (7, 7, {}),
-    "gemma2": (7, 6, {"eps-not-constant": 1}),  # the embedding is scaled by a tensor before its norm
-    "gemma3_text": (7, 6, {"eps-not-constant": 1}),
+    "gemma2": (7, 6, {"scale-not-constant": 1}),  # the embedding is scaled by a tensor before its norm
+    "gemma3_text": (7, 6, {"scale-not-constant": 1}),
     "glm4": (7, 7, {}),
     "glm4_moe": (8, 7, {"sum-of-reductions": 1}),  # routed + shared experts: one reduction each
     "olmo2": (7, 6, {"extra-reader": 1}),  # no norm before the first attention: it reads the embedding itself

@@ -83,6 +83,51 @@ def is_erased(node: torch.fx.Node) -> bool:
     return node._erased
 
 
+def storage_of(tensor: torch.Tensor) -> int | None:
+    """A number that two tensors share exactly when they share memory; None for a tensor without a storage.
+
+    Why private: a fake tensor's storage has no address, only an identity (``_cdata``), as Inductor's own passes use it.
+    """
+    if not torch._C._has_storage(tensor):
+        return None
+    return tensor.untyped_storage()._cdata
+
+
+def is_mutation(node: torch.fx.Node) -> bool:
+    """Whether a node writes one of its arguments. Why private: the rule is that of Inductor's mutation regions."""
+    from torch._inductor.pattern_matcher import is_mutation_op
+
+    return bool(is_mutation_op(node))
+
+
+def fake_mode_of(tensors: Sequence[Any]) -> Any:
+    """The fake tensor mode that made one of the tensors, or a new one. Why private: ``torch._guards`` alone can tell."""
+    from torch._guards import detect_fake_mode
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return detect_fake_mode(list(tensors)) or FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def is_fake(tensor: Any) -> bool:
+    """Whether a tensor has no data. Why private: the class of fake tensors has no public name."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(tensor, FakeTensor)
+
+
+def example_size(size: Any) -> int:
+    """A number for a possibly symbolic size: the one it was traced with, or 2 where it never had one.
+
+    Why private: only a ``SymInt``'s node holds the expression and its hint.
+    """
+    if isinstance(size, int):
+        return size
+    if size.node.hint is not None:
+        return int(size.node.hint)
+    expression = size.node.expr
+    return int(expression.xreplace(dict.fromkeys(expression.free_symbols, 2)))
+
+
 def without_fake_mode() -> AbstractContextManager[Any]:
     """A context in which tensors are real although a compile is under way.
 

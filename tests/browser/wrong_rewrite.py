@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from tpfuse.passes import rewrite
+from tpfuse.passes import replacement
 
 LAYERS, HIDDEN = 30, 16
 
@@ -53,16 +53,16 @@ class Model(torch.nn.Module):
 
 def plant(number: int) -> None:
     """Make the rewrite of this number (from 1) wrong."""
-    original, done = rewrite.fuse, 0
+    original, done = replacement._build, 0
 
-    def wrong(graph, candidate, *arguments):
+    def wrong(new):
         nonlocal done
         done += 1
         if done == number:
-            candidate = replace(candidate, norm=replace(candidate.norm, eps=1.0))
-        return original(graph, candidate, *arguments)
+            new.candidate = replace(new.candidate, norm=replace(new.candidate.norm, eps=1.0))
+        return original(new)
 
-    rewrite.fuse = wrong
+    replacement._build = wrong
 
 
 def main() -> int:

@@ -1,0 +1,227 @@
+"""What will stand for a region: a short program over the graph's nodes, built and type-checked before anything is edited.
+
+Building runs every operator on the fake tensors of the graph, the fused op's own checks included, so a region whose
+replacement does not fit is known while the graph is still whole.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+import tpfuse.ops  # noqa: F401  (registers the op)
+from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+
+from tpfuse import compat
+
+from ..ops import reference
+from ..ops.flavour import Flavour
+from . import values
+from .reasons import Reason, Refusal
+from .sites import Candidate
+
+OP = torch.ops.tpfuse.all_reduce_add_rms_norm.default
+aten = torch.ops.aten
+
+
+class Misfit(Exception):
+    """Two values that should hold the same rows do not."""
+
+
+@dataclass(frozen=True)
+class Value:
+    """The result of one step of a :class:`Replacement`."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """One node to come. ``args`` hold nodes of the graph and :class:`Value` objects; ``fake`` is the result's fake value."""
+
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    fake: Any
+
+
+@dataclass
+class Replacement:
+    """The steps that stand for one candidate.
+
+    Attributes:
+        steps: in order.
+        fused, normed, summed: the fused op, what readers of the norm read, what readers of the residual sum (with
+            post-norm: of the add behind the norm) read.
+    """
+
+    candidate: Candidate
+    mode: Any
+    steps: list[Step] = field(default_factory=list)
+    fused: Value = Value(-1)
+    normed: Value = Value(-1)
+    summed: Value = Value(-1)
+
+    # -- building
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> Value:
+        """Append a step; runs it on fake values at once."""
+        fakes = _resolve(args, self._fake), _resolve(kwargs, self._fake)
+        with self.mode, torch.no_grad():
+            result = target(*fakes[0], **fakes[1])
+        self.steps.append(Step(target, args, kwargs, result))
+        return Value(len(self.steps) - 1)
+
+    def _fake(self, ref: Node | Value) -> Any:
+        if isinstance(ref, Value):
+            return self.steps[ref.index].fake
+        found = ref.meta.get("val", ref.meta.get("example_value"))
+        if isinstance(found, torch.Tensor) and not compat.is_fake(found):
+            return self.mode.from_tensor(found)
+        if found is None:
+            raise Misfit(f"{ref.name} has no fake value")
+        return found
+
+    def shape(self, ref: Node | Value) -> tuple[Any, ...]:
+        return tuple(self._fake(ref).shape)
+
+    def repeat(self, steps: tuple[Node, ...], start: Node | Value) -> Node | Value:
+        """Apply the reshapes among ``steps`` to another value of the same rows."""
+        current = start
+        for step in steps:
+            if step.target in values.RESHAPES:
+                current = self.call(step.target, current, *step.args[1:], **step.kwargs)
+        return current
+
+    def fit(self, ref: Node | Value, like: Node | Value) -> Node | Value:
+        """``ref`` in the shape of ``like``, from which it may differ by leading dimensions of size one only."""
+        want = self.shape(like)
+        while len(self.shape(ref)) < len(want):
+            ref = self.call(aten.unsqueeze.default, ref, 0)
+        while len(self.shape(ref)) > len(want) and compat.statically_true(self.shape(ref)[0] == 1):
+            ref = self.call(aten.squeeze.dim, ref, 0)
+        if not values.same_sizes(self.shape(ref), want):
+            raise Misfit(f"a value of shape {self.shape(ref)} does not hold the rows of {want}")
+        return ref
+
+    # -- inserting and running
+
+    def insert(self, graph: Graph, before: Node, moved: dict[Node, Node]) -> list[Node]:
+        """Insert the steps in front of ``before``; operands in ``moved`` are exchanged for what stands for them now."""
+        made: list[Node] = []
+
+        def actual(ref: Node | Value) -> Node:
+            return made[ref.index] if isinstance(ref, Value) else moved.get(ref, ref)
+
+        start = self.candidate.collective.node
+        with graph.inserting_before(before):
+            for step in self.steps:
+                node = graph.call_function(step.target, _resolve(step.args, actual), _resolve(step.kwargs, actual))
+                node.meta["val"] = step.fake
+                for key in ("stack_trace", "nn_module_stack"):
+                    if key in start.meta:
+                        node.meta[key] = start.meta[key]
+                made.append(node)
+        return made
+
+    def run(self, value_of: Callable[[Node], Any]) -> list[Any]:
+        """The steps on real values, without the all-reduce: the fused op's exact reference takes ``x`` for the sum."""
+        results: list[Any] = []
+
+        def actual(ref: Node | Value) -> Any:
+            return results[ref.index] if isinstance(ref, Value) else value_of(ref)
+
+        for step in self.steps:
+            args, kwargs = _resolve(step.args, actual), _resolve(step.kwargs, actual)
+            if step.target is OP:
+                x, residual, weight, bias, eps, scale, flavour, post, _ = args
+                args = (x, residual, weight, bias, eps, scale, Flavour.parse(flavour), post)
+                results.append(reference.add_rms_norm(*args))
+            else:
+                results.append(step.target(*args, **kwargs))
+        return results
+
+
+def _resolve(tree: Any, actual: Callable[[Any], Any]) -> Any:
+    """A tree of arguments with every node and value in it exchanged."""
+    if isinstance(tree, Node | Value):
+        return actual(tree)
+    if isinstance(tree, tuple | list):
+        return type(tree)(_resolve(t, actual) for t in tree)
+    if isinstance(tree, dict):
+        return {k: _resolve(v, actual) for k, v in tree.items()}
+    return map_arg(tree, actual) if isinstance(tree, slice) else tree
+
+
+def build(candidate: Candidate) -> Replacement | Refusal:
+    """The replacement of a candidate, type-checked, or why there is none. Changes nothing."""
+    c, norm = candidate.collective, candidate.norm
+    fakes = [values.value(n) for n in (c.value, c.x, *candidate.operands)]
+    new = Replacement(candidate, compat.fake_mode_of(fakes))
+    try:
+        _build(new)
+    except Misfit as error:
+        return Refusal(Reason.ROWS_MOVE, str(error))
+    replaced = [(norm.out, new.normed), (candidate.post_add or candidate.h.root, new.summed)]
+    for node, ref in replaced:
+        have, want = new._fake(ref), values.value(node)
+        if want is None or have.dtype != want.dtype or not values.same_sizes(have.shape, want.shape):
+            return Refusal(
+                Reason.ROWS_MOVE, f"{node.name} is {_text(want)}; the fused op would put {_text(have)} in its place"
+            )
+        if _strides_differ(have, want):
+            return Refusal(
+                Reason.LAYOUT,
+                f"{node.name} has strides {tuple(want.stride())}, the fused op writes contiguous rows, {tuple(have.stride())}",
+            )
+    return new
+
+
+def _build(new: Replacement) -> None:
+    candidate = new.candidate
+    c, norm = candidate.collective, candidate.norm
+    post = candidate.post_add is not None
+    x: Node | Value = c.x
+    addend: Node | Value | None = None  # a full one: it follows the sum through every later change of shape
+    for term in candidate.terms:
+        x = new.fit(new.repeat(term.path, x), term.node)
+        if addend is not None:
+            addend = new.fit(new.repeat(term.path, addend), term.node)
+        if term.kind == "full" and term.operand is not None and term.operand is candidate.bias:
+            addend = new.fit(term.operand, term.node)
+    if post:
+        assert candidate.post_add is not None
+        x = new.fit(new.fit(new.repeat(candidate.reshapes, x), norm.out), candidate.post_add)
+        if addend is not None:
+            addend = new.fit(new.fit(new.repeat(candidate.reshapes, addend), norm.out), candidate.post_add)
+    bias = addend
+    if bias is None and candidate.bias is not None:
+        bias = candidate.bias
+        if len(new.shape(bias)) != 1:
+            bias = new.call(aten.view.default, bias, [values.width(candidate.h.root)])
+    residual = None if candidate.residual is None else new.fit(candidate.residual, x)
+    arguments = (norm.eps, candidate.scale, str(norm.flavour), post, c.group_name)
+    try:
+        new.fused = new.call(OP, x, residual, norm.weight, bias, *arguments)
+    except ValueError as error:
+        raise Misfit(f"the fused op does not take these operands: {error}") from error
+    normed = new.call(operator.getitem, new.fused, 0)
+    new.summed = new.call(operator.getitem, new.fused, 1)
+    out = normed if post else new.repeat(candidate.reshapes, normed)
+    new.normed = cast(Value, new.fit(out, norm.out))
+
+
+def _text(tensor: torch.Tensor | None) -> str:
+    return "unknown" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
+
+
+def _strides_differ(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two values of one shape certainly lie differently in memory; strides of dimensions of size one mean nothing."""
+    return any(
+        not compat.statically_true(size == 1) and compat.statically_true(m != n)
+        for size, m, n in zip(a.shape, a.stride(), b.stride(), strict=True)
+    )
