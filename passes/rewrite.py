@@ -61,8 +61,9 @@ def apply(graph: Graph, decisions: Sequence[Decision]) -> list[Node]:
     names = [n.name for n in outputs]
     transaction = Transaction(graph)
     try:
+        checks = {user for d in decisions for node in _region(d) for user in node.users if user.target in values.CHECKS}
         fused = _insert(graph, decisions)
-        dead = _dead(graph, decisions, _shrink(graph, found))
+        dead = _dead(graph, decisions, checks | _shrink(graph, found))
         _check(graph, decisions, dead)
     except BaseException:
         transaction.roll_back()
@@ -72,6 +73,11 @@ def apply(graph: Graph, decisions: Sequence[Decision]) -> list[Node]:
             graph.erase_node(node)
     _keep_output_names(graph, names)
     return fused
+
+
+def _region(decision: Decision) -> list[Node]:
+    candidate = decision.candidate
+    return [n for n in (*candidate.nodes, *candidate.h.names) if n.op == "call_function"]
 
 
 def _insert(graph: Graph, decisions: Sequence[Decision]) -> list[Node]:
@@ -102,10 +108,7 @@ def _insert(graph: Graph, decisions: Sequence[Decision]) -> list[Node]:
 def _dead(graph: Graph, decisions: Sequence[Decision], regions: set[Node]) -> set[Node]:
     """The nodes of ``regions`` and of the decisions that nobody reads any more. Waits have effects, so no dead-code pass
     would remove them."""
-    for decision in decisions:
-        candidate = decision.candidate
-        regions |= {n for n in (*candidate.nodes, *candidate.h.names) if n.op == "call_function"}
-    regions |= {user for node in regions for user in node.users if user.target in values.CHECKS}
+    regions = regions | {node for decision in decisions for node in _region(decision)}
     dead: set[Node] = set()
     for node in reversed(list(graph.nodes)):
         if node in regions and all(user in dead for user in node.users):
