@@ -106,7 +106,14 @@ def _rewrite(g: Graph, options: PassOptions, training: bool) -> tuple[list[Site]
             if options.verify:
                 _verify(decision, site)
             decisions.append(decision)
-    fused = iter(rewrite.apply(g, decisions))
+    try:
+        fused = iter(rewrite.apply(g, decisions))
+    except Exception as error:
+        if options.verify:
+            raise
+        refusal = _internal(error)
+        kept = [Found(f.collective, refusal, f.pattern) if s.fused else f for f, s in zip(judged, sites, strict=True)]
+        return [_site(f, p, audits) for f, p in zip(kept, places, strict=True)], audits
     return [replace(s, replaced_by=next(fused).name) if s.fused else s for s in sites], audits
 
 
@@ -161,13 +168,15 @@ def _internal(error: Exception) -> Refusal:
 
 
 def _kept(g: Graph, error: Exception) -> list[Site]:
-    """One site for every all-reduce of a graph that was left as it was, by what can be read without the part that failed."""
+    """One site for every all-reduce of a graph that was left as it was, without the part that failed."""
     refusal = _internal(error)
-    nodes = [n for n in g.nodes if collectives.spelling_of(n) is not None]
-    return [
-        Site(False, Reason.INTERNAL.value, refusal.detail, "all_reduce", "other", None, (), None, "", [n.name])
-        for n in nodes
-    ]
+    try:
+        nowhere = sharing.Place("other", None, "")
+        return [_site(Found(c, refusal, "all_reduce"), nowhere, []) for c in collectives.find(g)]
+    except Exception:
+        nodes = [n for n in g.nodes if collectives.spelling_of(n) is not None]
+        reason = refusal.reason.value
+        return [Site(False, reason, refusal.detail, "all_reduce", "other", None, (), None, "", [n.name]) for n in nodes]
 
 
 def _judge(

@@ -22,6 +22,7 @@ import tpfuse as package
 from tpfuse import compat, store
 from tpfuse.inspect import artifact, dump
 from tpfuse.options import OptionError, Options, parse
+from tpfuse.parallel.agreement import agree_on
 from tpfuse.passes import GraphReport, collectives, fuse, next_graph_id
 
 log = logging.getLogger("tpfuse")
@@ -58,8 +59,12 @@ def tpfuse(
     training = torch.is_grad_enabled() and any(
         isinstance(x, torch.Tensor) and x.requires_grad for x in (*example_inputs, *gm.parameters())
     )
-    mount = _MOUNTS[parsed.inner]
-    return mount(gm, example_inputs, parsed, mode, training)
+    before = {id(report) for report in store.reports()}
+    compiled = _MOUNTS[parsed.inner](gm, example_inputs, parsed, mode, training)
+    new = [report for report in store.reports() if id(report) not in before]
+    # Here, and not at the first call: nothing of the graph has run yet, and a call stays as cheap as it is.
+    agree_on(new, f"tpfuse {package.__version__}, {parsed.decisive()}")
+    return compiled
 
 
 ARGUMENT = re.compile(r"^L\['[^']+'\]$")

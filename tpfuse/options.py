@@ -41,6 +41,10 @@ class Options:
     fuel: int | None = None
     inner_options: dict[str, Any] = field(default_factory=dict)
 
+    def decisive(self) -> str:
+        """The options that decide what is fused, as text."""
+        return f"policy={self.policy} numerics={self.numerics} fuel={self.fuel}"
+
     def for_pass(self, fuel: int | None) -> PassOptions:
         """The pass's share, with what is left of the fuel."""
         return PassOptions(self.policy, self.numerics, fuel, self.verify)

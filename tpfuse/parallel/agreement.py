@@ -1,14 +1,22 @@
-"""Do all ranks of a group see the same reductions and decide alike? An opt-in check, outside compile.
+"""Do all ranks of a group see the same reductions and decide alike?
 
 Ranks that disagree can hang inside a collective, which names nobody. Here each rank leaves its decisions in the store of
 the default group and reads the others' with a time limit: no collective, so nobody waits for a rank that does not come.
+
+The backend compares every graph when it has compiled it (:func:`agree_on`), before anything of it runs; a call costs nothing.
+:func:`check_agreement` is the same question asked by hand about all graphs so far, of any group.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import time
+import warnings
+import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -16,6 +24,11 @@ import torch.distributed as dist
 
 from tpfuse import compat
 from tpfuse.passes.report import GraphReport, Site
+
+VARIABLE = "TPFUSE_AGREEMENT_SECONDS"
+SECONDS = 600.0
+# A rank that fuses nothing is in no danger of waiting inside a kernel, and its peers may have reasons not to compile at all.
+SECONDS_OF_NOTHING_FUSED = 30.0
 
 _rounds: dict[tuple[int, ...], int] = {}
 
@@ -157,3 +170,155 @@ def _compare_groups(everyone: dict[int, list[Decision]]) -> None:
 
 def _ranks(ranks: Sequence[int]) -> str:
     return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
+
+
+# -- one graph at a time, by the backend ------------------------------------------------------------------------------
+
+
+@dataclass
+class _Compared:
+    """What the ranks of one group have compared so far, from this rank's point of view."""
+
+    number: int = 0
+    agreed: set[tuple[str, str]] = field(default_factory=set)
+    given_up: bool = False
+
+
+@dataclass
+class _Session:
+    """The comparisons over one store; another default group has another store and starts anew."""
+
+    store: weakref.ref[Any]
+    groups: dict[tuple[int, ...], _Compared] = field(default_factory=dict)
+
+
+_session: _Session | None = None
+
+
+def agree_on(reports: Sequence[GraphReport], context: str = "") -> None:
+    """Compare what was just compiled with the other ranks of each group; called when a compile ends.
+
+    Entry k of a group holds the k-th graph of each rank: its *structure* (dtype and hidden size of each all-reduce over the
+    group, nothing about rows, names or paths) and its decisions. A graph whose structure and decisions have been agreed on
+    before, one compiled again for other rows say, is not compared again, so nobody waits for a rank that need not recompile.
+    All of it comes from the report, which a compile cache supplies as well.
+
+    Args:
+        reports: of the graphs, in the order of compilation.
+        context: what else may differ between ranks, for the error, e.g. the options.
+    Raises:
+        AgreementError: ranks decided differently about equal graphs, or a rank has not compiled the graph in time
+            (``TPFUSE_AGREEMENT_SECONDS``, 600 s).
+        ValueError: that variable is not a positive number.
+    """
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    if dist.get_backend() == "fake":
+        return  # its other ranks do not exist
+    for report in reports:
+        groups = dict.fromkeys(site.group for site in report.sites if len(site.group) > 1)
+        for group in groups:
+            if dist.get_rank() in group and all(site.reason != "training" for site in report.sites):
+                _agree(group, [site for site in report.sites if site.group == group], context)
+
+
+def _agree(group: tuple[int, ...], sites: Sequence[Site], context: str) -> None:
+    compared = _comparisons().setdefault(group, _Compared())
+    decisions = [_decision(0, site) for site in sites]
+    structure = _digest([(site.dtype, str(site.shape[-1]) if site.shape else "") for site in sites])
+    effect = _digest(
+        [(d.pattern, d.flavour, site.eps) if d.fused else None for d, site in zip(decisions, sites, strict=True)]
+    )
+    if compared.given_up or (structure, effect) in compared.agreed:
+        return
+    limit = limit_seconds()
+    if not any(site.fused for site in sites):
+        limit = min(limit, SECONDS_OF_NOTHING_FUSED)
+    prefix = f"tpfuse/graphs/{','.join(map(str, group))}/{compared.number}"
+    compared.number += 1
+    store = compat.default_store()
+    mine = {"structure": structure, "effect": effect, "context": context, "decisions": [vars(d) for d in decisions]}
+    store.set(f"{prefix}/{dist.get_rank()}", json.dumps(mine))
+    found, missing = _entries(store, prefix, group, limit)
+    if any(entry["structure"] != structure for entry in found.values()):
+        compared.given_up = True
+        others = sorted(rank for rank, entry in found.items() if entry["structure"] != structure)
+        warnings.warn(
+            f"tpfuse: {_ranks(others)} of {list(group)} compiled another graph than this rank, so their decisions cannot be "
+            "compared from here on; ranks that disagree about a reduction would wait for each other",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return
+    if any(entry["effect"] != effect for entry in found.values()):
+        raise _disagreement(found)
+    before = any(known == structure for known, _ in compared.agreed)
+    if missing and (before or any(site.fused for site in sites)):
+        what = "decided otherwise about it before, and" if before else "compiled no graph like this one, and"
+        raise AgreementError(
+            f"{_ranks(missing)} of {list(group)} {what} did not compile it within {limit:g} s ({VARIABLE}), but all of them have "
+            "to run the same ops. Compile with the same options and versions on all ranks; where a rank compiles more slowly, raise "
+            "the limit",
+            missing,
+        )
+    if not missing:
+        compared.agreed.add((structure, effect))
+
+
+def _comparisons() -> dict[tuple[int, ...], _Compared]:
+    global _session  # noqa: PLW0603
+    store = compat.default_store()
+    if _session is None or _session.store() is not store:
+        _session = _Session(weakref.ref(store))
+    return _session.groups
+
+
+def limit_seconds() -> float:
+    """How long a rank waits for the others to compile the same graph."""
+    text = os.environ.get(VARIABLE, "")
+    try:
+        seconds = float(text) if text else SECONDS
+    except ValueError:
+        seconds = 0.0
+    if not seconds > 0:
+        raise ValueError(f"{VARIABLE}={text!r} is not valid; expected a number of seconds above 0")
+    return seconds
+
+
+def _digest(parts: Sequence[Any]) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def _entries(
+    store: Any, prefix: str, group: tuple[int, ...], limit: float
+) -> tuple[dict[int, dict[str, Any]], list[int]]:
+    """(what each rank left in time, the ranks that left nothing)"""
+    deadline = time.monotonic() + limit
+    found: dict[int, dict[str, Any]] = {}
+    missing: list[int] = []
+    for rank in group:
+        try:
+            left = max(0.01, deadline - time.monotonic())
+            store.wait([f"{prefix}/{rank}"], timedelta(seconds=left))
+        except Exception:  # a store raises RuntimeError or DistStoreError by version and kind
+            missing.append(rank)
+            continue
+        found[rank] = json.loads(store.get(f"{prefix}/{rank}"))
+    return found, missing
+
+
+def _disagreement(found: dict[int, dict[str, Any]]) -> AgreementError:
+    parties: dict[str, list[int]] = {}
+    for rank, entry in found.items():
+        parties.setdefault(entry["effect"], []).append(rank)
+    ordered = sorted(parties.values(), key=lambda ranks: (-len(ranks), ranks))
+    others = sorted(rank for ranks in ordered[1:] for rank in ranks)
+    a, b = ordered[0][0], others[0]
+    right, wrong = ([_read(data) for data in found[rank]["decisions"]] for rank in (a, b))
+    said = [found[rank]["context"] for rank in (a, b)]
+    why = f" ({said[0]} on rank {a}, {said[1]} on rank {b})" if said[0] != said[1] else ""
+    return AgreementError(
+        f"{_ranks(others)} decided differently from {_ranks(ordered[0])} about one graph, and would wait for each other. "
+        f"{_first_difference(right, wrong, a, b)}{why}. Compile with the same options and versions on all ranks",
+        others,
+    )

@@ -1,0 +1,153 @@
+"""Ranks that decide differently get an error that names the difference, before anything runs; they never hang."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import layers
+import pytest
+import torch
+from ranks import RankPool, run_ranks
+
+OPTIONS = {"tpfuse.inner": "aot_eager", "tpfuse.policy": "all"}
+
+
+def compiled(rank, world_size, options_of_rank, calls=((1, 5),), environment_of_rank=({}, {}), depth=1):
+    """What rank ``rank`` saw: the seconds of the first call and the error's text, or the number of fused sites of each graph."""
+    import tpfuse
+
+    torch._dynamo.reset()
+    tpfuse.clear_reports()
+    os.environ.update(environment_of_rank[rank])
+    started, before = time.perf_counter(), compared_so_far()
+    model = layers.Decoder(depth)
+    try:
+        step = torch.compile(model, backend="tpfuse", options=options_of_rank[rank])
+        with torch.inference_mode():
+            for rows, columns in calls:
+                step(layers.tokens(rows, columns))
+    except Exception as error:
+        return time.perf_counter() - started, f"{type(error).__name__}: {error}"
+    finally:
+        for name in environment_of_rank[rank]:
+            del os.environ[name]
+    return [len(r.fused) for r in tpfuse.reports()], compared_so_far() - before
+
+
+def compared_so_far():
+    from tpfuse.parallel import agreement
+
+    return agreement._comparisons().setdefault((0, 1), agreement._Compared()).number
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with RankPool(2) as pool:
+        yield pool
+
+
+pytestmark = pytest.mark.ranks
+
+
+def test_equal_ranks_compare_once_and_other_rows_compare_nothing(pool):
+    first, second = pool.run(compiled, (OPTIONS, OPTIONS), ((1, 5), (1, 7), (2, 5)), timeout=90)
+    assert first == second
+    fused, compared = first
+    assert len(fused) >= 2 and set(fused) == {2}
+    assert compared == 1
+
+
+@pytest.mark.parametrize(
+    ("different", "named", "depth"),  # graphs of another depth, for what was agreed on once is not compared again
+    [
+        ({"tpfuse.policy": "off"}, "policy=off", 2),
+        ({"tpfuse.fuel": 1}, "fuel=1", 3),
+    ],
+    ids=["policy", "fuel"],
+)
+def test_ranks_with_different_options_get_an_error_that_names_them(pool, different, named, depth):
+    answers = pool.run(compiled, (OPTIONS, {**OPTIONS, **different}), ((1, 5),), ({}, {}), depth, timeout=90)
+    for seconds, text in answers:
+        assert "AgreementError" in text, text
+        assert "rank 1 decided differently from rank 0" in text
+        assert "fused over [0, 1]" in text and "kept (" in text
+        assert named in text
+        assert seconds < 60
+
+
+def test_an_internal_failure_on_one_rank_is_named(pool):
+    for text in pool.run(with_a_broken_pass, timeout=90):
+        assert "AgreementError" in text and "kept (internal)" in text, text
+
+
+def with_a_broken_pass(rank, world_size):
+    from tpfuse.passes import rewrite
+
+    def broken(*_):
+        raise ZeroDivisionError("only here")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 1:
+            patch.setattr(rewrite, "_check", broken)
+        return compiled(rank, world_size, (OPTIONS, OPTIONS), depth=4)[1]
+
+
+def test_a_rank_that_never_compiles_is_named_within_the_limit():
+    first, second = run_ranks(one_rank_only, 2, timeout=90)
+    assert (
+        "rank 1 of [0, 1] compiled no graph like this one, and did not compile it within 2 s (TPFUSE_AGREEMENT_SECONDS)"
+        in first
+    )
+    assert second == "nothing"
+
+
+def one_rank_only(rank, world_size):
+    if rank == 1:
+        return "nothing"
+    limit = {"TPFUSE_AGREEMENT_SECONDS": "2"}
+    return compiled(rank, world_size, (OPTIONS, OPTIONS), environment_of_rank=(limit, limit))[1]
+
+
+def test_a_rank_that_changes_its_mind_about_a_graph_is_told():
+    """The other rank has nothing new to compare, so it cannot know; this one must not go on alone."""
+    first, second = run_ranks(changes_its_mind, 2, timeout=90)
+    assert first == "fine"
+    assert "rank 0 of [0, 1] decided otherwise about it before" in second, second
+
+
+def changes_its_mind(rank, world_size):
+    fused = compiled(rank, world_size, (OPTIONS, OPTIONS), depth=5)
+    if rank == 0:
+        return "fine" if fused[0] == [10] else str(fused)
+    limits = ({}, {"TPFUSE_AGREEMENT_SECONDS": "1"})
+    off = {**OPTIONS, "tpfuse.policy": "off"}
+    return compiled(rank, world_size, (off, off), environment_of_rank=limits, depth=5)[1]
+
+
+def test_a_warm_rank_and_a_cold_rank_agree(tmp_path):
+    options = {"tpfuse.policy": "all"}
+    for number in range(2):
+        # The caches of rank 0 stay, rank 1 gets new ones.
+        caches = {rank: str(tmp_path / (f"warm{rank}" if rank == 0 else f"cold{number}")) for rank in range(2)}
+        with RankPool(2) as pool:
+            first, second = pool.run(with_caches, caches, options, timeout=200)
+        assert first[0] == second[0] == [2]
+        assert (first[1], second[1]) == (number == 1, False), "only rank 0 of the second run is warm"
+
+
+def with_caches(rank, world_size, caches, options):
+    import tpfuse
+
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = caches[rank]
+    fused, _ = compiled(rank, world_size, (options, options))
+    return fused, tpfuse.reports()[-1].from_cache
+
+
+def test_a_limit_that_is_no_number_is_named():
+    from tpfuse.parallel import agreement
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(agreement.VARIABLE, "soon")
+        with pytest.raises(ValueError, match="TPFUSE_AGREEMENT_SECONDS='soon'"):
+            agreement.limit_seconds()
