@@ -19,7 +19,7 @@ from . import library_path, plane, reference
 from .flavour import Flavour
 from .kernels.constants import Constants, Variant, constants, supports, torch_dtype
 from .launch import Geometry, Kernel, Part, Room, geometry, register_bound
-from .op import check, library
+from .op import check, library, refuse_gradients
 from .plane import GroupPath, Plane
 from .select import Selection, select
 
@@ -224,6 +224,7 @@ def _cuda(
     post_norm: bool,
     group_name: str,
 ) -> tuple[Tensor, Tensor]:
+    refuse_gradients(x, residual, weight, bias)
     index = x.device.index
     key = (
         group_name,

@@ -6,8 +6,14 @@ it, so a compiled graph is the same whatever path the group takes.
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from tpfuse import compat
 
 from . import reference
 from .flavour import LLAMA, Flavour
@@ -23,15 +29,25 @@ library.define(SCHEMA, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_
 
 
 def check(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, flavour: Flavour, post_norm: bool
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    flavour: Flavour,
+    post_norm: bool,
+    same: Callable[[Any, Any], bool] = operator.eq,
 ) -> None:
-    """Raise ``ValueError`` naming the argument, what it is and what the op takes."""
+    """Raise ``ValueError`` naming the argument, what it is and what the op takes.
+
+    Args:
+        same: compares two shapes; another one than ``==`` where sizes may be symbols.
+    """
     if x.dim() < 1:
         raise ValueError("all_reduce_add_rms_norm: x is a scalar; expected a tensor of shape (..., H)")
     if x.dtype not in DTYPES:
         raise ValueError(f"all_reduce_add_rms_norm: x has dtype {x.dtype}; expected one of {DTYPES}")
     hidden = x.shape[-1]
-    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+    if residual is not None and (residual.dtype != x.dtype or not same(residual.shape, x.shape)):
         raise ValueError(
             f"all_reduce_add_rms_norm: residual is {residual.dtype} {tuple(residual.shape)}; expected the dtype and "
             f"shape of x, {x.dtype} {tuple(x.shape)}"
@@ -44,15 +60,43 @@ def check(
             f"all_reduce_add_rms_norm: weight is {given}, but the flavour's gain is {flavour.gain!r}; pass a weight of "
             "shape (H,) exactly when the gain is not 'none'"
         )
-    if weight is not None and tuple(weight.shape) != (hidden,):
+    if weight is not None and not same(tuple(weight.shape), (hidden,)):
         raise ValueError(f"all_reduce_add_rms_norm: weight has shape {tuple(weight.shape)}; expected ({hidden},)")
     if bias is not None and (
-        bias.dtype != x.dtype or (tuple(bias.shape) != (hidden,) and tuple(bias.shape) != tuple(x.shape))
+        bias.dtype != x.dtype or not same(tuple(bias.shape), (hidden,) if bias.dim() == 1 else tuple(x.shape))
     ):
         raise ValueError(
             f"all_reduce_add_rms_norm: bias is {bias.dtype} {tuple(bias.shape)}; expected {x.dtype} of shape "
             f"({hidden},) or {tuple(x.shape)}"
         )
+
+
+def _same_sizes(a: Any, b: Any) -> bool:
+    """Whether two shapes are equal. Sizes known at run time only are asserted to be, which the compiled graph then checks."""
+    if len(a) != len(b):
+        return False
+    for one, other in zip(a, b, strict=True):
+        if compat.known_at_run_time_only(one) or compat.known_at_run_time_only(other):
+            torch._check(
+                one == other, lambda: f"all_reduce_add_rms_norm: two operands have the shapes {tuple(a)} and {tuple(b)}"
+            )
+        elif one != other:
+            return False
+    return True
+
+
+def refuse_gradients(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> None:
+    """Raise ``RuntimeError`` where autograd would record the op: it has no gradient, and a silent zero would be worse.
+
+    Asked in every implementation and not by an autograd kernel, which would cost each call a further dispatch.
+    """
+    if torch.is_grad_enabled():
+        for name, tensor in (("x", x), ("residual", residual), ("weight", weight), ("bias", bias)):
+            if tensor is not None and tensor.requires_grad:
+                raise RuntimeError(
+                    f"all_reduce_add_rms_norm is for inference only and has no gradient, but {name} requires grad; call it under "
+                    "torch.no_grad() or torch.inference_mode(), or detach its operands"
+                )
 
 
 def _cpu(
@@ -66,6 +110,7 @@ def _cpu(
     post_norm: bool,
     group_name: str,
 ) -> tuple[Tensor, Tensor]:
+    refuse_gradients(x, residual, weight, bias)
     parsed = Flavour.parse(flavour)
     check(x, residual, weight, bias, parsed, post_norm)
     return reference_all_reduce_add_rms_norm(x, residual, weight, bias, eps, scale, parsed, post_norm, group_name)
@@ -104,8 +149,9 @@ def _fake(
     post_norm: bool,
     group_name: str,
 ) -> tuple[Tensor, Tensor]:
+    refuse_gradients(x, residual, weight, bias)
     parsed = Flavour.parse(flavour)
-    check(x, residual, weight, bias, parsed, post_norm)
+    check(x, residual, weight, bias, parsed, post_norm, _same_sizes)
     normed_dtype = reference.output_dtype(x.dtype, None if weight is None else weight.dtype, parsed)
     residual_dtype = torch.promote_types(x.dtype, normed_dtype) if post_norm else x.dtype
     return x.new_empty(x.shape, dtype=normed_dtype), x.new_empty(x.shape, dtype=residual_dtype)
@@ -144,6 +190,7 @@ def all_reduce_add_rms_norm(
         with ``post_norm=True`` ``(norm(y), residual + norm(y))`` where ``y = scale * (sum + bias)``.
     Raises:
         ValueError: a shape or dtype does not fit; the message names the argument.
+        RuntimeError: autograd would have to record the op.
     """
     if group is None:
         group = torch.distributed.group.WORLD

@@ -73,6 +73,16 @@ def statically_true(condition: Any) -> bool:
     return statically_known_true(condition)
 
 
+def known_at_run_time_only(size: Any) -> bool:
+    """Whether a size is a symbol without a value at trace time (a count of non-zero elements, say).
+
+    Why private: comparing such a size in Python raises; only its expression tells.
+    """
+    from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols
+
+    return not isinstance(size, int) and has_free_unbacked_symbols(size)
+
+
 def size_hint(value: Any) -> int | str:
     """A size for reports: the number when it is known, else the symbol's text."""
     return int(value) if isinstance(value, int) else str(value)
