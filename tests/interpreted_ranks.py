@@ -14,7 +14,7 @@ import random
 import time
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context, shared_memory
 from typing import Any
 from unittest.mock import patch
@@ -38,12 +38,14 @@ class Call:
     bias: str = "none"
     scale: float = 1.0
     post_norm: bool = False
-    special: str = "none"  # "zeros", "negative_zeros", "nonfinite", "denormals"
+    special: str = "none"  # "zeros", "negative_zeros", "nonfinite", "denormals", "order" (sums depend on their order)
     seed: int = 0
     programs: int = 2  # grid cap
     lanes: int = 128  # of a program
     steps: int | None = None  # of a program over its part of a row; None: the whole row
     eps: float = 1e-6
+    pool: int = 0  # rows that the seed makes; the call takes ``rows`` of them from ``start`` on. 0: just the call's own
+    start: int = 0
 
 
 @dataclass
@@ -57,6 +59,7 @@ class Outcome:
     record: tuple[int, ...] = (0, 0, 0, 0)
     records: list[tuple[int, ...]] = field(default_factory=list)  # after each call
     rows: list[str] = field(default_factory=list)  # for each call a letter a row, see row_letters
+    row_digests: list[list[str]] = field(default_factory=list)  # for each call a digest a row, of both outputs
     error: str = ""
 
 
@@ -70,6 +73,16 @@ class Inputs:
 
 def inputs(call: Call, world: int) -> Inputs:
     """The tensors of a call, the same on every rank: ``xs[r]`` is what rank r contributes."""
+    if call.pool:
+        whole = inputs(replace(call, rows=call.pool, pool=0), world)
+        part = slice(call.start, call.start + call.rows)
+        full = whole.bias is not None and whole.bias.dim() > 1
+        return Inputs(
+            [x[part].clone() for x in whole.xs],
+            None if whole.residual is None else whole.residual[part].clone(),
+            whole.weight,
+            whole.bias[part].clone() if full else whole.bias,  # type: ignore[index]
+        )
     g = torch.Generator().manual_seed(call.seed)
     shape = (call.rows, call.hidden)
 
@@ -88,6 +101,11 @@ def inputs(call: Call, world: int) -> Inputs:
         return t.to(call.dtype)
 
     xs = [make(*shape) for _ in range(world)]
+    if call.special == "order":
+        # Each element is 2**24, 1, -2**24 (and 1, 3, ...) over the ranks, in an order of its own: other orders, other sums.
+        terms = torch.tensor([2.0**24, 1.0, -(2.0**24), 1.0, 3.0, 5.0, 7.0, 9.0][:world])
+        orders = torch.rand(*shape, world, generator=g).argsort(dim=-1)
+        xs = [terms[orders[..., r]].to(call.dtype) for r in range(world)]
     weight = None
     if call.flavour != "weightless":
         weight = torch.randn(call.hidden, generator=g).to(call.weight_dtype or call.dtype)
@@ -333,6 +351,7 @@ def _worker(
             with squares_in_kernel_order(call):
                 want = expected(call, given)
             outcome.rows.append(row_letters((normed, residual_out), want))
+            outcome.row_digests.append([digest(n, h) for n, h in zip(normed, residual_out, strict=True)])
             if outcome.record[0]:
                 continue  # a plane that has failed; the other lists are about calls that went well
             for name, got, exact in zip(("normed", "residual"), (normed, residual_out), want, strict=True):

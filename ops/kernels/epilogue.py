@@ -11,7 +11,7 @@ of a row do not depend on how many programs share it, on their width, on the num
 
 # Triton's language, not Python: tuples grow while they are traced, and have no unpacking.
 # mypy: ignore-errors
-# ruff: noqa: RUF005, SIM300, PLR1714
+# ruff: noqa: RUF005, SIM300, PLR0124, PLR1714
 from __future__ import annotations
 
 import triton
@@ -375,11 +375,10 @@ def spoil(mean, record, residual_out, start, active, C: tl.constexpr, S: tl.cons
             is_pure=False,
             pack=1,
         )
-    else:
-        if mean != mean:
-            if tl.load(record.to(tl.pointer_type(tl.int32)), volatile=True) != 0:
-                nan = active * 0 + _NAN
-                store16(residual_out.to(tl.int64) + start * C.item_bytes, (nan, nan, nan, nan), active, S.ptx)
+    elif mean != mean:
+        nan = active * 0 + _NAN
+        hurt = (tl.load(record.to(tl.pointer_type(tl.int32)), volatile=True) != 0).to(tl.int32)
+        store16(residual_out.to(tl.int64) + start * C.item_bytes, (nan, nan, nan, nan), active & hurt, S.ptx)
 
 
 @triton.jit
