@@ -2,6 +2,7 @@
 
 from .dispatch import forget, raise_if_failed, reset
 from .flavour import GEMMA, GEMMA4, LLAMA, OLMO2, WEIGHTLESS, Flavour
+from .invariant import batch_invariant, set_batch_invariant
 from .op import all_reduce_add_rms_norm
 from .plane import GroupPath, describe_path, stream_class
 from .select import Selection, select
@@ -16,10 +17,12 @@ __all__ = [
     "GroupPath",
     "Selection",
     "all_reduce_add_rms_norm",
+    "batch_invariant",
     "describe_path",
     "forget",
     "raise_if_failed",
     "reset",
     "select",
+    "set_batch_invariant",
     "stream_class",
 ]

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import library_path, plane, reference
+from . import invariant, library_path, plane, reference
 from .flavour import Flavour
 from .kernels.constants import Constants, Variant, constants, supports, torch_dtype
 from .launch import Geometry, Kernel, Part, Room, geometry, register_bound
@@ -99,7 +99,16 @@ def plan_of(
         wait: False for the benchmarks' floor: kernels that wait for nobody.
         shape_of: for experiments: rows of a launch -> its geometry, instead of :func:`tpfuse.ops.launch.geometry`.
     """
-    chosen = select(p.architecture, p.world, dtype, c.hidden, rows, override=settings.algorithm, table=settings.table)
+    chosen = select(
+        p.architecture,
+        p.world,
+        dtype,
+        c.hidden,
+        rows,
+        override=settings.algorithm,
+        table=settings.table,
+        batch_invariant=settings.batch_invariant,
+    )
     if chosen.algorithm == "library":
         return Plan(chosen, ())
     processors = torch.cuda.get_device_properties(p.device).multi_processor_count
@@ -139,6 +148,13 @@ def _prepare(
     hidden = x.shape[-1]
     path = plane.path_of(group_name, x.device)
     why_not = supports(x.dtype, weight_dtype, hidden, parsed)
+    if why_not and path.settings.batch_invariant:
+        raise RuntimeError(
+            f"tpfuse: batch_invariant is on, and no kernel takes this call: {why_not}. The group's own all-reduce and torch's "
+            "norm would give bits that depend on the number of rows. Use a dtype, H and norm that the kernels take "
+            "(docs/op.md), or switch batch_invariant off on all ranks"
+        )
+    invariant.remember(group_name)
     normed_dtype = reference.output_dtype(x.dtype, weight_dtype, parsed)
     prepared = Prepared(
         path=path,
@@ -276,7 +292,9 @@ def _cuda(
                     bs = bias.view(rows, -1)[part] if full_bias else bias  # type: ignore[union-attr]
                     _launch(launch, stream, p, prepared, xs, rs, weight, bs, ns, hs, eps, scale)  # type: ignore[arg-type]
             return normed, residual_out
-    reduced = library_path.all_reduce(x, group_name)
+    # The add and norm behind it take one program a row, with the sums of the other kernels: no row sees another.
+    summed = invariant.sum_in_rank_order if prepared.path.settings.batch_invariant else library_path.all_reduce
+    reduced = summed(x, group_name)
     library_path.add_norm(reduced, residual, weight, bias, normed, residual_out, eps, scale, c)
     return normed, residual_out
 
@@ -332,6 +350,7 @@ def forget(group: dist.ProcessGroup | str) -> None:
     """Drop planes and plans of a group that is about to be destroyed."""
     name = plane.group_name_of(group)
     plane.forget(name)
+    invariant.forget(name)
     for key in [k for k in _prepared if k[0] == name]:
         del _prepared[key]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tpfuse import compat
 
-from . import reference
+from . import invariant, reference
 from .flavour import LLAMA, Flavour
 
 SCHEMA = (
@@ -131,7 +131,12 @@ def reference_all_reduce_add_rms_norm(
     if x.numel() == 0:
         # Every rank of the group has the same (zero) number of rows, so all of them skip the collective.
         reduced = x.clone()
+    elif invariant.batch_invariant():
+        invariant.remember(group_name)
+        reduced = invariant.sum_in_rank_order(x, group_name)
+        return invariant.add_rms_norm(reduced, residual, weight, bias, eps, scale, flavour, post_norm)
     else:
+        invariant.remember(group_name)
         reduced = torch.ops._c10d_functional.all_reduce(x.contiguous(), "sum", group_name)
         reduced = torch.ops._c10d_functional.wait_tensor(reduced)
     normed, residual_out = reference.add_rms_norm(reduced, residual, weight, bias, eps, scale, flavour, post_norm)

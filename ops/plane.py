@@ -52,9 +52,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import invariant
 from . import select as selection
 
-WATCHDOG_SECONDS = 60.0
+WATCHDOG_SECONDS = 600.0  # torch's own limit for a collective
 MIN_WORLD, MAX_WORLD = 2, 8
 DEPENDENT_LAUNCH = ("off", "end", "early")
 SHARED_GPU = ("spare", "packed")
@@ -77,6 +78,7 @@ class Settings:
             multiprocessors free, so that ordinary kernels of all ranks always run; ``packed`` fills it, for ranks that
             run nothing but these kernels, as benchmarks do.
         backend: ``TPFUSE_SYMM_MEM``: torch's symmetric-memory backend; ``auto`` is torch's own choice.
+        batch_invariant: ``TPFUSE_BATCH_INVARIANT`` or the option: see :mod:`tpfuse.ops.invariant`.
     """
 
     algorithm: str = "auto"
@@ -86,12 +88,19 @@ class Settings:
     concurrent_planes: int = 1
     shared_gpu: str = "spare"
     backend: str = "auto"
+    batch_invariant: bool = False
 
     @classmethod
     def from_environment(cls) -> Settings:
         """Raises ``ValueError`` naming the variable, its value and the valid ones."""
         env = os.environ
         table = env.get("TPFUSE_TABLE")
+        batch_invariant = invariant.batch_invariant()
+        if batch_invariant and env.get("TPFUSE_ALGORITHM") == "library":
+            raise ValueError(
+                "TPFUSE_ALGORITHM='library' is not valid with batch_invariant: an all-reduce of the library sums in an order "
+                "that depends on the size of the call; valid are auto, one_shot, two_shot. Unset one of the two on all ranks"
+            )
         return cls(
             algorithm=_word("TPFUSE_ALGORITHM", "auto", ("auto", *selection.ALGORITHMS)),
             table=selection.load_table(Path(table)) if table else selection.TABLE,
@@ -100,13 +109,14 @@ class Settings:
             concurrent_planes=int(_number("TPFUSE_CONCURRENT_PLANES", 1, 1)),
             shared_gpu=_word("TPFUSE_SHARED_GPU", "spare", SHARED_GPU),
             backend=_word("TPFUSE_SYMM_MEM", "auto", BACKENDS),
+            batch_invariant=batch_invariant,
         )
 
     def fingerprint(self) -> str:
         return (
             f"algorithm={self.algorithm} table={selection.fingerprint(self.table)} "
             f"watchdog={self.watchdog_seconds} pdl={self.dependent_launch} planes={self.concurrent_planes} "
-            f"shared_gpu={self.shared_gpu} backend={self.backend}"
+            f"shared_gpu={self.shared_gpu} backend={self.backend} batch_invariant={self.batch_invariant}"
         )
 
 

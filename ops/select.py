@@ -104,6 +104,7 @@ def select(
     *,
     override: str = "auto",
     table: Sequence[Entry] = TABLE,
+    batch_invariant: bool = False,
 ) -> Selection:
     """The algorithm of one call.
 
@@ -112,6 +113,7 @@ def select(
         world: ranks in the group, 2 to 8.
         dtype, hidden, rows: of ``x``.
         override: ``"auto"``, or an algorithm to force (``TPFUSE_ALGORITHM``); equal on all ranks.
+        batch_invariant: the kernels for every size, for the library sums in another order than they do.
     """
     thresholds = entry(architecture, world, table)
     row_bytes = hidden * dtype.itemsize
@@ -122,6 +124,9 @@ def select(
         algorithm = "one_shot"
     elif size <= thresholds.two_shot_bytes:
         algorithm = "two_shot"
+    elif batch_invariant:
+        # In launches that fit a phase, however large the call is. Where two-shot is never chosen, as between two ranks, one-shot.
+        algorithm = "two_shot" if thresholds.two_shot_bytes > thresholds.one_shot_bytes else "one_shot"
     else:
         algorithm = "library"
     if algorithm == "library":

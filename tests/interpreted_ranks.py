@@ -14,7 +14,7 @@ import random
 import time
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context, shared_memory
 from typing import Any
 from unittest.mock import patch
@@ -38,12 +38,14 @@ class Call:
     bias: str = "none"
     scale: float = 1.0
     post_norm: bool = False
-    special: str = "none"  # "zeros", "negative_zeros", "nonfinite", "denormals"
+    special: str = "none"  # "zeros", "negative_zeros", "nonfinite", "denormals", "order" (sums depend on their order)
     seed: int = 0
     programs: int = 2  # grid cap
     lanes: int = 128  # of a program
     steps: int | None = None  # of a program over its part of a row; None: the whole row
     eps: float = 1e-6
+    pool: int = 0  # rows that the seed makes; the call takes ``rows`` of them from ``start`` on. 0: just the call's own
+    start: int = 0
 
 
 @dataclass
@@ -55,6 +57,9 @@ class Outcome:
     mistakes: list[str] = field(default_factory=list)
     leftover: int = 0
     record: tuple[int, ...] = (0, 0, 0, 0)
+    records: list[tuple[int, ...]] = field(default_factory=list)  # after each call
+    rows: list[str] = field(default_factory=list)  # for each call a letter a row, see row_letters
+    row_digests: list[list[str]] = field(default_factory=list)  # for each call a digest a row, of both outputs
     error: str = ""
 
 
@@ -68,6 +73,16 @@ class Inputs:
 
 def inputs(call: Call, world: int) -> Inputs:
     """The tensors of a call, the same on every rank: ``xs[r]`` is what rank r contributes."""
+    if call.pool:
+        whole = inputs(replace(call, rows=call.pool, pool=0), world)
+        part = slice(call.start, call.start + call.rows)
+        full = whole.bias is not None and whole.bias.dim() > 1
+        return Inputs(
+            [x[part].clone() for x in whole.xs],
+            None if whole.residual is None else whole.residual[part].clone(),
+            whole.weight,
+            whole.bias[part].clone() if full else whole.bias,  # type: ignore[index]
+        )
     g = torch.Generator().manual_seed(call.seed)
     shape = (call.rows, call.hidden)
 
@@ -86,6 +101,11 @@ def inputs(call: Call, world: int) -> Inputs:
         return t.to(call.dtype)
 
     xs = [make(*shape) for _ in range(world)]
+    if call.special == "order":
+        # Each element is 2**24, 1, -2**24 (and 1, 3, ...) over the ranks, in an order of its own: other orders, other sums.
+        terms = torch.tensor([2.0**24, 1.0, -(2.0**24), 1.0, 3.0, 5.0, 7.0, 9.0][:world])
+        orders = torch.rand(*shape, world, generator=g).argsort(dim=-1)
+        xs = [terms[orders[..., r]].to(call.dtype) for r in range(world)]
     weight = None
     if call.flavour != "weightless":
         weight = torch.randn(call.hidden, generator=g).to(call.weight_dtype or call.dtype)
@@ -156,6 +176,18 @@ def ulps_apart(a: torch.Tensor, b: torch.Tensor) -> int:
     return int(torch.where(same, torch.zeros((), dtype=torch.long), (ia - ib).abs()).max()) if a.numel() else 0
 
 
+def row_letters(got: tuple[torch.Tensor, ...], want: tuple[torch.Tensor, ...]) -> str:
+    """For each row ``r`` (both outputs right), ``n`` (both all NaN) or ``w`` (anything else: wrong)."""
+    letters = []
+    for row in range(got[0].shape[0]):
+        pairs = [(g[row], w[row]) for g, w in zip(got, want, strict=True)]
+        if all(bool(g.isnan().all()) for g, _ in pairs):
+            letters.append("n")
+        else:
+            letters.append("w" if any(ulps_apart(g, w) for g, w in pairs) else "r")
+    return "".join(letters)
+
+
 def _attach(name: str) -> tuple[shared_memory.SharedMemory, torch.Tensor]:
     memory = shared_memory.SharedMemory(name=name)
     return memory, torch.frombuffer(memory.buf, dtype=torch.int32)
@@ -204,6 +236,8 @@ def _worker(
     calls: list[Call],
     delay: float,
     dies_at: int,
+    waits: dict[int, tuple[int, int]],
+    reset_before: int,
     watchdog: int,
     together: Any,
     conn: Any,
@@ -237,6 +271,7 @@ def _worker(
         held = [_attach(n) for n in names["plane"]]
         keep_state, state = _attach(names["state"][rank])
         keep_outs, outs = _attach(names["out"][rank])
+        done = [_attach(n) for n in names["done"]]
         host = state[-4:]
         peers = torch.tensor([t.data_ptr() for _, t in held] + [host.data_ptr()], dtype=torch.int64)
         plane = held[rank][1]
@@ -245,7 +280,17 @@ def _worker(
         together.wait(120)  # importing takes longer than a short watchdog allows
         for number, call in enumerate(calls):
             if number == dies_at:
+                done[rank][1][program or 0] = len(calls)  # nobody has to wait for it
                 os._exit(0)
+            if number in waits:
+                other, calls_made = waits[number]
+                while int(done[other][1][0]) < calls_made:
+                    time.sleep(0.005)
+            if number == reset_before:
+                together.wait(120)
+                plane.zero_()
+                state.zero_()
+                together.wait(120)
             given = inputs(call, world)
             if delay:
                 time.sleep(rng.random() * delay)
@@ -298,13 +343,17 @@ def _worker(
                     _wait_for_siblings(names, number, programs, program, rank)
                 else:
                     launch_plain(function, programs, args, (c, variant))
+                    done[rank][1][0] = number + 1
             outcome.record = tuple(host.tolist())
-            if outcome.record[0]:
-                break
+            outcome.records.append(outcome.record)
             normed, residual_out = views[0].clone(), views[1].clone()
             outcome.digests.append(digest(normed, residual_out))
             with squares_in_kernel_order(call):
                 want = expected(call, given)
+            outcome.rows.append(row_letters((normed, residual_out), want))
+            outcome.row_digests.append([digest(n, h) for n, h in zip(normed, residual_out, strict=True)])
+            if outcome.record[0]:
+                continue  # a plane that has failed; the other lists are about calls that went well
             for name, got, exact in zip(("normed", "residual"), (normed, residual_out), want, strict=True):
                 if ulps_apart(got, exact):
                     outcome.mistakes.append(
@@ -320,7 +369,7 @@ def _worker(
                 outcome.mistakes.append(f"call {number} {call}: {apart} ulps from the reference, allowed {allowed}")
         partials = state[PARTIALS.value : PARTIALS.value + MAX_PROGRAMS.value * 16]
         outcome.leftover = int((plane != 0).sum()) + int((partials != 0).sum()) + int(state[RECORD.value] != 0)
-        del keep_state, keep_outs
+        del keep_state, keep_outs, done
     except Exception:
         outcome.error = traceback.format_exc()
     conn.send(outcome)
@@ -343,7 +392,9 @@ def run(
     *,
     delay: float = 0.0,
     split: bool = False,
-    dies: tuple[int, int] = (-1, -1),
+    dies: tuple[int, ...] = (-1, -1),
+    waits: dict[tuple[int, int], tuple[int, int]] | None = None,
+    reset_before: int = -1,
     watchdog: int = WATCHDOG_NS,
     timeout: float = 240.0,
 ) -> list[Outcome]:
@@ -352,7 +403,9 @@ def run(
     Args:
         delay: each rank sleeps up to this many seconds before each call.
         split: one process for every (rank, program); every call must have the same ``programs`` and fill the grid.
-        dies: (rank, call): that rank exits before that call.
+        dies: (rank, call): that rank exits before that call; (rank, call, program): one program of it, with ``split``.
+        waits: (rank, call) -> (other, n): before that call the rank waits until the other rank has made n calls.
+        reset_before: before this call all ranks meet and zero their planes, as ``tpfuse.ops.reset`` does.
         watchdog: nanoseconds; the portable poll counts a microsecond a poll.
     """
     context = get_context("spawn")
@@ -376,10 +429,24 @@ def run(
         for rank in range(world):
             for program in programs:
                 receive, send = context.Pipe(duplex=False)
-                dies_at = dies[1] if rank == dies[0] else -1
+                dies_at = dies[1] if rank == dies[0] and (len(dies) == 2 or program == dies[2]) else -1
+                rank_waits = {call: until for (who, call), until in (waits or {}).items() if who == rank}
                 process = context.Process(
                     target=_worker,
-                    args=(rank, program, world, names, calls, delay, dies_at, watchdog, together, send),
+                    args=(
+                        rank,
+                        program,
+                        world,
+                        names,
+                        calls,
+                        delay,
+                        dies_at,
+                        rank_waits,
+                        reset_before,
+                        watchdog,
+                        together,
+                        send,
+                    ),
                     daemon=True,
                 )
                 process.start()

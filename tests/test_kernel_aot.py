@@ -13,6 +13,7 @@ import triton
 from tpfuse.ops.flavour import GEMMA, LLAMA, OLMO2, Flavour
 from tpfuse.ops.kernels.add_norm import add_norm_kernel
 from tpfuse.ops.kernels.constants import GROUP_LANES, Constants, Variant, constants, torch_dtype
+from tpfuse.ops.kernels.memory import NAN_WORD
 from tpfuse.ops.kernels.one_shot import one_shot_kernel
 from tpfuse.ops.kernels.two_shot import two_shot_kernel
 from tpfuse.ops.launch import Part, Room, geometry, register_bound
@@ -132,6 +133,42 @@ def test_what_takes_time_in_a_kernel_is_done_once(algorithm: str, dtype: torch.d
     before_any_push = ptx[: ptx.index("st.relaxed.sys")]
     own, phase = before_any_push.index("ld.global.v4"), before_any_push.rindex("ld.global.b32")
     assert own < phase
+
+
+@pytest.mark.parametrize("algorithm", sorted(KERNELS))
+def test_partial_sums_of_split_rows_are_strong_stores_and_only_nan_passes_a_fence(algorithm: str) -> None:
+    target = GPUTarget("cuda", 90, 32)
+    split, whole = (
+        re.sub(r"\s*\.loc\b.*", "", _compile(algorithm, _constants(hidden=8192), 2, part, target).asm["ptx"])
+        for part in (Part(128, 1), Part(1024, 1))
+    )
+
+    def weak(ptx: str) -> int:
+        """Stores of one word that are not strong: the phases of the next call, and nothing else."""
+        return len(re.findall(r"st\.global\.[bu]32", ptx))
+
+    # This program's phase, and those of the eight others that a thread looks after.
+    assert weak(split) == 9 and weak(whole) <= 9
+    announced = [line.strip() for line in split.splitlines() if "st.relaxed.gpu" in line]
+    assert len(announced) == 1 and "st.relaxed.gpu" not in whole
+    # A fence takes a good part of a microsecond. The one before an announcement is for NaN only, that of spoil lies behind
+    # a branch, and the release of the record is in the poll, where it has given up.
+    polls = (1 if algorithm == "one_shot" else 2) + 1
+    assert re.findall(r"(@%p)?\s*fence\.acq_rel\.gpu", split) == ["@%p", ""]
+    assert re.search(r"@!%p bra DONE;\s*fence\.acq_rel\.gpu", split)
+    assert split.count("st.release.sys") == polls == split.count("atom.relaxed.sys.global.cas")
+    assert split.count("fence.acq_rel.sys") == 0
+
+
+@pytest.mark.parametrize("algorithm", sorted(KERNELS))
+def test_a_failed_plane_is_looked_for_once_and_its_nan_is_nan_in_every_dtype(algorithm: str) -> None:
+    ptx = _compile(algorithm, _constants(hidden=4096), 2, Part(512, 1), GPUTarget("cuda", 90, 32)).asm["ptx"]
+    before_any_push = ptx[: ptx.index("st.relaxed.sys")]
+    # The phase and the record, on their way together: the branch costs no round trip of its own.
+    assert len(re.findall(r"ld\.global\.b32", before_any_push)) == 2
+    word = torch.tensor([NAN_WORD], dtype=torch.int32)
+    for dtype in TYPES:
+        assert bool(word.view(dtype).isnan().all())
 
 
 @pytest.mark.parametrize("arch", NVIDIA)

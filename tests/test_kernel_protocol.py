@@ -169,21 +169,130 @@ def test_the_width_of_a_program_does_not_change_the_bits_of_a_row() -> None:
         assert len(set(outcomes[0].digests[first : first + 6])) == 1, calls[first]
 
 
-def test_a_row_has_the_same_bits_whatever_the_other_rows_are() -> None:
-    """Batch invariance: the first row of one call equals the first row of another with the same seed and one row."""
-    calls = [
-        Call(rows, 128, algorithm, seed=3, special="none") for rows in (1, 1) for algorithm in ("one_shot", "two_shot")
+@pytest.mark.parametrize("world", (3, 4))
+def test_a_row_has_the_same_bits_alone_and_among_up_to_three_hundred(world: int) -> None:
+    """Batch invariance: order-sensitive sums, both algorithms, several grids, widths of a program and cuts into launches."""
+    pool = 300
+    # (rows of the call, where it is cut into launches, algorithm, programs, lanes); every call holds the first rows of the pool.
+    ways = (
+        (300, (300,), "two_shot", 5, 128),
+        (64, (64,), "one_shot", 3, 128),
+        (64, (1, 29, 34), "two_shot", 64, 256),
+        (7, (4, 3), "one_shot", 2, 256),
+        (7, (7,), "two_shot", 1, 128),
+        (2, (2,), "one_shot", 1, 512),
+        (2, (1, 1), "two_shot", 2, 128),
+    )
+    calls, places = [], []
+    for rows, cuts, algorithm, programs, lanes in ways:
+        start = 0
+        for cut in cuts:
+            calls.append(
+                Call(
+                    cut, 64, algorithm, special="order", seed=1, pool=pool, start=start, programs=programs, lanes=lanes
+                )
+            )
+            places.append(start)
+            start += cut
+        assert start == rows
+    among = len(calls)
+    alone = sorted({*range(66), *range(66, 300, 29), 299})
+    calls += [Call(1, 64, "one_shot", special="order", seed=1, pool=pool, start=row) for row in alone]
+    outcomes = run(world, calls)
+    _agree(outcomes, world)  # every row of every call has the bits of the reference, which knows no other rows
+    bits = outcomes[0].row_digests
+    by_itself = {row: bits[among + n][0] for n, row in enumerate(alone)}
+    assert len(set(by_itself.values())) == len(by_itself)  # rows differ, so equal bits mean something
+    for call, first, digests in zip(calls[:among], places, bits, strict=False):
+        for row, found in enumerate(digests, first):
+            assert by_itself.get(row, found) == found, f"row {row} of {call} has other bits than alone"
+
+
+def test_a_row_of_several_groups_has_the_same_bits_alone_and_among_others() -> None:
+    ways = [
+        (rows, algorithm, lanes, dtype)
+        for dtype in (torch.bfloat16, torch.float32)
+        for rows, algorithm, lanes in (
+            (1, "one_shot", 128),
+            (1, "two_shot", 512),
+            (5, "one_shot", 256),
+            (5, "two_shot", 128),
+        )
     ]
-    digests = run(2, calls)[0].digests
-    assert len(set(digests)) == 1
+    calls = [
+        Call(rows, 2056, algorithm, dtype, special="order", seed=2, pool=5, lanes=lanes, programs=3)
+        for rows, algorithm, lanes, dtype in ways
+    ]
+    outcomes = run(3, calls)
+    _agree(outcomes, 3)
+    bits = outcomes[0].row_digests
+    for first in (0, 4):
+        assert {digests[0] for digests in bits[first : first + 4]} == {bits[first][0]}
+        assert bits[first + 2] == bits[first + 3]
 
 
-def test_a_dead_rank_ends_the_others_with_a_record_that_names_it() -> None:
-    calls = [Call(1, 64, seed=n) for n in range(4)]
+@pytest.mark.parametrize("algorithm", ("one_shot", "two_shot"))
+def test_a_dead_rank_leaves_nan_on_the_others_and_a_record_that_keeps_naming_it(algorithm: str) -> None:
+    calls = [
+        Call(rows, 72, algorithm, dtype, residual=residual, post_norm=post, flavour=flavour, seed=n, programs=1)
+        for n, (rows, dtype, residual, post, flavour) in enumerate(
+            (
+                (2, torch.bfloat16, True, False, "llama"),
+                (1, torch.float32, True, False, "llama"),
+                (3, torch.bfloat16, True, False, "llama"),  # rank 1 is gone from here on
+                (2, torch.float16, False, False, "weightless"),
+                (4, torch.float32, True, True, "olmo2"),
+                (1, torch.bfloat16, True, False, "gemma"),
+            )
+        )
+    ]
     outcomes = run(3, calls, dies=(1, 2), watchdog=300_000)
     assert len(outcomes) == 2
     for outcome in outcomes:
         assert not outcome.error, outcome.error
-        gave_up, missing, row, phase = outcome.record
-        assert (gave_up, missing, row) == (1, 1, 0)
-        assert phase == 0  # the third call is in phase 0
+        assert not outcome.mistakes, outcome.mistakes
+        assert outcome.rows == ["rr", "r", "nnn", "nn", "nnnn", "n"]
+        gave_up, missing, row, phase = outcome.records[2]
+        # The third call is in phase 0. Rank 1's rows are missing, or, in two-shot, the sum of a row from its owner (phase + 4).
+        assert gave_up == 1 and ((missing, phase) == (1, 0) or (algorithm, missing, phase) == ("two_shot", 0, 4))
+        assert row == 0 or algorithm == "two_shot"
+        assert set(outcome.records[2:]) == {outcome.records[2]}, "a later call has overwritten the first cause"
+
+
+@pytest.mark.parametrize(("algorithm", "late_by"), (("one_shot", 2), ("two_shot", 1)))
+def test_a_rank_that_comes_late_to_a_failed_plane_gets_right_rows_or_nan_and_a_reset_repairs_all(
+    algorithm: str, late_by: int
+) -> None:
+    """Rank 0 gives up in call 2 and makes ``late_by`` more calls before rank 1 makes its call 2, in the same phases."""
+    shapes = [(2, 72), (4, 64), (4, 72), (4, 72), (3, 72), (2, 64), (5, 72), (2, 72)]
+    calls = [Call(rows, hidden, algorithm, seed=n, programs=1) for n, (rows, hidden) in enumerate(shapes)]
+    late, early = run(
+        2, calls, waits={(0, 2): (1, 3 + late_by)}, reset_before=6, watchdog=300_000
+    )  # rank 0 is the late one
+    for outcome in (late, early):
+        assert not outcome.error, outcome.error
+        assert not outcome.mistakes, outcome.mistakes
+        assert outcome.rows[:2] == ["rr", "rrrr"]
+        assert outcome.rows[3:6] == ["nnnn", "nnn", "nn"]
+        assert outcome.rows[6:] == ["rrrrr", "rr"]
+        assert outcome.leftover == 0
+        assert outcome.records[5][0] == 1
+    assert early.rows[2] == "nnnn"
+    assert set(early.records[2:6]) == {(1, 0, early.records[2][2], early.records[2][3])}
+    # What the early rank pushed in call 2 is right: all rows of one-shot, in two-shot those that the late rank owns.
+    assert late.rows[2] == ("rrrr" if algorithm == "one_shot" else "rnrn")
+
+
+def test_a_program_whose_sibling_gave_up_stores_nan_in_both_outputs() -> None:
+    """A row split over three programs: one of rank 1 is gone, so a third of the row never reaches rank 0."""
+    calls = [Call(1, 2880, steps=1, programs=3, seed=n) for n in range(3)]
+    pieces = run(2, calls, split=True, dies=(1, 1, 2), watchdog=200_000)
+    assert len(pieces) == 5
+    for piece in pieces:
+        assert not piece.error, piece.error
+        assert not piece.mistakes, piece.mistakes
+        assert piece.rows[0] == "r"
+        assert piece.record[0] == 1
+    for piece in [piece for piece in pieces if piece.rank == 0]:
+        assert piece.rows == ["r", "n", "n"]
+        assert piece.records[1] == (1, 1, 0, 1) == piece.records[2]

@@ -55,6 +55,7 @@ def tpfuse(
     parsed = parse(options)
     if unknown:
         raise OptionError(f"tpfuse takes mode= and options=; it was given {', '.join(sorted(unknown))}")
+    _set_batch_invariant(parsed)
     specialise_floats(gm)
     training = torch.is_grad_enabled() and any(
         isinstance(x, torch.Tensor) and x.requires_grad for x in (*example_inputs, *gm.parameters())
@@ -88,6 +89,14 @@ def specialise_floats(gm: GraphModule) -> None:
         node.replace_all_uses_with(compat.guarded_float(symbol))
         gm.graph.erase_node(node)
     gm.recompile()
+
+
+def _set_batch_invariant(parsed: Options) -> None:
+    """The mode belongs to the op and the process: whatever it is that calls the op, its bits must not change on the way."""
+    if parsed.batch_invariant is not None:
+        from tpfuse.ops import set_batch_invariant
+
+        set_batch_invariant(parsed.batch_invariant)
 
 
 # -- mounts ---------------------------------------------------------------------------------------------------------
@@ -222,7 +231,9 @@ def graph_pass(options: dict[str, Any] | None = None) -> Any:
     Returns:
         An object to call with a post-grad graph; its ``uuid()`` keeps compile caches usable, ``reports`` is what it did.
     """
-    return _InductorPass(parse(options), training=False, previous=None)
+    parsed = parse(options)
+    _set_batch_invariant(parsed)
+    return _InductorPass(parsed, training=False, previous=None)
 
 
 def _inductor(

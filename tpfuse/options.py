@@ -30,6 +30,7 @@ class Options:
         inner: who compiles the rewritten graph.
         policy, numerics, verify, fuel: see :class:`tpfuse.passes.PassOptions`.
         dump: folder for before/after graphs and the report, or None.
+        batch_invariant: True or False switches the mode of :mod:`tpfuse.ops.invariant` for the process; None leaves it.
         inner_options: what goes to the inner compiler unchanged.
     """
 
@@ -39,6 +40,7 @@ class Options:
     dump: str | None = None
     verify: bool = False
     fuel: int | None = None
+    batch_invariant: bool | None = None
     inner_options: dict[str, Any] = field(default_factory=dict)
 
     def decisive(self) -> str:
@@ -97,6 +99,7 @@ READERS: dict[str, Callable[[str, Any], Any]] = {
     "dump": _folder,
     "verify": _flag,
     "fuel": _count,
+    "batch_invariant": _flag,
 }
 
 

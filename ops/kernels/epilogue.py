@@ -11,13 +11,13 @@ of a row do not depend on how many programs share it, on their width, on the num
 
 # Triton's language, not Python: tuples grow while they are traced, and have no unpacking.
 # mypy: ignore-errors
-# ruff: noqa: RUF005, SIM300, PLR1714
+# ruff: noqa: RUF005, SIM300, PLR0124, PLR1714
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from .memory import load16, poll, store16
+from .memory import NAN_WORD, clear, load16, poll, store16
 from .words import (
     lane_sums_of_squares,
     over_lanes,
@@ -35,6 +35,7 @@ from .words import (
     unpack,
 )
 
+_NAN: tl.constexpr = tl.constexpr(NAN_WORD)
 MAX_GROUPS: tl.constexpr = tl.constexpr(16)  # groups of a row: H <= 16384 for 16-bit dtypes, 8192 for fp32
 # The state of a plane that only its own rank touches, as int32 words.
 MAX_PROGRAMS: tl.constexpr = tl.constexpr(1024)
@@ -138,8 +139,14 @@ def normalised(values, mean, weight, eps, C: tl.constexpr, PTX: tl.constexpr):
 def announce(sums, part, state, S: tl.constexpr):
     """Write the sums of squares of this program's groups into the area of every program of its row.
 
-    A sum is not negative, so its sign bit marks it as written. A masked tl.store, not push: where a tensor has fewer elements
-    than there are threads, inline PTX would store again from the replicas, perhaps after the reader restored its zeros.
+    A sum is not negative, so its sign bit marks it as written: each word carries its own flag, as in a push. Relaxed stores
+    of GPU scope, read by relaxed loads: both are strong, so they do not race, and a reader sees either zero or the word. Its
+    value is all that the reader needs, so no order with other memory is asked for, which would make every announcement wait
+    for the stores of ``residual_out``. Only a NaN may vouch for something else, the record of a sibling that gave up: a
+    fence here and one in :func:`spoil` order that, on a path that finite rows never take.
+
+    One element a thread: with fewer, inline PTX would store again from the replicas, perhaps after the reader restored its
+    zeros.
     """
     GROUPS: tl.constexpr = S.groups_a_step
     first = tl.program_id(0) - part
@@ -148,7 +155,24 @@ def announce(sums, part, state, S: tl.constexpr):
         word = over_lanes(sums, GROUPS, False).to(tl.int32, bitcast=True) | (-2147483648)
         lane = tl.arange(0, S.lanes)
         place = state + PARTIALS + (first + lane // PERIOD) * MAX_GROUPS + part * S.groups + lane % PERIOD
-        tl.store(place, word, mask=(lane // PERIOD < S.split) & (lane % PERIOD < S.groups))
+        active = ((lane // PERIOD < S.split) & (lane % PERIOD < S.groups)).to(tl.int32)
+        tl.inline_asm_elementwise(
+            """
+            {
+            .reg .pred %p;
+            setp.gt.u32 %p, $2, 0xFF800000;
+            @%p fence.acq_rel.gpu;
+            setp.ne.u32 %p, $3, 0;
+            @%p st.relaxed.gpu.global.u32 [$1], $2;
+            mov.u32 $0, 0;
+            }
+            """,
+            "=r,l,r,r",
+            [place.to(tl.int64), word, active],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
     else:
         STEPS: tl.constexpr = S.steps
         readers = tl.arange(0, MAX_GROUPS)
@@ -156,11 +180,12 @@ def announce(sums, part, state, S: tl.constexpr):
             word = sums_over_lanes(sums[i], GROUPS).to(tl.int32, bitcast=True) | (-2147483648)
             areas = state + PARTIALS + (first + readers) * MAX_GROUPS + (part * S.steps + i) * GROUPS
             if GROUPS == 1:
-                tl.store(areas, tl.zeros((MAX_GROUPS,), tl.int32) + word, mask=readers < S.split)
+                words = tl.zeros((MAX_GROUPS,), tl.int32) + word
+                tl.atomic_xchg(areas, words, mask=readers < S.split, sem="release", scope="gpu")
             else:
                 places = areas[None, :] + tl.arange(0, GROUPS)[:, None]
                 words = tl.zeros((GROUPS, MAX_GROUPS), tl.int32) + word[:, None]
-                tl.store(places, words, mask=(readers < S.split)[None, :])
+                tl.atomic_xchg(places, words, mask=(readers < S.split)[None, :], sem="release", scope="gpu")
 
 
 @triton.jit
@@ -169,7 +194,8 @@ def exchange(sums, part, row, state, phase, watch, C: tl.constexpr, S: tl.conste
 
     Push and poll again, within one GPU: every program announces its sums, polls its own area, and restores its zeros when
     it has nothing else to do (:func:`restore`). The kernel boundary orders them before the next call's writes: one phase
-    is enough.
+    is enough. It waits longer than the poll of a slot: a sibling that waits for a peer gives up first, announces NaN, and
+    the record names the peer.
     """
     WORDS: tl.constexpr = S.split * S.groups
     announce(sums, part, state, S)
@@ -181,12 +207,13 @@ def exchange(sums, part, row, state, phase, watch, C: tl.constexpr, S: tl.conste
         1,
         row,
         phase + 2,
-        watch,
+        (watch[0], watch[1], watch[2] * 8),
         SLOTS=(WORDS + 3) // 4,
         STRIDE=16,
         WORDS=WORDS,
         WAIT=S.wait,
         PTX=S.ptx,
+        HEED=False,
     )
     totals = ()
     for i in tl.static_range(WORDS):
@@ -203,11 +230,12 @@ def exchange(sums, part, row, state, phase, watch, C: tl.constexpr, S: tl.conste
 
 
 @triton.jit
-def restore(state):
-    """The zeros of what :func:`exchange` polled."""
+def restore(state, S: tl.constexpr):
+    """The zeros of what :func:`exchange` polled; strong stores, as those of :func:`announce` to the same words."""
     tl.debug_barrier()  # every warp polled the same words: none may restore them before all have seen them
-    places = state + PARTIALS + tl.program_id(0) * MAX_GROUPS + tl.arange(0, MAX_GROUPS)
-    tl.store(places, tl.zeros((MAX_GROUPS,), tl.int32))
+    lane = tl.arange(0, S.lanes)
+    place = (state + PARTIALS + tl.program_id(0) * MAX_GROUPS).to(tl.int64) + lane * 16
+    clear(place, (lane < MAX_GROUPS // 4).to(tl.int32), S.ptx)
 
 
 @triton.jit
@@ -292,6 +320,68 @@ def accept(
 
 
 @triton.jit
+def failed(state):
+    """Whether a poll on this plane has given up since it was built or reset."""
+    return tl.load(state + RECORD) != 0
+
+
+@triton.jit
+def poison(rows, io, C: tl.constexpr, S: tl.constexpr):
+    """NaN in both outputs of all rows: what a launch on a plane that has failed does, and all that it does."""
+    STEPS: tl.constexpr = S.steps
+    for item in range(tl.program_id(0), rows * S.split, tl.num_programs(0)):
+        row = item // S.split
+        for i in tl.static_range(STEPS):
+            element, active = lane_elements(item % S.split, i, C, S)
+            start = row.to(tl.int64) * C.hidden + element
+            nan = active * 0 + _NAN
+            words = (nan, nan, nan, nan)
+            if C.values == 8:
+                words = words + words  # as many as store_words takes of fp32
+            store_words(io[3], start, words, active, C.out_dtype, S.ptx)
+            store_words(io[4], start, words, active, C.residual_dtype, S.ptx)
+
+
+@triton.jit
+def spoil(mean, record, residual_out, start, active, C: tl.constexpr, S: tl.constexpr):
+    """Overwrite with NaN what this program has stored of ``residual_out`` of a row that lacks words of a peer.
+
+    Lanes and sibling programs that had their own words have stored good values; the mean tells them. It is also NaN for rows
+    with such values in them, so the record decides. It was written before this program, or the sibling whose sum is NaN, met
+    at the barrier behind its polls. The stores of :func:`accept` are this thread's own: program order.
+    """
+    if S.ptx:
+        tl.inline_asm_elementwise(
+            """
+            {
+            .reg .pred %p;
+            .reg .b32 %r;
+            setp.ne.u32 %p, $4, 0;
+            setp.nan.and.f32 %p, $2, $2, %p;
+            @!%p bra DONE;
+            fence.acq_rel.gpu;
+            ld.relaxed.gpu.global.u32 %r, [$3];
+            setp.eq.u32 %p, %r, 0;
+            @%p bra DONE;
+            mov.u32 %r, 0x7FFF7FFF;
+            st.global.v4.u32 [$1], {%r, %r, %r, %r};
+            DONE:
+            mov.u32 $0, 0;
+            }
+            """,
+            "=r,l,f,l,r",
+            [residual_out.to(tl.int64) + start * C.item_bytes, mean, record, active],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    elif mean != mean:
+        nan = active * 0 + _NAN
+        hurt = (tl.load(record.to(tl.pointer_type(tl.int32)), volatile=True) != 0).to(tl.int32)
+        store16(residual_out.to(tl.int64) + start * C.item_bytes, (nan, nan, nan, nan), active & hurt, S.ptx)
+
+
+@triton.jit
 def finish(
     held,
     row,
@@ -337,5 +427,7 @@ def finish(
             else:
                 total = words_of(plus(values_of(r, C.dtype), values_of(out, C.out_dtype)), C.residual_dtype, S.ptx)
             store_words(residual_out, row_start + element, total, active, C.residual_dtype, S.ptx)
+        else:
+            spoil(mean, watch[0], residual_out, row_start + element, active, C, S)
     if S.split > 1:
-        restore(state)
+        restore(state, S)

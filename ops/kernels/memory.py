@@ -19,9 +19,34 @@ Order across calls comes from the kernel boundary, see :mod:`tpfuse.ops.plane`.
 every other target and for the interpreter. Plain loads and stores have the same two bodies only because Triton does
 not join four 4-byte accesses into one of 16.
 
-A poll that waits longer than ``limit`` nanoseconds gives up, writes a record (1, missing rank, row, phase) to both
-record addresses (device memory for the next kernels, pinned host memory for the next call) and lets the kernel end.
+When a poll gives up
+--------------------
+A poll that waits longer than ``limit`` nanoseconds gives up. Word 0 of the record in device memory elects one writer of the
+whole plane by compare-and-swap; it alone writes (1, missing rank, row, phase) there and to pinned host memory, word 0 last.
+So the record keeps the first cause until the plane is reset. All other polls of slots that still wait look at the record
+whenever they look at the clock, and give up as well: a program with many rows does not wait for the limit again and again.
+(A poll of sibling programs does not: they always announce something, and all threads of a program must see the same.)
 The portable body has no clock and counts a poll as one microsecond.
+
+From then on this rank gives nothing but NaN and pushes nothing (its *plane has failed*):
+
+- The poll that gave up returns words that are NaN in every dtype. They stay NaN through sums and norms, so the normed row is
+  NaN; ``epilogue.spoil`` then overwrites whatever the lanes and programs of that row have stored of ``residual_out``.
+- In two-shot an owner does not push a sum that it does not have.
+- Every later launch finds the record, fills both outputs with NaN (``epilogue.poison``), and pushes and polls nothing.
+
+Nothing is pushed, rather than NaN, because of peers that are late. That a phase is empty when it is written again rests on "no
+call ends unless every rank has started it" (:mod:`tpfuse.ops.plane`). A NaN in place of a missing sum would let a peer C end
+call n although B has not started it; C would go on, and in call n + 1 overwrite what B, still in call n - 1, has yet to read
+in the same phase: plausible numbers on B. With nothing pushed, each rank that has not failed still ends a call only on words
+that were pushed for that very call. So say that rank A gave up in call n, waiting for B, which comes one or two calls late:
+
+- What B finds of A in calls up to n is what A pushed in those calls, before it gave up, into phases that B had emptied: B's
+  results of those calls are right, or B misses words and fails.
+- For call n + 1 A pushed nothing, and no row of any rank can be summed without A's part. B and all others give up in it at the
+  latest, and what they were not told by their own polls they cannot have been told by anybody else: owners push only full sums.
+- What late ranks push into A's plane is never read: A polls nothing before ``tpfuse.ops.reset`` has zeroed all planes, after
+  the kernels of all ranks have ended.
 """
 
 # Triton's language, not Python: tuples grow while they are traced, and have no unpacking.
@@ -32,7 +57,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-CHECK_CLOCK_EVERY = 256  # polls between two looks at the clock; a poll takes at least 0.3 us
+CHECK_CLOCK_EVERY = 256  # polls between two looks at the clock and the record; a poll takes at least 0.3 us
+NAN_WORD = 0x7FFF7FFF  # NaN as fp32 and as two values of bf16 or fp16
+_NAN: tl.constexpr = tl.constexpr(NAN_WORD)
 
 
 @triton.jit
@@ -130,15 +157,17 @@ def clear(address, active, PTX: tl.constexpr):
 
 
 @triton.constexpr_function
-def poll_asm(slots, stride, words, wait):
+def poll_asm(slots, stride, words, wait, heed):
     """PTX that reads ``slots`` slots of 4 words, ``stride`` bytes apart, until their first ``words`` words are not zero.
 
     Operands after the outputs: base, own address, own slot (or -1), active, row, phase, device record, host record,
     limit. The own slot is read from the own address instead and may hold zeros: nobody pushes to itself. A slot that is
     full is not read again: where ranks share a GPU, their polls share its L2 with the pushes that they wait for.
+    The last output is 0 where the poll gave up. Slot 0 is then NaN, which is enough: every result depends on it.
     """
     n = 4 * slots
-    base, own, rank, active, row, phase, device_record, host_record, limit = (f"${n + i}" for i in range(9))
+    full = f"${n}"
+    base, own, rank, active, row, phase, device_record, host_record, limit = (f"${n + 1 + i}" for i in range(9))
 
     def quad(s):
         return "{" + ", ".join(f"${4 * s + i}" for i in range(4)) + "}"
@@ -153,7 +182,7 @@ def poll_asm(slots, stride, words, wait):
         return [*least, f"setp.ne.s32 %pz, {rank}, {s};", "setp.eq.and.u32 %pz, %m, 0, %pz;"]
 
     lines = ["{", ".reg .pred %pin, %pz;", ".reg .u32 %m, %full, %i, %q, %one;", ".reg .u64 %t0, %t1;"]
-    lines += [f"mov.u32 ${i}, 0;" for i in range(n)]
+    lines += [*(f"mov.u32 ${i}, 0;" for i in range(n)), f"mov.u32 {full}, 1;"]
     lines += [f"setp.eq.u32 %pin, {active}, 0;", "@%pin bra DONE;", "mov.u32 %i, 0;", "mov.u64 %t0, 0;"]
     for s in range(slots):
         lines += [f"setp.eq.s32 %pz, {rank}, {s};", f"@%pz ld.global.v4.u32 {quad(s)}, [{own}];", load(s, "!%pz")]
@@ -164,29 +193,42 @@ def poll_asm(slots, stride, words, wait):
         lines += ["setp.ne.u32 %pz, %full, 0;", "@%pz bra DONE;"]
         lines += ["add.u32 %i, %i, 1;", f"and.b32 %q, %i, {CHECK_CLOCK_EVERY - 1};", "setp.ne.u32 %pz, %q, 0;"]
         lines += ["@%pz bra SPIN;", "mov.u64 %t1, %globaltimer;", "setp.eq.u64 %pz, %t0, 0;", "@%pz mov.u64 %t0, %t1;"]
-        lines += ["sub.u64 %t1, %t1, %t0;", f"setp.lt.u64 %pz, %t1, {limit};", "@%pz bra SPIN;"]
+        lines += ["sub.u64 %t1, %t1, %t0;"]
+        if heed:
+            lines += [f"ld.relaxed.sys.global.u32 %q, [{device_record}];", "setp.eq.u32 %pz, %q, 0;"]
+            lines += [f"setp.lt.and.u64 %pz, %t1, {limit}, %pz;", "@%pz bra SPIN;"]
+        else:
+            lines += [f"setp.lt.u64 %pz, %t1, {limit};", "@%pz bra SPIN;"]
         lines += ["mov.u32 %q, 0;"]
         for s in reversed(range(slots)):
             lines += [*missing(s), f"@%pz mov.u32 %q, {s};"]
-        lines += ["mov.u32 %one, 1;"]
-        for record in (device_record, host_record):
-            lines += [f"st.relaxed.sys.global.v4.u32 [{record}], {{%one, %q, {row}, {phase}}};"]
+        lines += ["mov.u32 %one, 1;", f"atom.relaxed.sys.global.cas.b32 %i, [{device_record}], 0, %one;"]
+        lines += ["setp.ne.u32 %pz, %i, 0;", "@%pz bra LATER;"]
+        lines += [f"st.relaxed.sys.global.v4.u32 [{device_record}], {{%one, %q, {row}, {phase}}};", "mov.u32 %i, 0;"]
+        lines += [f"st.relaxed.sys.global.v4.u32 [{host_record}], {{%i, %q, {row}, {phase}}};"]
+        lines += [f"st.release.sys.global.u32 [{host_record}], %one;"]
+        lines += ["LATER:", *(f"mov.u32 ${i}, {NAN_WORD};" for i in range(4)), f"mov.u32 {full}, 0;"]
     lines += ["DONE:", "}"]
     return "\n".join(lines)
 
 
 @triton.constexpr_function
 def poll_constraints(slots):
-    return ",".join(["=&r"] * (4 * slots) + ["l", "l", "r", "r", "r", "r", "l", "l", "l"])
+    return ",".join(["=&r"] * (4 * slots + 1) + ["l", "l", "r", "r", "r", "r", "l", "l", "l"])
 
 
 @triton.jit
-def _record(address, missing, row, phase):
-    record = address.to(tl.pointer_type(tl.int32))
-    tl.store(record + 1, missing)
-    tl.store(record + 2, row)
-    tl.store(record + 3, phase)
-    tl.store(record, 1)
+def _record(device_record, host_record, missing, row, phase):
+    """The portable body of the election and of what its winner writes."""
+    device = device_record.to(tl.pointer_type(tl.int32))
+    if tl.atomic_cas(device, 0, 1, sem="relaxed", scope="sys") == 0:
+        host = host_record.to(tl.pointer_type(tl.int32))
+        for record in tl.static_range(2):
+            address = device if record == 0 else host
+            tl.store(address + 1, missing)
+            tl.store(address + 2, row)
+            tl.store(address + 3, phase)
+        tl.atomic_xchg(host, 1, sem="release", scope="sys")
 
 
 @triton.jit
@@ -203,8 +245,11 @@ def poll(
     WORDS: tl.constexpr,
     WAIT: tl.constexpr,
     PTX: tl.constexpr,
+    HEED: tl.constexpr = True,
 ):
-    """Wait until ``SLOTS`` slots of four words, ``STRIDE`` bytes apart from ``base``, are full; return their words.
+    """Wait until ``SLOTS`` slots of four words, ``STRIDE`` bytes apart from ``base``, are full.
+
+    Returns their words, and behind them 1, or 0 where the poll gave up; the words of slot 0 are NaN there.
 
     Args:
         base: int64 address of slot 0, a tensor over lanes or a scalar.
@@ -215,20 +260,22 @@ def poll(
         watch: int64 addresses of the records on the device and on the host, and nanoseconds before giving up.
         WORDS: how many of the 4 * SLOTS words are ever pushed.
         WAIT: False reads once and never spins: the floor that benchmarks compare with.
+        HEED: give up as soon as the record says that another poll has.
     """
     device_record, host_record, limit = watch[0], watch[1], watch[2]
     if PTX:
         words = tl.inline_asm_elementwise(
-            poll_asm(SLOTS, STRIDE, WORDS, WAIT),
+            poll_asm(SLOTS, STRIDE, WORDS, WAIT, HEED),
             poll_constraints(SLOTS),
             [base, own, rank, active, row, phase, device_record, host_record, limit],
-            dtype=(tl.int32,) * (4 * SLOTS),
+            dtype=(tl.int32,) * (4 * SLOTS + 1),
             is_pure=False,
             pack=1,
         )
     else:
         pending = 1
         polls = 0
+        full = tl.full((), 1, tl.int32)
         while pending != 0:
             pending = 0
             missing = 0
@@ -242,13 +289,18 @@ def poll(
             if not WAIT:
                 pending = 0
             polls += 1
-            if (pending != 0) & (polls * 1000 > limit):
-                _record(device_record, missing, row, phase)
-                _record(host_record, missing, row, phase)
+            over = polls > limit // 1000
+            if HEED and polls % 64 == 0:
+                over = over | (tl.load(device_record.to(tl.pointer_type(tl.int32)), volatile=True) != 0)
+            if (pending != 0) & over:
+                _record(device_record, host_record, missing, row, phase)
+                full = tl.full((), 0, tl.int32)
                 pending = 0
         words = ()
         for i in tl.static_range(4 * SLOTS):
             address = tl.where(rank == i // 4, own, base + (i // 4) * STRIDE)
             pointer = address.to(tl.pointer_type(tl.int32)) + i % 4
-            words = words + (tl.load(pointer, mask=active != 0, other=0, volatile=True),)
+            word = tl.load(pointer, mask=active != 0, other=0, volatile=True)
+            words = words + (tl.where(full != 0, word, _NAN) if i < 4 else word,)
+        words = words + (full,)
     return words

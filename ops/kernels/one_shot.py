@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .epilogue import EPOCHS, MAX_PROGRAMS, RECORD, STAMPS, accept, finish, lane_elements, prefetch
+from .epilogue import EPOCHS, MAX_PROGRAMS, RECORD, STAMPS, accept, failed, finish, lane_elements, poison, prefetch
 from .memory import clear, load16, marked, poll, push
 from .words import pack, plus, plus_words, positive_zeros, unpack
 
@@ -84,12 +84,6 @@ def let_next_kernel_start(PDL: tl.constexpr):
 def begin(state):
     """This call's phase."""
     return tl.load(state + EPOCHS + tl.program_id(0))
-
-
-@triton.jit
-def give_up_limit(state, limit):
-    """The watchdog's limit: 0 once a poll has given up, so that the calls queued behind it end at once."""
-    return tl.where(tl.load(state + RECORD) != 0, 0, limit.to(tl.int64))
 
 
 @triton.jit
@@ -173,11 +167,13 @@ def one_shot_kernel(
     # Before the phase is asked for: both are on their way together.
     held = own_part(x, first, has_first, C, S)
     phase = begin(state)
-    limit = give_up_limit(state, limit)
+    io = (residual, weight, bias, normed, residual_out)
+    if failed(state):
+        poison(rows, io, C, S)
+        return
     offset = phase.to(tl.int64) * phase_bytes
     own_plane = own_base + offset
-    io = (residual, weight, bias, normed, residual_out)
-    watch = ((state + RECORD).to(tl.int64), host_record, limit)
+    watch = ((state + RECORD).to(tl.int64), host_record, limit.to(tl.int64))
     # All pushes first: the later ones travel while the first rows are being reduced.
     push_to_peers(held, first, has_first, bases, offset, rank, C, S)
     for item in range(first + tl.num_programs(0), items, tl.num_programs(0)):

@@ -12,12 +12,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .epilogue import RECORD, accept, finish, lane_elements, prefetch
+from .epilogue import RECORD, accept, failed, finish, lane_elements, poison, prefetch
 from .memory import clear, marked, poll, push
 from .one_shot import (
     begin,
     end,
-    give_up_limit,
     keep_stamps,
     let_next_kernel_start,
     now,
@@ -99,11 +98,13 @@ def two_shot_kernel(
     # Before the phase is asked for: both are on their way together.
     to_push = own_part(x, first, for_others(first, items, rank, S), C, S)
     phase = begin(state)
-    limit = give_up_limit(state, limit)
+    io = (residual, weight, bias, normed, residual_out)
+    if failed(state):
+        poison(rows, io, C, S)
+        return
     offset = phase.to(tl.int64) * phase_bytes
     own_plane = own_base + offset
-    io = (residual, weight, bias, normed, residual_out)
-    watch = ((state + RECORD).to(tl.int64), host_record, limit)
+    watch = ((state + RECORD).to(tl.int64), host_record, limit.to(tl.int64))
     gather = ((rows + S.world - 1) // S.world * S.world).to(tl.int64) * C.row_bytes
 
     push_to_owner(to_push, first, for_others(first, items, rank, S), peers, offset, rank, C, S)
@@ -140,7 +141,8 @@ def two_shot_kernel(
                 total = marked(sum_over_ranks(words, C, S), C.zero_mark)
                 place = gather + row.to(tl.int64) * C.row_bytes + element * C.item_bytes
                 for r in tl.static_range(WORLD):
-                    push(tl.load(peers + r) + offset + place, total, active, S.ptx)
+                    # What a poll gave up is pushed to nobody: see memory.py.
+                    push(tl.load(peers + r) + offset + place, total, active & words[4 * WORLD], S.ptx)
 
     reduced_all = now(S)
     received = reduced_all
@@ -178,7 +180,7 @@ def two_shot_kernel(
                 received = now(S)
                 clear(place, active, S.ptx)
                 # + 0.0 takes the mark's sign away again.
-                reduced = positive_zeros(words, C.dtype, S.ptx)
+                reduced = positive_zeros((words[0], words[1], words[2], words[3]), C.dtype, S.ptx)
                 held = held + (accept(reduced, row, part, i, io, scale, load, C, S),)
             finish(held, row, part, io, state, phase, watch, eps, loads, C, S)
     end(state, phase)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import sys
 import time
 from dataclasses import replace
@@ -409,6 +410,115 @@ def dead_rank(rank: int, world: int) -> tuple[float, str] | None:
     except RuntimeError as error:
         return time.monotonic() - start, str(error)
     return time.monotonic() - start, ""
+
+
+def killed_during_replay(rank: int, world: int) -> list[str]:
+    """The last rank is killed while a CUDA graph of several calls is replayed: the others get NaN, and an error that names it.
+
+    The calls: one row split over programs, rows of a program each, more rows than programs, and two-shot.
+    """
+    pools = [
+        torch.randn(1 << 22, generator=torch.Generator(device="cuda").manual_seed(r), device="cuda").bfloat16()
+        for r in range(world + 1)
+    ]
+    shapes = (
+        (1, 8192, "one_shot"),
+        (4, 4096, "one_shot"),
+        (300, 8192, "one_shot"),
+        (1, 8192, "two_shot"),
+        (7, 4096, "two_shot"),
+    )
+    sites = []
+    for rows, hidden, algorithm in shapes:
+        sites.append((_Site(rows, hidden, 0, pools, list(range(world)), rank, None), algorithm))
+
+    def calls() -> list[tuple[Tensor, Tensor]]:
+        outs = []
+        for site, algorithm in sites:
+            force(algorithm)
+            outs.append(site())
+        return outs
+
+    dispatch._ROWS_WARMED = ()  # type: ignore[misc]
+    calls()
+    for (site, _), outs in zip(sites, calls(), strict=True):
+        site.wrong(*outs)
+    torch.cuda.synchronize()
+    dist.barrier()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        graph.capture_begin(capture_error_mode="thread_local")
+        captured = calls()
+        graph.capture_end()
+    torch.cuda.synchronize()
+    dist.barrier()
+    graph.replay()
+    complaints = [
+        f"{site.x.shape} {algorithm}: wrong before anybody died"
+        for (site, algorithm), outs in zip(sites, captured, strict=True)
+        if int(site.wrong(*outs))
+    ]
+    raise_if_failed()
+    dist.barrier()
+    if rank == world - 1:
+        for _ in range(50):
+            graph.replay()
+        os.kill(os.getpid(), signal.SIGKILL)
+    for turn in ("the replays that it died in", "a later replay"):
+        start = time.monotonic()
+        for _ in range(200 if turn.startswith("the") else 1):
+            graph.replay()
+        torch.cuda.synchronize()
+        spent = time.monotonic() - start
+        for (site, algorithm), outs in zip(sites, captured, strict=True):
+            for name, out in zip(("normed", "residual_out"), outs, strict=True):
+                good = int((~out.isnan()).sum())
+                if good:
+                    complaints.append(f"{turn}: {site.x.shape} {algorithm}: {good} elements of {name} are not NaN")
+        if spent > (8 if turn.startswith("the") else 1):
+            complaints.append(f"{turn} took {spent:.1f} s with a watchdog of 2 s")
+        try:
+            raise_if_failed()
+            complaints.append(f"{turn}: no error")
+        except RuntimeError as error:
+            if f"rank {world - 1}: its rows" not in str(error) and "the owner" not in str(error):
+                complaints.append(f"{turn}: the error does not name the rank: {error}")
+    return complaints
+
+
+def batch_invariance(rank: int, world: int, vote: str) -> list[str]:
+    """Rows among others against the same rows alone, in a group that takes the kernels or one that votes for the library."""
+    if vote == "library":
+        plane._problem = lambda *anything: "pretended"  # type: ignore[assignment]
+    hidden, rows = 4096, 2500  # 20 MiB: above the sizes that would go to the library for more than two ranks
+    g = torch.Generator(device="cuda").manual_seed(3)
+    values = torch.tensor([2.0**24, 1.0, -(2.0**24), 3.0], device="cuda")
+    choice = torch.rand(rows, hidden, world, device="cuda", generator=g).argsort(-1)[:, :, rank] % 4
+    x = values[choice].bfloat16()
+    residual = torch.randn(rows, hidden, device="cuda", generator=g).bfloat16()
+    weight = torch.randn(hidden, device="cuda", generator=g).bfloat16()
+    kind = plane.describe_path().kind
+    complaints = [] if kind == ("fused" if vote == "fused" else "library") else [f"the group is {kind}"]
+    whole = all_reduce_add_rms_norm(x, residual, weight)
+    for count in (1, 2, 7, 64, 300, 2100):
+        first = rows - count
+        part = all_reduce_add_rms_norm(x[first:], residual[first:], weight)
+        for name, a, b in zip(("normed", "residual_out"), part, whole, strict=True):
+            if not torch.equal(a, b[first:]):
+                complaints.append(f"{name}: {count} rows have other bits than among {rows}")
+    for row in (0, 1, 63, 64, 299, 1023, 1024, rows - 1):
+        alone = all_reduce_add_rms_norm(x[row : row + 1], residual[row : row + 1], weight)
+        if not all(torch.equal(a[0], b[row]) for a, b in zip(alone, whole, strict=True)):
+            complaints.append(f"row {row} alone has other bits than among {rows}")
+    try:
+        all_reduce_add_rms_norm(x[:2, :12].contiguous(), None, weight[:12])
+        complaints.append("H = 12 was not refused")
+    except RuntimeError as error:
+        if "no kernel takes this call" not in str(error):
+            complaints.append(f"the refusal says {error}")
+    torch.cuda.synchronize()
+    raise_if_failed()
+    return complaints
 
 
 def diverged_then_reset(rank: int, world: int) -> list[str]:

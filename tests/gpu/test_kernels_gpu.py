@@ -11,7 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import on_ranks
-from tpfuse.ops.one_gpu import run_ranks, why_not
+from tpfuse.ops.one_gpu import gpu_count, run_ranks, why_not
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 WORLDS = (2, 4, 8)
@@ -61,6 +61,20 @@ def test_a_dead_rank_becomes_an_error_within_the_watchdogs_time(world: int) -> N
         assert f"rank {rank}" in text
         assert "phase" in text
         assert seconds < 6, f"rank {rank} took {seconds:.1f} s with a watchdog of 3 s"
+
+
+def test_a_rank_killed_during_replays_leaves_nan_on_the_others_and_an_error_that_names_it() -> None:
+    if gpu_count() < 2:
+        pytest.skip("needs two GPUs: a killed client of MPS takes its neighbours' kernels with it")
+    env = {"TPFUSE_WATCHDOG_SECONDS": "2"}
+    answers = run_ranks(on_ranks.killed_during_replay, 2, env=env, may_die=(1,), timeout=120)
+    assert answers[0] == [] and answers[1] is None, "\n".join(answers[0])
+
+
+@pytest.mark.parametrize("vote", ("fused", "library"))
+@pytest.mark.parametrize("world", (2, 4))
+def test_a_row_has_the_same_bits_among_any_others(world: int, vote: str) -> None:
+    _all_well(run_ranks(on_ranks.batch_invariance, world, vote, env={"TPFUSE_BATCH_INVARIANT": "true"}))
 
 
 def test_reset_repairs_a_group_whose_ranks_diverged() -> None:

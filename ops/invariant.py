@@ -1,0 +1,119 @@
+"""Batch-invariant mode: the bits of a row depend on the row, W and dtype, and on no other row of the call.
+
+The kernels have this property by themselves. What has not is the library path: an all-reduce may sum in an order that depends on
+the size of the call, and torch's norms round the last elements of a tensor in other ways than the first. In this mode a
+fused group takes its kernels for every size, and every other group gathers the rows and adds them up here, in rank order.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import reference
+from .flavour import Flavour
+
+VARIABLE = "TPFUSE_BATCH_INVARIANT"
+GATHERED_BYTES = 8 << 20  # of one rank's rows: what is gathered at once
+_YES, _NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off", "")
+
+_asked: dict[str, bool] = {}  # "on": what set_batch_invariant was given last
+_used: set[str] = set()  # names of groups that have made calls
+
+
+def batch_invariant() -> bool:
+    """Whether this process is in batch-invariant mode. Raises ``ValueError`` naming the variable when its value is not valid."""
+    if _asked:
+        return _asked["on"]
+    given = os.environ.get(VARIABLE, "")
+    text = given.strip().lower()
+    if text not in (*_YES, *_NO):
+        raise ValueError(f"{VARIABLE}={given!r} is not valid; valid values are true and false")
+    return text in _YES
+
+
+def set_batch_invariant(on: bool) -> None:
+    """Switch batch-invariant mode on or off for this process; it wins over ``TPFUSE_BATCH_INVARIANT``.
+
+    Call it on every rank, before the first call of the op: results of one group never change their bits on the way.
+
+    Raises:
+        RuntimeError: groups have made calls in the other mode.
+    """
+    if on != batch_invariant() and _used:
+        now, before = ("on", "off") if on else ("off", "on")
+        raise RuntimeError(
+            f"tpfuse: batch_invariant cannot be switched {now}: groups {sorted(_used)} have made calls with it {before}. Set "
+            f"it before the first call on every rank (option tpfuse.batch_invariant or {VARIABLE}), or call "
+            "tpfuse.ops.forget(group) for these groups on every rank first"
+        )
+    _asked["on"] = on
+
+
+def remember(group_name: str) -> None:
+    """A group makes calls in the present mode."""
+    _used.add(group_name)
+
+
+def forget(group_name: str) -> None:
+    _used.discard(group_name)
+
+
+def sum_in_rank_order(x: Tensor, group_name: str) -> Tensor:
+    """Sum of ``x`` over the group as the kernels take it: in fp32 from +0.0, rank 0 first, rounded once, zeros positive.
+
+    Moves W - 1 times the bytes of ``x`` to every rank. fp64 is summed in fp64.
+    """
+    world = dist.distributed_c10d._resolve_process_group(group_name).size()  # type: ignore[arg-type]
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    out = torch.empty_like(rows)
+    step = max(1, GATHERED_BYTES // (rows.shape[1] * rows.element_size()))
+    wide = torch.promote_types(x.dtype, torch.float32)
+    for start in range(0, rows.shape[0], step):
+        part = rows[start : start + step]
+        gathered = torch.ops._c10d_functional.all_gather_into_tensor(part, world, group_name)
+        gathered = torch.ops._c10d_functional.wait_tensor(gathered).view(world, *part.shape)
+        total = torch.zeros(part.shape, dtype=wide, device=x.device)
+        for contribution in gathered:
+            total += contribution
+        out[start : start + step] = total.to(x.dtype) + 0.0
+    return out.view(x.shape)
+
+
+def add_rms_norm(
+    reduced: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    scale: float,
+    flavour: Flavour,
+    post_norm: bool,
+) -> tuple[Tensor, Tensor]:
+    """``reference.add_rms_norm``, one row at a time: each is computed exactly as if it were alone. Slow; for a CPU."""
+    hidden = reduced.shape[-1]
+
+    def by_row(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.reshape(-1, hidden)
+
+    flat, residuals = by_row(reduced), by_row(residual)
+    biases = by_row(bias) if bias is not None and bias.shape == reduced.shape and bias.dim() > 1 else None
+    assert flat is not None
+    found = [
+        reference.add_rms_norm(
+            flat[row : row + 1],
+            None if residuals is None else residuals[row : row + 1],
+            weight,
+            bias if biases is None else biases[row : row + 1],
+            eps,
+            scale,
+            flavour,
+            post_norm,
+        )
+        for row in range(flat.shape[0])
+    ]
+    normed, out = (torch.cat(parts).view(reduced.shape) for parts in zip(*found, strict=True))
+    return normed, out
