@@ -1,5 +1,6 @@
 """The fused op: schema, exact reference, selection, symmetric memory and kernels."""
 
+from . import environment
 from .dispatch import forget, raise_if_failed, reset
 from .flavour import GEMMA, GEMMA4, LLAMA, OLMO2, WEIGHTLESS, Flavour
 from .invariant import batch_invariant, set_batch_invariant
@@ -19,6 +20,7 @@ __all__ = [
     "all_reduce_add_rms_norm",
     "batch_invariant",
     "describe_path",
+    "environment",
     "forget",
     "raise_if_failed",
     "reset",

@@ -7,18 +7,18 @@ fused group takes its kernels for every size, and every other group gathers the 
 
 from __future__ import annotations
 
-import os
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import reference
+from . import environment, reference
 from .flavour import Flavour
 
 VARIABLE = "TPFUSE_BATCH_INVARIANT"
+_VARIABLE = environment.register(
+    VARIABLE, "the bits of a row depend on no other row of the call", False, environment.flag
+)
 GATHERED_BYTES = 8 << 20  # of one rank's rows: what is gathered at once
-_YES, _NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off", "")
 
 _asked: dict[str, bool] = {}  # "on": what set_batch_invariant was given last
 _used: set[str] = set()  # names of groups that have made calls
@@ -28,11 +28,7 @@ def batch_invariant() -> bool:
     """Whether this process is in batch-invariant mode. Raises ``ValueError`` naming the variable when its value is not valid."""
     if _asked:
         return _asked["on"]
-    given = os.environ.get(VARIABLE, "")
-    text = given.strip().lower()
-    if text not in (*_YES, *_NO):
-        raise ValueError(f"{VARIABLE}={given!r} is not valid; valid values are true and false")
-    return text in _YES
+    return _VARIABLE.value()
 
 
 def set_batch_invariant(on: bool) -> None:

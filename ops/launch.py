@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
@@ -138,12 +141,32 @@ def forced_geometry(rows: int, groups: int, part: Part, most: int) -> Geometry |
     return Geometry(rows * split, part, split) if rows * split <= most else None
 
 
+@lru_cache(maxsize=1)
+def direct_launch_is_known() -> bool:
+    """Whether this Triton starts a compiled kernel with the arguments that :class:`Kernel` gives it.
+
+    Private: ``CompiledKernel.run`` has no documented signature. How Triton itself calls it is read from its source, since a wrong
+    order would start the kernel with wrong pointers.
+    """
+    from triton.runtime.jit import JITFunction
+
+    try:
+        source = "".join(inspect.getsource(JITFunction.run).split())
+    except (OSError, TypeError):
+        return False
+    return (
+        "kernel.run(grid_0,grid_1,grid_2,stream,kernel.function,kernel.packed_metadata,launch_metadata,"
+        "knobs.runtime.launch_enter_hook,knobs.runtime.launch_exit_hook,*bound_args.values())" in source
+    )
+
+
 class Kernel:
     """A compiled kernel and the shortest way to launch it.
 
     Triton's own launch binds and specialises every argument on each call. Every argument here has one specialisation
     for good (pointers are 16-byte aligned, integers are not specialised), so after the first launch the compiled kernel
-    is started directly.
+    is started directly. Where Triton's private interface for that has changed, its public launch is used: same kernel, more
+    time on the CPU.
     """
 
     def __init__(self, function: Any, lanes: int, constexprs: tuple[Any, ...], **options: Any) -> None:
@@ -164,9 +187,11 @@ class Kernel:
         self._compiled = self.function.warmup(
             *types, *self.constexprs, grid=(1,), num_warps=self.num_warps, enable_fp_fusion=False, **self.options
         )
-        if hasattr(self._compiled, "_init_handles"):
+        if direct_launch_is_known() and hasattr(self._compiled, "_init_handles"):
             self._compiled._init_handles()
             self._run = self._compiled.run
+        else:
+            _warn_of_public_launch()
 
     @property
     def ready(self) -> bool:
@@ -176,9 +201,17 @@ class Kernel:
     def registers(self) -> int:
         return int(self._compiled.n_regs)
 
+    def launch_publicly(self, programs: int, *args: Any) -> None:
+        """Launch through Triton's own interface, on the current stream."""
+        self.function[(programs,)](
+            *args, *self.constexprs, num_warps=self.num_warps, enable_fp_fusion=False, **self.options
+        )
+
     def __call__(self, programs: int, stream: int, *args: Any) -> None:
         compiled = self._compiled
-        assert self._run is not None
+        if self._run is None:
+            self.launch_publicly(programs, *args)
+            return
         self._run(
             programs,
             1,
@@ -192,6 +225,16 @@ class Kernel:
             *args,
             *self.constexprs,
         )
+
+
+@lru_cache(maxsize=1)
+def _warn_of_public_launch() -> None:
+    warnings.warn(
+        "tpfuse: this version of Triton starts kernels in another way than tpfuse knows, so calls go through its public launch "
+        "and cost some 20 us more on the CPU; CUDA graphs are not affected. Use a Triton that docs/versions.md lists",
+        RuntimeWarning,
+        stacklevel=3,
+    )
 
 
 def launch_plain(function: Any, programs: int, args: tuple[Any, ...], constexprs: tuple[Any, ...]) -> None:

@@ -6,14 +6,16 @@ A contender that cannot run raises :class:`Unavailable` with the reason, which e
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import importlib.util
 import os
 import shutil
+import stat
 import subprocess
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -161,6 +163,32 @@ extern "C" int call(int world, int rank, int rows, int hidden, void** workspace,
 """
 
 
+def private_folder() -> Path:
+    """The folder for libraries that are built here and then loaded: this user's alone, or anybody could put code there.
+
+    ``TPFUSE_BENCH_BUILD``, else ``tpfuse/build`` in the user's cache folder. Raises :class:`Unavailable` naming what is wrong.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = Path(os.environ.get("TPFUSE_BENCH_BUILD") or cache / "tpfuse" / "build")
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.lstat()
+    except OSError as error:
+        raise Unavailable(f"no folder to build in: {error}; name another with TPFUSE_BENCH_BUILD") from error
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o077:
+        raise Unavailable(
+            f"{folder} is not a folder of this user alone (owner {found.st_uid}, mode {stat.S_IMODE(found.st_mode):o}); "
+            "chmod 700 it, or name another with TPFUSE_BENCH_BUILD"
+        )
+    return folder
+
+
+def library_name(source: str, version: str, arch: str) -> str:
+    """Another name for another source, version of FlashInfer or architecture, so that none is loaded in place of another."""
+    digest = hashlib.sha256("\0".join((source, version, arch)).encode()).hexdigest()[:16]
+    return f"flashinfer-{version}-sm_{arch}-{digest}.so"
+
+
 @lru_cache(maxsize=1)
 def flashinfer_library() -> Path:
     """Build FlashInfer's all-reduce fusion kernel from its installed package with nvcc; the path of the library.
@@ -174,14 +202,13 @@ def flashinfer_library() -> Path:
     nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
     if not Path(nvcc).exists():
         raise Unavailable("no nvcc to build FlashInfer's kernel with")
-    folder = Path(os.environ.get("TPFUSE_BENCH_BUILD", Path(tempfile.gettempdir()) / "tpfuse-bench"))
-    folder.mkdir(parents=True, exist_ok=True)
-    target = folder / "flashinfer_shim.so"
+    major, minor = torch.cuda.get_device_capability()
+    arch = f"{major}{minor}" + ("a" if major >= 9 else "")
+    folder = private_folder()
+    target = folder / library_name(_SHIM, metadata.version("flashinfer-python"), arch)
     if not target.exists():
         source = folder / f"flashinfer_shim_{os.getpid()}.cu"
         source.write_text(_SHIM)
-        major, minor = torch.cuda.get_device_capability()
-        arch = f"{major}{minor}" + ("a" if major >= 9 else "")
         built = folder / f"shim_{os.getpid()}.so"
         command = [
             nvcc,

@@ -52,7 +52,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import invariant
+from . import environment, invariant
 from . import select as selection
 
 WATCHDOG_SECONDS = 600.0  # torch's own limit for a collective
@@ -60,6 +60,37 @@ MIN_WORLD, MAX_WORLD = 2, 8
 DEPENDENT_LAUNCH = ("off", "end", "early")
 SHARED_GPU = ("spare", "packed")
 BACKENDS = ("auto", "CUDA", "NCCL")
+
+_ALGORITHM = environment.register(
+    "TPFUSE_ALGORITHM",
+    "the algorithm of every call, or auto",
+    "auto",
+    environment.word(("auto", *selection.ALGORITHMS)),
+)
+_TABLE = environment.register(
+    "TPFUSE_TABLE",
+    "a selection table that `tpfuse bench --tune` wrote",
+    selection.TABLE,
+    lambda _, text: selection.load_table(Path(text)),
+)
+_WATCHDOG = environment.register(
+    "TPFUSE_WATCHDOG_SECONDS",
+    "seconds that a kernel waits for a peer before it gives up",
+    WATCHDOG_SECONDS,
+    environment.number(0.001),
+)
+_PDL = environment.register(
+    "TPFUSE_PDL", "programmatic dependent launch on sm_90 and newer", "early", environment.word(DEPENDENT_LAUNCH)
+)
+_PLANES = environment.register(
+    "TPFUSE_CONCURRENT_PLANES", "planes of one process in use at the same time", 1, environment.number(1, int)
+)
+_SHARED_GPU = environment.register(
+    "TPFUSE_SHARED_GPU", "what waiting kernels take of a GPU that ranks share", "spare", environment.word(SHARED_GPU)
+)
+_BACKEND = environment.register(
+    "TPFUSE_SYMM_MEM", "torch's symmetric-memory backend", "auto", environment.word(BACKENDS)
+)
 
 
 @dataclass(frozen=True)
@@ -93,22 +124,21 @@ class Settings:
     @classmethod
     def from_environment(cls) -> Settings:
         """Raises ``ValueError`` naming the variable, its value and the valid ones."""
-        env = os.environ
-        table = env.get("TPFUSE_TABLE")
         batch_invariant = invariant.batch_invariant()
-        if batch_invariant and env.get("TPFUSE_ALGORITHM") == "library":
+        algorithm = _ALGORITHM.value()
+        if batch_invariant and algorithm == "library":
             raise ValueError(
                 "TPFUSE_ALGORITHM='library' is not valid with batch_invariant: an all-reduce of the library sums in an order "
                 "that depends on the size of the call; valid are auto, one_shot, two_shot. Unset one of the two on all ranks"
             )
         return cls(
-            algorithm=_word("TPFUSE_ALGORITHM", "auto", ("auto", *selection.ALGORITHMS)),
-            table=selection.load_table(Path(table)) if table else selection.TABLE,
-            watchdog_seconds=_number("TPFUSE_WATCHDOG_SECONDS", WATCHDOG_SECONDS, 0.001),
-            dependent_launch=_word("TPFUSE_PDL", "early", DEPENDENT_LAUNCH),
-            concurrent_planes=int(_number("TPFUSE_CONCURRENT_PLANES", 1, 1)),
-            shared_gpu=_word("TPFUSE_SHARED_GPU", "spare", SHARED_GPU),
-            backend=_word("TPFUSE_SYMM_MEM", "auto", BACKENDS),
+            algorithm=algorithm,
+            table=_TABLE.value(),
+            watchdog_seconds=_WATCHDOG.value(),
+            dependent_launch=_PDL.value(),
+            concurrent_planes=_PLANES.value(),
+            shared_gpu=_SHARED_GPU.value(),
+            backend=_BACKEND.value(),
             batch_invariant=batch_invariant,
         )
 
@@ -118,26 +148,6 @@ class Settings:
             f"watchdog={self.watchdog_seconds} pdl={self.dependent_launch} planes={self.concurrent_planes} "
             f"shared_gpu={self.shared_gpu} backend={self.backend} batch_invariant={self.batch_invariant}"
         )
-
-
-def _word(name: str, default: str, valid: Sequence[str]) -> str:
-    value = os.environ.get(name, default)
-    if value not in valid:
-        raise ValueError(f"{name}={value!r} is not valid; valid values are {', '.join(valid)}")
-    return value
-
-
-def _number(name: str, default: float, least: float) -> float:
-    text = os.environ.get(name)
-    if text is None:
-        return default
-    try:
-        value = float(text)
-    except ValueError:
-        value = least - 1
-    if value < least:
-        raise ValueError(f"{name}={text!r} is not valid; expected a number of at least {least}")
-    return value
 
 
 @dataclass(frozen=True)
@@ -284,6 +294,8 @@ def host_identity() -> str:
 def _problem(world: int, device: torch.device) -> str | None:
     if not MIN_WORLD <= world <= MAX_WORLD:
         return f"the kernels take world sizes {MIN_WORLD} to {MAX_WORLD}, not {world}"
+    if _triton_version() is None:
+        return "Triton is not installed (pip install 'triton>=3.6')"
     if torch.version.hip is not None:
         return "ROCm: the kernels compile but have not been run there"
     if torch.cuda.get_device_capability(device) < (8, 0):
@@ -295,9 +307,16 @@ def _problem(world: int, device: torch.device) -> str | None:
     return None
 
 
-def _ballot(world: int, device: torch.device, settings: Settings) -> Ballot:
-    import triton
+def _triton_version() -> str | None:
+    """The version of Triton; None where it is not installed."""
+    try:
+        import triton
+    except ImportError:
+        return None
+    return triton.__version__
 
+
+def _ballot(world: int, device: torch.device, settings: Settings) -> Ballot:
     from tpfuse import __version__
 
     properties = torch.cuda.get_device_properties(device)
@@ -306,7 +325,7 @@ def _ballot(world: int, device: torch.device, settings: Settings) -> Ballot:
         host=host_identity(),
         device=str(getattr(properties, "uuid", device.index)),
         architecture=f"sm_{properties.major}{properties.minor}",
-        versions=f"torch {torch.__version__}, triton {triton.__version__}, tpfuse {__version__}",
+        versions=f"torch {torch.__version__}, triton {_triton_version()}, tpfuse {__version__}",
         settings=settings.fingerprint(),
     )
 

@@ -142,12 +142,3 @@ def with_caches(rank, world_size, caches, options):
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = caches[rank]
     fused, _ = compiled(rank, world_size, (options, options))
     return fused, tpfuse.reports()[-1].from_cache
-
-
-def test_a_limit_that_is_no_number_is_named():
-    from tpfuse.parallel import agreement
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(agreement.VARIABLE, "soon")
-        with pytest.raises(ValueError, match="TPFUSE_AGREEMENT_SECONDS='soon'"):
-            agreement.limit_seconds()

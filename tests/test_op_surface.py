@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import graphs
 import pytest
 import torch
@@ -79,3 +82,106 @@ def test_shapes_that_do_not_fit_keep_their_message_under_a_compile():
     x, _, weight = operands()
     with torch.no_grad(), pytest.raises(Exception, match=r"residual is torch.float32 \(2, 16\)"):
         torch.compile(lambda *a: OP(*a)[0], backend="aot_eager")(x, torch.randn(2, H), weight)
+
+
+# -- without Triton -------------------------------------------------------------------------------------------------
+
+WITHOUT_TRITON = """
+import importlib.abc, sys
+
+class Blocked(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "triton":
+            raise ModuleNotFoundError("No module named 'triton'", name="triton")
+
+sys.meta_path.insert(0, Blocked())
+import torch, torch.distributed as dist
+import tpfuse
+from tpfuse.ops import plane
+from tpfuse.ops.flavour import LLAMA
+from tpfuse.ops.kernels.constants import supports
+
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+x, r, w = torch.randn(3, 16), torch.randn(3, 16), torch.randn(16)
+normed, total = tpfuse.ops.all_reduce_add_rms_norm(x, r, w)
+assert torch.equal(total, r + x)
+
+def f(x, r, w):
+    dist.all_reduce(x)
+    h = r + x
+    return w * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)), h
+
+with torch.no_grad():
+    torch.compile(f, backend="tpfuse", options={"tpfuse.inner": "aot_eager", "tpfuse.policy": "all"})(x, r, w)
+assert len(tpfuse.reports()[-1].sites) == 1
+assert supports(torch.bfloat16, None, 4096, LLAMA) == "Triton is not installed"
+assert "Triton is not installed" in plane._problem(2, torch.device("cpu"))
+assert not any(name.partition(".")[0] == "triton" for name in sys.modules)
+from tpfuse.inspect import doctor
+assert {c.name: c.status for c in doctor.versions()}["triton"] in ("ok", "note")
+print("fine")
+"""
+
+
+def test_everything_but_the_kernels_works_without_triton():
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.stdout.strip().endswith("fine"), done.stderr[-2000:]
+
+
+def test_triton_still_starts_a_compiled_kernel_as_the_direct_launch_does():
+    """A canary: where it fails, the public launch is used, which costs time on the CPU; adapt ops/launch.py."""
+    from tpfuse.ops import launch
+
+    assert launch.direct_launch_is_known()
+
+
+def test_another_private_launch_interface_is_noticed_and_the_public_one_used(monkeypatch):
+    from tpfuse.ops import launch
+
+    launched = []
+
+    class Function:
+        def warmup(self, *args, **options):
+            return object()  # nothing that this code knows of
+
+        def __getitem__(self, grid):
+            return lambda *args, **options: launched.append((grid, args, options))
+
+    launch._warn_of_public_launch.cache_clear()
+    kernel = launch.Kernel(Function(), 256, ("constant",), maxnreg=64)
+    with pytest.warns(RuntimeWarning, match="public launch"):
+        kernel.compile(torch.ones(1), 3)
+    kernel(7, 0, "x", 3)
+    assert launched == [((7,), ("x", 3, "constant"), {"num_warps": 8, "enable_fp_fusion": False, "maxnreg": 64})]
+
+
+# -- what is loaded -------------------------------------------------------------------------------------------------
+
+
+def test_a_built_library_is_loaded_from_a_folder_of_this_user_alone(tmp_path, monkeypatch):
+    from tpfuse.ops import peers
+
+    monkeypatch.delenv("TPFUSE_BENCH_BUILD", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = peers.private_folder()
+    assert folder == tmp_path / "tpfuse" / "build" and folder.stat().st_mode & 0o777 == 0o700
+    shared = tmp_path / "shared"
+    shared.mkdir(mode=0o777)
+    shared.chmod(0o777)
+    link = tmp_path / "link"
+    link.symlink_to(folder)
+    for other in (shared, link):
+        monkeypatch.setenv("TPFUSE_BENCH_BUILD", str(other))
+        with pytest.raises(peers.Unavailable, match="not a folder of this user alone"):
+            peers.private_folder()
+
+
+def test_a_built_library_has_another_name_for_another_source_version_and_architecture():
+    from tpfuse.ops.peers import library_name
+
+    names = {
+        library_name(*parts) for parts in (("a", "1", "90a"), ("b", "1", "90a"), ("a", "2", "90a"), ("a", "1", "80"))
+    }
+    assert len(names) == 4

@@ -6,12 +6,13 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from tpfuse.ops import environment as variables
+from tpfuse.ops.environment import hint
 from tpfuse.passes.options import NUMERICS, POLICIES, PassOptions
 
 PREFIX = "tpfuse."
@@ -55,7 +56,7 @@ class Options:
 def _choice(valid: tuple[str, ...]) -> Callable[[str, Any], str]:
     def read(key: str, given: Any) -> str:
         if given not in valid:
-            raise OptionError(f"{key} is {given!r}; valid values are {', '.join(valid)}{_hint(given, valid)}")
+            raise OptionError(f"{key} is {given!r}; valid values are {', '.join(valid)}{hint(given, valid)}")
         return given
 
     return read
@@ -103,9 +104,32 @@ READERS: dict[str, Callable[[str, Any], Any]] = {
 }
 
 
-def _hint(given: Any, valid: tuple[str, ...]) -> str:
-    close = difflib.get_close_matches(str(given), valid, n=1)
-    return f". Did you mean {close[0]!r}?" if close else ""
+MEANINGS = {
+    "inner": "who compiles the rewritten graph",
+    "policy": "which legal sites are rewritten",
+    "numerics": "whether another rounding order is allowed",
+    "dump": "folder for graphs and reports",
+    "verify": "compare every rewrite with the original at compile time",
+    "fuel": "stop after this many rewrites",
+}
+
+
+def twin(name: str) -> str:
+    """The environment variable of an option."""
+    return f"{variables.PREFIX}{name.upper()}"
+
+
+for _name, _meaning in MEANINGS.items():
+    variables.register(twin(_name), _meaning, None, READERS[_name])
+
+
+# Not an option of a compile: it belongs to the process.
+AGREEMENT_SECONDS = variables.register(
+    "TPFUSE_AGREEMENT_SECONDS",
+    "seconds that a rank waits for the others to compile the same graph",
+    600.0,
+    variables.number(0.001),
+)
 
 
 def parse(options: Mapping[str, Any] | None, environment: Mapping[str, str] | None = None) -> Options:
@@ -113,9 +137,9 @@ def parse(options: Mapping[str, Any] | None, environment: Mapping[str, str] | No
     environment = os.environ if environment is None else environment
     values: dict[str, Any] = {}
     for name, read in READERS.items():
-        twin = f"TPFUSE_{name.upper()}"
-        if environment.get(twin):
-            values[name] = read(twin, environment[twin])
+        variable = twin(name)
+        if environment.get(variable):
+            values[name] = read(variable, environment[variable])
     inner_options: dict[str, Any] = {}
     for key, given in (options or {}).items():
         if not key.startswith(PREFIX):
@@ -124,6 +148,6 @@ def parse(options: Mapping[str, Any] | None, environment: Mapping[str, str] | No
         name = key[len(PREFIX) :]
         if name not in READERS:
             valid = tuple(PREFIX + n for n in READERS)
-            raise OptionError(f"unknown option {key!r}; valid options are {', '.join(valid)}{_hint(key, valid)}")
+            raise OptionError(f"unknown option {key!r}; valid options are {', '.join(valid)}{hint(key, valid)}")
         values[name] = READERS[name](key, given)
     return Options(**values, inner_options=inner_options)

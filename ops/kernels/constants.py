@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton.language as tl
 
 from ..flavour import Flavour
 
-_TL = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+try:
+    import triton.language as tl
+except ImportError:  # a torch for CPUs, or for macOS: the op's exact path needs no kernel
+    _TL = {}
+else:
+    _TL = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 _TORCH = {ours: theirs for theirs, ours in _TL.items()}
 GROUP_LANES = 128
 MAX_GROUPS = 16
@@ -86,6 +90,8 @@ def supports(
     dtype: torch.dtype, weight_dtype: torch.dtype | None, hidden: int, flavour: Flavour, aligned: bool = True
 ) -> str | None:
     """None if the kernels can compute this call exactly, else why not. Pure: equal on every rank."""
+    if not _TL:
+        return "Triton is not installed"
     if dtype not in _TL:
         return f"no kernel for {dtype}"
     if hidden % 8 or hidden == 0:

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from tpfuse import compat
+from tpfuse.ops import environment
 
 OK, NOTE, WARN, FAIL = "ok", "note", "warn", "fail"
 OLDEST, BEYOND = (2, 11), (2, 16)
@@ -131,20 +132,17 @@ def entry_point() -> Iterator[Check]:
     )  # fmt: skip
 
 
-def options() -> Iterator[Check]:
-    """Whether the environment's TPFUSE_ variables would be accepted."""
-    from tpfuse import options as known
-
-    given = {name: value for name, value in os.environ.items() if name.startswith("TPFUSE_")}
+def variables() -> Iterator[Check]:
+    """Whether the environment's TPFUSE_ variables are known and would be accepted."""
+    given = {name: value for name, value in os.environ.items() if name.startswith(environment.PREFIX)}
     if not given:
         return
     shown = ", ".join(f"{name}={value}" for name, value in sorted(given.items()))
-    try:
-        known.parse(None, given)
-    except known.OptionError as error:
-        yield Check("environment", FAIL, shown, str(error))
-        return
-    yield Check("environment", NOTE, shown)
+    wrong = [*environment.invalid(), *environment.unknown()]
+    if wrong:
+        yield Check("environment", FAIL, shown, "; ".join(wrong))
+    else:
+        yield Check("environment", NOTE, shown)
 
 
 def compilers() -> Iterator[Check]:
@@ -243,7 +241,7 @@ def path() -> Iterator[Check]:
 
 
 CHECKS: tuple[Callable[[], Iterator[Check]], ...] = (
-    versions, entry_point, options, compilers, gpus, symmetric_memory, mps,
+    versions, entry_point, variables, compilers, gpus, symmetric_memory, mps,
 )  # fmt: skip
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 import warnings
 import weakref
@@ -23,10 +22,9 @@ from typing import Any
 import torch.distributed as dist
 
 from tpfuse import compat
+from tpfuse.options import AGREEMENT_SECONDS
 from tpfuse.passes.report import GraphReport, Site
 
-VARIABLE = "TPFUSE_AGREEMENT_SECONDS"
-SECONDS = 600.0
 # A rank that fuses nothing is in no danger of waiting inside a kernel, and its peers may have reasons not to compile at all.
 SECONDS_OF_NOTHING_FUSED = 30.0
 
@@ -231,7 +229,7 @@ def _agree(group: tuple[int, ...], sites: Sequence[Site], context: str) -> None:
     )
     if compared.given_up or (structure, effect) in compared.agreed:
         return
-    limit = limit_seconds()
+    limit = AGREEMENT_SECONDS.value()
     if not any(site.fused for site in sites):
         limit = min(limit, SECONDS_OF_NOTHING_FUSED)
     prefix = f"tpfuse/graphs/{','.join(map(str, group))}/{compared.number}"
@@ -256,8 +254,8 @@ def _agree(group: tuple[int, ...], sites: Sequence[Site], context: str) -> None:
     if missing and (before or any(site.fused for site in sites)):
         what = "decided otherwise about it before, and" if before else "compiled no graph like this one, and"
         raise AgreementError(
-            f"{_ranks(missing)} of {list(group)} {what} did not compile it within {limit:g} s ({VARIABLE}), but all of them have "
-            "to run the same ops. Compile with the same options and versions on all ranks; where a rank compiles more slowly, "
+            f"{_ranks(missing)} of {list(group)} {what} did not compile it within {limit:g} s "
+            f"({AGREEMENT_SECONDS.name}), but all of them have to run the same ops. Compile with the same options and versions on all ranks; where a rank compiles more slowly, "
             "raise the limit",
             missing,
         )
@@ -271,18 +269,6 @@ def _comparisons() -> dict[tuple[int, ...], _Compared]:
     if _session is None or _session.store() is not store:
         _session = _Session(weakref.ref(store))
     return _session.groups
-
-
-def limit_seconds() -> float:
-    """How long a rank waits for the others to compile the same graph."""
-    text = os.environ.get(VARIABLE, "")
-    try:
-        seconds = float(text) if text else SECONDS
-    except ValueError:
-        seconds = 0.0
-    if not seconds > 0:
-        raise ValueError(f"{VARIABLE}={text!r} is not valid; expected a number of seconds above 0")
-    return seconds
 
 
 def _digest(parts: Sequence[Any]) -> str:

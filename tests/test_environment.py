@@ -1,0 +1,79 @@
+"""Every variable is known by name, a misspelled one is told, and a value that cannot be read fails the doctor."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_cli import tpfuse_process
+from tpfuse.ops import environment
+
+import tpfuse  # noqa: F401  (registers the options' twins)
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "valid"),
+    [
+        ("TPFUSE_PDL", "bogus", "off, end, early"),
+        ("TPFUSE_ALGORITHM", "ring", "auto, one_shot, two_shot, library"),
+        ("TPFUSE_WATCHDOG_SECONDS", "soon", "a number of at least 0.001"),
+        ("TPFUSE_CONCURRENT_PLANES", "0", "a whole number of at least 1"),
+        ("TPFUSE_BATCH_INVARIANT", "perhaps", "true and false"),
+        ("TPFUSE_TABLE", "/nonexistent.json", "tpfuse bench --tune"),
+        ("TPFUSE_FUEL", "-1", "0 or more"),
+        ("TPFUSE_AGREEMENT_SECONDS", "nan", "a number of at least 0.001"),
+    ],
+)
+def test_a_value_that_cannot_be_read_is_told_with_what_is_valid(name, value, valid, monkeypatch):
+    monkeypatch.setenv(name, value)
+    (sentence,) = environment.invalid()
+    assert name in sentence and value in sentence and valid in sentence
+
+
+def test_the_doctor_fails_for_an_invalid_value():
+    result = tpfuse_process("doctor", env={"TPFUSE_PDL": "bogus"})
+    assert result.returncode == 1
+    assert "TPFUSE_PDL='bogus' is not valid; valid values are off, end, early" in " ".join(result.stdout.split())
+
+
+def test_a_misspelled_variable_warns_at_import_and_fails_the_doctor():
+    import os
+
+    env = {**os.environ, "TPFUSE_POLCY": "all"}
+    imported = subprocess.run(
+        [sys.executable, "-c", "import tpfuse"], env=env, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert imported.returncode == 0
+    assert (
+        "TPFUSE_POLCY is not a variable of tpfuse, so it does nothing. Did you mean 'TPFUSE_POLICY'?" in imported.stderr
+    )
+    result = tpfuse_process("doctor", env={"TPFUSE_POLCY": "all"})
+    assert result.returncode == 1
+    assert "TPFUSE_POLICY" in result.stdout
+
+
+def test_known_variables_say_nothing():
+    given = dict.fromkeys(environment.REGISTRY, "") | {"TPFUSE_TEST_SEED": "1", "PATH": ""}
+    assert environment.unknown(given) == environment.invalid(given) == []
+
+
+def test_the_sources_read_no_variable_that_is_not_registered():
+    read = set()
+    for folder in ("tpfuse", "ops", "passes"):
+        for path in (ROOT / folder).rglob("*.py"):
+            read |= set(re.findall(r"TPFUSE_[A-Z_]+[A-Z]\b(?!_)", path.read_text()))
+    assert {name for name in read if not name.startswith(environment.OURS)} <= set(environment.REGISTRY)
+
+
+def test_the_docs_list_every_variable_of_the_op_and_none_that_does_not_exist():
+    text = "".join(path.read_text() for path in [*(ROOT / "docs").glob("*.md"), ROOT / "README.md"])
+    named = set(re.findall(r"TPFUSE_[A-Z_]+[A-Z]", text))
+    assert {name for name in named if not name.startswith(environment.OURS)} <= set(environment.REGISTRY)
+    table = set(re.findall(r"^[|] (TPFUSE_[A-Z_]+) [|]", (ROOT / "docs" / "op.md").read_text(), re.MULTILINE))
+    twins = {f"TPFUSE_{n}" for n in ("INNER", "POLICY", "NUMERICS", "DUMP", "VERIFY", "FUEL")}
+    assert table == set(environment.REGISTRY) - twins
