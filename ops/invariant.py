@@ -7,6 +7,8 @@ fused group takes its kernels for every size, and every other group gathers the 
 
 from __future__ import annotations
 
+import datetime
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -22,6 +24,7 @@ GATHERED_BYTES = 8 << 20  # of one rank's rows: what is gathered at once
 
 _asked: dict[str, bool] = {}  # "on": what set_batch_invariant was given last
 _used: set[str] = set()  # names of groups that have made calls
+_votes: dict[str, int] = {}  # group name -> how often it has agreed
 
 
 def batch_invariant() -> bool:
@@ -56,6 +59,38 @@ def remember(group_name: str) -> None:
 
 def forget(group_name: str) -> None:
     _used.discard(group_name)
+
+
+def agree(group_name: str) -> None:
+    """Before a group's first gather: all of its ranks say that they are in this mode. For groups that do not vote (CPU).
+
+    Through the group's store, so that ranks in the usual mode need not take part: an all-gather that meets an all-reduce would
+    wait for ever.
+
+    Raises:
+        RuntimeError: a rank has not said so within the watchdog's time.
+    """
+    if group_name in _used:
+        return
+    from .plane import Settings
+
+    group = dist.distributed_c10d._resolve_process_group(group_name)  # type: ignore[arg-type]
+    store = dist.distributed_c10d._get_process_group_store(group)
+    _votes[group_name] = vote = _votes.get(group_name, 0) + 1  # what was said before `forget` does not count
+    keys = [f"tpfuse/batch_invariant/{vote}/{rank}" for rank in range(group.size())]
+    store.set(keys[group.rank()], "on")
+    seconds = Settings.from_environment().watchdog_seconds
+    try:
+        store.wait(keys, datetime.timedelta(seconds=seconds))
+    except RuntimeError as error:  # DistStoreError
+        ranks = dist.get_process_group_ranks(group)
+        silent = [rank for rank, key in zip(ranks, keys, strict=True) if not store.check([key])]
+        raise RuntimeError(
+            f"tpfuse: rank {dist.get_rank()} of group {group_name!r} (ranks {ranks}) is in batch-invariant mode, and ranks "
+            f"{silent} have not said within {seconds:g} s that they are: set tpfuse.batch_invariant or {VARIABLE} alike on all "
+            "ranks"
+        ) from error
+    remember(group_name)
 
 
 def sum_in_rank_order(x: Tensor, group_name: str) -> Tensor:

@@ -132,7 +132,7 @@ def reference_all_reduce_add_rms_norm(
         # Every rank of the group has the same (zero) number of rows, so all of them skip the collective.
         reduced = x.clone()
     elif invariant.batch_invariant():
-        invariant.remember(group_name)
+        invariant.agree(group_name)
         reduced = invariant.sum_in_rank_order(x, group_name)
         return invariant.add_rms_norm(reduced, residual, weight, bias, eps, scale, flavour, post_norm)
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from typing import Any
 
 import pytest
@@ -73,6 +74,23 @@ def _rows_that_differ(rank: int, world_size: int) -> list[str]:
 def test_on_gloo_a_row_has_the_same_bits_alone_and_among_up_to_three_hundred() -> None:
     for rank, found in enumerate(run_ranks(_rows_that_differ, WORLD, env={invariant.VARIABLE: "true"})):
         assert not found, f"rank {rank}: {len(found)} rows, such as {found[:5]}"
+
+
+def _one_rank_in_the_mode(rank: int, world_size: int) -> str:
+    os.environ[invariant.VARIABLE] = "true" if rank == 0 else "false"
+    if rank == 1:
+        return ""  # its all-reduce would never end beside an all-gather
+    try:
+        all_reduce_add_rms_norm(torch.ones(2, 8), None, torch.ones(8))
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.ranks
+def test_ranks_in_different_modes_end_in_an_error_that_names_them() -> None:
+    said = run_ranks(_one_rank_in_the_mode, 2, env={"TPFUSE_WATCHDOG_SECONDS": "1"})[0]
+    assert "is in batch-invariant mode, and ranks [1] have not said within 1 s" in said
 
 
 @pytest.mark.parametrize("shared", ("", "-shared"))

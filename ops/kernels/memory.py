@@ -51,7 +51,7 @@ that were pushed for that very call. So say that rank A gave up in call n, waiti
 
 # Triton's language, not Python: tuples grow while they are traced, and have no unpacking.
 # mypy: ignore-errors
-# ruff: noqa: RUF005
+# ruff: noqa: RUF005, SIM102
 from __future__ import annotations
 
 import triton
@@ -290,8 +290,9 @@ def poll(
                 pending = 0
             polls += 1
             over = polls > limit // 1000
-            if HEED and polls % 64 == 0:
-                over = over | (tl.load(device_record.to(tl.pointer_type(tl.int32)), volatile=True) != 0)
+            if HEED:
+                if polls % 64 == 0:
+                    over = over | (tl.load(device_record.to(tl.pointer_type(tl.int32)), volatile=True) != 0)
             if (pending != 0) & over:
                 _record(device_record, host_record, missing, row, phase)
                 full = tl.full((), 0, tl.int32)

@@ -255,8 +255,8 @@ def _agree(group: tuple[int, ...], sites: Sequence[Site], context: str) -> None:
         what = "decided otherwise about it before, and" if before else "compiled no graph like this one, and"
         raise AgreementError(
             f"{_ranks(missing)} of {list(group)} {what} did not compile it within {limit:g} s "
-            f"({AGREEMENT_SECONDS.name}), but all of them have to run the same ops. Compile with the same options and versions on all ranks; where a rank compiles more slowly, "
-            "raise the limit",
+            f"({AGREEMENT_SECONDS.name}), but all of them have to run the same ops. Compile with the same options and versions "
+            "on all ranks; where a rank compiles more slowly, raise the limit",
             missing,
         )
     if not missing:
