@@ -151,7 +151,7 @@ def correctness(rank: int, world: int) -> list[str]:
     complaints = []
     first: dict[int, str] = {}
     make_call(Call(1, 64), rank, world)  # builds the plane
-    dispatch._ROWS_WARMED = ()  # type: ignore[misc]
+    dispatch.LOAD_AHEAD = False
     modes = ["one_shot", "two_shot", *(f"{name} {how}" for name in ("one_shot", "two_shot") for how in SPLITTING)]
     for mode in modes:
         share_rows(mode.partition(" ")[2])
@@ -286,7 +286,7 @@ def random_calls(rank: int, world: int, count: int, seed: int, replays: bool = T
         if s.group is None:
             sums.add_(normed.view(torch.int16).sum(dtype=torch.int64)).mul_(31)
 
-    dispatch._ROWS_WARMED = ()  # type: ignore[misc]
+    dispatch.LOAD_AHEAD = False
     for name in ("one_shot", "two_shot"):  # every plane and kernel before the first graph
         for group in groups[:2]:
             plane.describe_path(group[1])
@@ -439,7 +439,7 @@ def killed_during_replay(rank: int, world: int) -> list[str]:
             outs.append(site())
         return outs
 
-    dispatch._ROWS_WARMED = ()  # type: ignore[misc]
+    dispatch.LOAD_AHEAD = False
     calls()
     for (site, _), outs in zip(sites, calls(), strict=True):
         site.wrong(*outs)
