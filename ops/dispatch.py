@@ -7,6 +7,7 @@ allocations and the launch.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from tpfuse import compat
 
 from . import invariant, library_path, plane, reference
 from .flavour import Flavour
@@ -55,6 +58,7 @@ class Prepared:
     normed_dtype: torch.dtype
     residual_dtype: torch.dtype
     limit: int  # of the watchdog, nanoseconds
+    held: plane.Held = None
     plans: dict[int, Plan] = field(default_factory=dict)
 
 
@@ -230,6 +234,7 @@ def _prepare(
         normed_dtype=normed_dtype,
         residual_dtype=torch.promote_types(x.dtype, normed_dtype) if post_norm else x.dtype,
         limit=int(path.settings.watchdog_seconds * 1e9),
+        held=weakref.ref(compat.resolve_group(group_name)),
     )
     if prepared.constants is not None and path.plane is not None:
         _load_kernels(prepared, path.plane, x.dtype)
@@ -298,6 +303,9 @@ def _cuda(
 ) -> tuple[Tensor, Tensor]:
     refuse_gradients(x, residual, weight, bias)
     index = x.device.index
+    if torch._C._cuda_getDevice() != index:
+        with torch.cuda.device(index):  # launches and the vote go to the current device
+            return _cuda(x, residual, weight, bias, eps, scale, flavour, post_norm, group_name)
     key = (
         group_name,
         x.dtype,
@@ -313,8 +321,15 @@ def _cuda(
         plane.current_stream_class(),
     )
     prepared = _prepared.get(key)
-    if prepared is None:
-        prepared = _prepare(key, x, residual, weight, bias, scale, flavour, post_norm, group_name)
+    if prepared is None or not plane.is_current(prepared.held):
+        with plane.lock_of(group_name):
+            prepared = _prepared.get(key)
+            if prepared is not None and not plane.is_current(prepared.held):
+                forget(group_name)  # torch gave its name to another group
+                compat.forget_symmetric_memory(group_name)
+                prepared = None
+            if prepared is None:
+                prepared = _prepare(key, x, residual, weight, bias, scale, flavour, post_norm, group_name)
     else:
         check(x, residual, weight, bias, prepared.flavour, post_norm)
     normed = torch.empty_like(x, dtype=prepared.normed_dtype, memory_format=torch.contiguous_format)

@@ -642,3 +642,26 @@ def compiled(rank: int, world: int) -> list[str]:
                 complaints.append(f"rows {rows}, step {step}: compiled differs from eager")
     raise_if_failed()
     return complaints
+
+
+def many_lives(rank: int, world: int, store: str) -> list[str]:
+    """Five default groups one after the other, each with new groups of the same names; sums right, kernels taken each time."""
+    complaints = []
+    for life in range(5):
+        dist.destroy_process_group()
+        dist.init_process_group("nccl", store=dist.FileStore(f"{store}{life}", world), rank=rank, world_size=world)
+        group = dist.new_group(list(range(world)))
+        for one in (None, group):
+            x = torch.full((3, 4096), float(rank + 1), device="cuda", dtype=torch.bfloat16)
+            _, total = all_reduce_add_rms_norm(
+                x, torch.zeros_like(x), torch.ones(4096, device="cuda", dtype=torch.bfloat16), group=one
+            )
+            torch.cuda.synchronize()
+            wanted = world * (world + 1) / 2
+            if not bool((total == wanted).all()):
+                complaints.append(f"life {life}: sum is {total[0, 0].item()}, expected {wanted}")
+            path = plane.describe_path(one)
+            if path.kind != "fused":
+                complaints.append(f"life {life}, group {one and one.group_name}: {path.kind}: {path.cause}")
+        print(f"life {life}: group {group.group_name}", flush=True)
+    return complaints
