@@ -350,6 +350,8 @@ def _cuda(
             plan = prepared.plans[rows] = plan_of(p, prepared.path.settings, c, x.dtype, rows)
         if plan.launches:
             stream = torch._C._cuda_getCurrentRawStream(index)
+            if stream != p.streams.last:
+                p.on_another_stream(stream)
             if len(plan.launches) == 1:
                 _launch(
                     plan.launches[0], stream, p, prepared, x, residual, weight, bias, normed, residual_out, eps, scale

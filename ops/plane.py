@@ -27,7 +27,8 @@ after it at system scope. CUDA-graph replay keeps stream order, and phase words 
 calls mix freely. With programmatic dependent launch the next kernel waits (``griddepcontrol.wait``) for the end of the
 previous one before its first read: the same boundary.
 
-Two streams may not use one plane at once: their kernels are not ordered. Use a :func:`stream_class` for each.
+Two streams may not use one plane at once. Where a call comes on another stream than the one before, :mod:`~tpfuse.ops.streams`
+orders the two, or refuses; for calls that are to overlap use a :func:`stream_class` for each.
 
 Why nothing waits for a program that is not running
 ---------------------------------------------------
@@ -55,7 +56,7 @@ from torch import Tensor
 
 from tpfuse import compat
 
-from . import environment, invariant
+from . import environment, invariant, streams
 from . import select as selection
 
 WATCHDOG_SECONDS = 600.0  # torch's own limit for a collective
@@ -227,6 +228,24 @@ class Plane:
     seen: np.ndarray = field(repr=False)
     handle: object = field(repr=False)
     ranks: tuple[int, ...] = ()
+    streams: streams.Use = field(default_factory=streams.Use, repr=False, compare=False)
+
+    def on_another_stream(self, stream: int) -> None:
+        """Order a call with those before it: its stream is not that of the last call, or that one was captured.
+
+        Raises ``RuntimeError`` with the remedy where the two cannot be ordered.
+        """
+        try:
+            before = streams.turn(self.streams, stream, streams.capture_of)
+        except streams.Unordered as error:
+            raise RuntimeError(
+                f"tpfuse: calls of group {self.group_name!r} (ranks {list(self.ranks)}) are {error}. They use one plane, so they "
+                "have to run one after another: make them on one stream, or, where they are to overlap, put those of each stream "
+                "into a class of its own: `with tpfuse.ops.stream_class(name):`, with a first call in each before the capture and "
+                "TPFUSE_CONCURRENT_PLANES set to the number of classes"
+            ) from None
+        if before is not None:
+            streams.wait_for(stream, before, self.device)
 
     def raise_if_failed(self) -> None:
         """Raise ``RuntimeError`` if a poll on this plane has given up."""

@@ -392,6 +392,66 @@ def two_streams(rank: int, world: int, count: int) -> list[str]:
     return [f"stream {i}: {int(w)} wrong elements" for i, w in enumerate(wrong) if int(w)]
 
 
+def streams_in_turn(rank: int, world: int, count: int) -> list[str]:
+    """One plane on several streams that the caller does not order: eager in turn, around captures, and twice inside one."""
+    pools = [
+        torch.randn(1 << 20, device="cuda", generator=torch.Generator(device="cuda").manual_seed(r)).bfloat16()
+        for r in range(world + 1)
+    ]
+    streams = [torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.Stream()]
+    wrong = [torch.zeros((), dtype=torch.int64, device="cuda") for _ in streams]
+
+    def site(n: int) -> _Site:
+        return _Site(1 + n % 9, 4096 if n % 3 else 1024, 8 * n, pools, list(range(world)), rank, None)
+
+    grow_the_cache()
+    for n in range(2):
+        site(n).wrong(*site(n)())
+    torch.cuda.synchronize()
+    dist.barrier()
+    for n in range(count):
+        which = n % 7 % 3
+        with torch.cuda.stream(streams[which]):
+            s = site(n)
+            wrong[which].add_(s.wrong(*s()))
+    torch.cuda.synchronize()
+    dist.barrier()
+    complaints = [f"stream {i}: {int(w)} wrong elements" for i, w in enumerate(wrong) if int(w)]
+    said = "nothing"
+    graphs = []
+    for twice in (False, True):
+        s, graph = site(1), torch.cuda.CUDAGraph()
+        with torch.cuda.stream(streams[1]):
+            graph.capture_begin(capture_error_mode="thread_local")
+            outs = s()
+            if twice:
+                streams[2].wait_stream(streams[1])
+                with torch.cuda.stream(streams[2]):
+                    try:
+                        s()
+                    except RuntimeError as error:
+                        said = str(error)
+                streams[1].wait_stream(streams[2])
+            graph.capture_end()
+        graphs.append((graph, s, outs))
+        torch.cuda.synchronize()
+        dist.barrier()
+    if "stream_class" not in said:
+        complaints.append(f"two streams of one graph: {said}")
+    for n in range(20):
+        graph, s, outs = graphs[n % 2]
+        graph.replay()
+        wrong[0].add_(s.wrong(*outs))
+        with torch.cuda.stream(streams[0]):
+            eager = site(n)
+            wrong[0].add_(eager.wrong(*eager()))
+    torch.cuda.synchronize()
+    if int(wrong[0]):
+        complaints.append(f"replays and eager calls: {int(wrong[0])} wrong elements")
+    raise_if_failed()
+    return complaints
+
+
 def dead_rank(rank: int, world: int) -> tuple[float, str] | None:
     """The last rank leaves; the others call on. Returns how long until the error, and its text."""
     call = Call(4, 4096, seed=5)

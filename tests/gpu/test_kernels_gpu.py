@@ -51,6 +51,11 @@ def test_two_stream_classes_run_at_once(world: int) -> None:
 
 
 @pytest.mark.parametrize("world", (2, 4))
+def test_calls_of_one_plane_on_several_streams_are_ordered_or_refused(world: int) -> None:
+    _all_well(run_ranks(on_ranks.streams_in_turn, world, 300, env={"TPFUSE_WATCHDOG_SECONDS": "20"}))
+
+
+@pytest.mark.parametrize("world", (2, 4))
 def test_a_dead_rank_becomes_an_error_within_the_watchdogs_time(world: int) -> None:
     answers = run_ranks(
         on_ranks.dead_rank, world, env={"TPFUSE_WATCHDOG_SECONDS": "3"}, may_die=(world - 1,), timeout=120
