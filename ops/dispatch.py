@@ -24,7 +24,7 @@ from .kernels.constants import Constants, Variant, constants, supports, torch_dt
 from .launch import MAX_PROGRAMS, Geometry, Kernel, Part, Room, geometry, register_bound
 from .op import check, library, refuse_gradients
 from .plane import GroupPath, Plane
-from .select import Selection, entry, select
+from .select import UNBOUNDED, Selection, entry, select
 
 LOAD_AHEAD = True  # tests that load what they need by themselves switch it off
 
@@ -164,7 +164,7 @@ def largest_launches(
     row_bytes = hidden * dtype.itemsize
     ends = {thresholds.one_shot_bytes // row_bytes, thresholds.two_shot_bytes // row_bytes}
     found: dict[str, int] = {}
-    for rows in sorted({1, *(max(1, n + more) for n in ends for more in (0, 1))}):
+    for rows in sorted({1, UNBOUNDED, *(max(1, n + more) for n in ends for more in (0, 1))}):
         chosen = select(
             architecture,
             world,

@@ -56,7 +56,7 @@ from torch import Tensor
 
 from tpfuse import compat
 
-from . import environment, invariant, streams
+from . import environment, invariant, streams, topology
 from . import select as selection
 
 WATCHDOG_SECONDS = 600.0  # torch's own limit for a collective
@@ -164,6 +164,7 @@ class Ballot:
     architecture: str
     versions: str
     settings: str
+    reach: topology.Reach | None = None  # of this rank's GPU, over NVLink
 
 
 @dataclass(frozen=True)
@@ -171,8 +172,9 @@ class Verdict:
     """The outcome of a vote, the same on every rank."""
 
     cause: str | None  # why the group takes the library path; None if it takes the kernels
-    architecture: str
+    architecture: str  # with the class of the links, as the selection table names it
     sharers: int  # most ranks of the group on one GPU
+    links: topology.Links | None = None  # None where the vote ended before that mattered
 
 
 def judge(ballots: Sequence[Ballot]) -> Verdict:
@@ -199,7 +201,17 @@ def judge(ballots: Sequence[Ballot]) -> Verdict:
     sharers = max(devices.count(d) for d in devices)
     if sharers > 1 and len(set(devices)) > 1:
         return Verdict("some ranks share a GPU and others do not", architecture, sharers)
-    return Verdict(None, architecture + ("-shared" if sharers > 1 else ""), sharers)
+    links = topology.link_class([b.reach or topology.Reach(b.device) for b in ballots])
+    return Verdict(None, selection.key(architecture, links.name), sharers, links)
+
+
+def only_library(verdict: Verdict, world: int, settings: Settings) -> str | None:
+    """Why the links leave nothing to the kernels, so that no plane is needed; else None. Pure."""
+    thresholds = selection.entry(verdict.architecture, world, settings.table)
+    most = max(thresholds.one_shot_bytes, thresholds.two_shot_bytes)
+    if most or settings.algorithm != "auto" or settings.batch_invariant:
+        return None
+    return f"{verdict.links}; {thresholds.measured}"
 
 
 @dataclass(frozen=True)
@@ -241,8 +253,8 @@ class Plane:
             raise RuntimeError(
                 f"tpfuse: calls of group {self.group_name!r} (ranks {list(self.ranks)}) are {error}. They use one plane, so they "
                 "have to run one after another: make them on one stream, or, where they are to overlap, put those of each stream "
-                "into a class of its own: `with tpfuse.ops.stream_class(name):`, with a first call in each before the capture and "
-                "TPFUSE_CONCURRENT_PLANES set to the number of classes"
+                "into a class of its own: `with tpfuse.ops.stream_class(name):`, with a first call in each before the capture "
+                "and TPFUSE_CONCURRENT_PLANES set to the number of classes"
             ) from None
         if before is not None:
             streams.wait_for(stream, before, self.device)
@@ -273,12 +285,14 @@ class GroupPath:
         kind: ``"fused"`` or ``"library"``.
         cause: for ``"library"``, what stands in the way; ``""`` for ``"fused"``.
         plane: the plane of a fused group.
+        links: how its GPUs are connected; None where the vote ended before that mattered.
     """
 
     kind: str
     cause: str
     settings: Settings
     plane: Plane | None = None
+    links: topology.Links | None = None
 
 
 # The group is held weakly: torch gives the name of a destroyed group to another one. None: not compared (tests, experiments).
@@ -345,13 +359,15 @@ def _ballot(world: int, device: torch.device, settings: Settings) -> Ballot:
     from tpfuse import __version__
 
     properties = torch.cuda.get_device_properties(device)
+    gpu = str(getattr(properties, "uuid", device.index))
     return Ballot(
         problem=_problem(world, device),
         host=host_identity(),
-        device=str(getattr(properties, "uuid", device.index)),
+        device=gpu,
         architecture=f"sm_{properties.major}{properties.minor}",
         versions=f"torch {torch.__version__}, triton {_triton_version()}, tpfuse {__version__}",
         settings=settings.fingerprint(),
+        reach=topology.reach(gpu),
     )
 
 
@@ -399,21 +415,45 @@ def path_of(group_name: str, device: torch.device) -> GroupPath:
         group = compat.resolve_group(group_name)
         path = _vote(group_name, group, device, key[2])
         _paths[key] = (path, weakref.ref(group))
-        if path.kind == "library":
+        said = _warning(path)
+        if said is not None:
             ranks = dist.get_process_group_ranks(group)
-            warnings.warn(
-                f"tpfuse: group {group_name!r} (ranks {ranks}) takes the library path: {path.cause}",
-                stacklevel=2,
-            )
+            warnings.warn(f"tpfuse: group {group_name!r} (ranks {ranks}) {said}", stacklevel=2)
         return path
+
+
+def _warning(path: GroupPath) -> str | None:
+    """What a user should know of a group's path: the library, or links that leave small calls only to the kernels."""
+    if path.kind == "library":
+        return f"takes the library path: {path.cause}"
+    most = small_calls_only(path)
+    if most is None:
+        return None
+    return (
+        f"takes the library path for more than {most >> 10} KiB of x: {path.links}, for which nothing was measured; "
+        "`tpfuse bench --tune` measures this machine"
+    )
+
+
+def small_calls_only(path: GroupPath) -> int | None:
+    """The most bytes of ``x`` that take the kernels where the links are not NVLink and nobody measured them; else None."""
+    if path.plane is None or path.links is None or path.links.name not in (topology.PCIE, topology.UNKNOWN):
+        return None
+    if path.settings.algorithm != "auto" or path.settings.batch_invariant:
+        return None
+    thresholds = selection.entry(path.plane.architecture, path.plane.world, path.settings.table)
+    if not thresholds.architecture.startswith("any-"):
+        return None  # measured here, or on a machine like this
+    return max(thresholds.one_shot_bytes, thresholds.two_shot_bytes)
 
 
 def _vote(group_name: str, group: dist.ProcessGroup, device: torch.device, klass: str) -> GroupPath:
     settings = Settings.from_environment()
     world = group.size()
     verdict = judge(_everyone(_ballot(world, device, settings), group, world))
-    if verdict.cause is not None:
-        return GroupPath("library", verdict.cause, settings)
+    cause = verdict.cause or only_library(verdict, world, settings)
+    if cause is not None:
+        return GroupPath("library", cause, settings, links=verdict.links)
     parts: dict[str, Any] = {}
     # A vote behind each step: a rank that cannot allocate must not leave its peers in the rendezvous.
     steps: tuple[Callable[[], None], ...] = (
@@ -424,8 +464,8 @@ def _vote(group_name: str, group: dist.ProcessGroup, device: torch.device, klass
         problem = _attempt(step, device)
         for other, said in enumerate(_everyone(problem, group, world)):
             if said is not None:
-                return GroupPath("library", f"rank {other}: {said}", settings)
-    return GroupPath("fused", "", settings, parts["plane"])
+                return GroupPath("library", f"rank {other}: {said}", settings, links=verdict.links)
+    return GroupPath("fused", "", settings, parts["plane"], verdict.links)
 
 
 def _attempt(step: Callable[[], None], device: torch.device) -> str | None:

@@ -2,7 +2,7 @@
 
 A pure function of (architecture, world size, dtype, H, rows) over one table, so that ranks cannot disagree. It never
 looks at clocks, free memory or anything else that is local. ``architecture`` is the compute capability of the group's
-GPUs, with ``-shared`` behind it when several ranks share one GPU; the ranks agree on it when their plane is built.
+GPUs and, behind it, the class of the links between them (:func:`key`); the ranks agree on it when their plane is built.
 """
 
 from __future__ import annotations
@@ -33,9 +33,18 @@ class Selection:
     rows_per_launch: int
 
 
+def key(architecture: str, links: str) -> str:
+    """What the table calls GPUs with links of a class: ``sm_90`` with NVLink between all of them, else ``sm_90-pcie``, ...
+
+    Args:
+        links: a class of :mod:`tpfuse.ops.topology`: ``nvlink``, ``partial-nvlink``, ``pcie``, ``unknown`` or ``shared``.
+    """
+    return architecture if links == "nvlink" else f"{architecture}-{links}"
+
+
 @dataclass(frozen=True)
 class Entry:
-    """Thresholds in bytes of ``x`` for one (architecture, world size).
+    """Thresholds in bytes of ``x`` for one (architecture with its links, world size).
 
     Attributes:
         one_shot_bytes: one-shot up to here.
@@ -63,6 +72,8 @@ _NVLINK = (
 )
 _SHARED = "one H100 and one H200 shared by the ranks under MPS, 2026-11-25, 1 to 4096 rows: docs/measuring.md"
 _GUESSED = "between the measured world sizes 2, 4 and 8; not measured"
+_PCIE = "not measured: sizes at which one round in one launch is sure to win"
+_PARTIAL = "not measured, so every size goes to the library until `tpfuse bench --tune` has measured this machine"
 TABLE: tuple[Entry, ...] = (
     Entry("any", 2, 64 * MIB, 64 * MIB, 8 * MIB, _NVLINK),
     Entry("any", 3, 560 * KIB, 16 * MIB, 8 * MIB, _MODEL),
@@ -80,18 +91,26 @@ TABLE: tuple[Entry, ...] = (
     Entry("any-shared", 6, 128 * KIB, UNBOUNDED, 512 * KIB, _GUESSED),
     Entry("any-shared", 7, 128 * KIB, UNBOUNDED, 512 * KIB, _GUESSED),
     Entry("any-shared", 8, 64 * KIB, UNBOUNDED, 512 * KIB, _SHARED),
+    # Links that are not NVLink between all GPUs have a fraction of its bandwidth, and the library knows ways around them.
+    *(
+        Entry(f"any-{links}", world, 32 * KIB, 32 * KIB, MIB, _PCIE)
+        for links in ("pcie", "unknown")
+        for world in range(2, 9)
+    ),
+    *(Entry("any-partial-nvlink", world, 0, 0, MIB, _PARTIAL) for world in range(2, 9)),
 )
 
 
 def entry(architecture: str, world: int, table: Sequence[Entry] = TABLE) -> Entry:
-    """The entry of an architecture: its own, else the one for ``any`` (or ``any-shared``)."""
-    shared = "-shared" if architecture.endswith("-shared") else ""
-    for name in (architecture, "any" + shared):
+    """The entry of an architecture: its own, else the one for ``any`` with the same links."""
+    _, dash, links = architecture.partition("-")
+    for name in (architecture, f"any{dash}{links}"):
         for candidate in table:
             if candidate.architecture == name and candidate.world == world:
                 return candidate
     raise ValueError(
-        f"no selection entry for architecture {architecture!r} and world size {world}; the kernels take world sizes 2 to 8"
+        f"no selection entry for architecture {architecture!r} and world size {world}; the kernels take world sizes 2 to 8, and "
+        "the links behind the architecture are nothing (NVLink), -partial-nvlink, -pcie, -unknown or -shared"
     )
 
 
@@ -109,7 +128,7 @@ def select(
     """The algorithm of one call.
 
     Args:
-        architecture: ``"sm_90"``, ``"sm_90-shared"``, ...
+        architecture: ``"sm_90"`` for NVLink between all GPUs, ``"sm_90-pcie"``, ``"sm_90-shared"``, ...: see :func:`key`.
         world: ranks in the group, 2 to 8.
         dtype, hidden, rows: of ``x``.
         override: ``"auto"``, or an algorithm to force (``TPFUSE_ALGORITHM``); equal on all ranks.
@@ -125,8 +144,8 @@ def select(
     elif size <= thresholds.two_shot_bytes:
         algorithm = "two_shot"
     elif batch_invariant:
-        # In launches that fit a phase, however large the call is. Where two-shot is never chosen, as between two ranks, one-shot.
-        algorithm = "two_shot" if thresholds.two_shot_bytes > thresholds.one_shot_bytes else "one_shot"
+        # In launches that fit a phase, however large the call is. Between two ranks one-shot moves no more bytes.
+        algorithm = "two_shot" if world > 2 else "one_shot"
     else:
         algorithm = "library"
     if algorithm == "library":

@@ -137,6 +137,7 @@ def test_a_call_that_no_kernel_takes_is_refused_in_a_group_with_a_gpu(monkeypatc
 
     path = plane.GroupPath("library", "pretended", plane.Settings(batch_invariant=True))
     monkeypatch.setattr(plane, "path_of", lambda name, device: path)
+    monkeypatch.setattr(dispatch.compat, "resolve_group", lambda name: _fresh_mode)  # anything that can be held weakly
     monkeypatch.setattr(dispatch, "_prepared", {})
     arguments = (None, None, 1.0, str(LLAMA), False, "tp")
     x, weight = torch.ones(2, 12), torch.ones(12)

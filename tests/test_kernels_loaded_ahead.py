@@ -13,11 +13,21 @@ ROWS = 8192
 MULTIPROCESSORS = 132
 
 
-@pytest.mark.parametrize("shared", [False, True], ids=["own GPUs", "one GPU"])
+@pytest.mark.parametrize(
+    ("links", "settings"),
+    [
+        ("", Settings()),
+        ("-shared", Settings()),
+        ("-pcie", Settings()),
+        ("-pcie", Settings(batch_invariant=True)),
+        ("-partial-nvlink", Settings(algorithm="two_shot")),
+    ],
+    ids=["own GPUs", "one GPU", "PCIe", "PCIe, batch-invariant", "two-shot forced"],
+)
 @pytest.mark.parametrize("world", range(2, 9))
-def test_every_row_count_uses_only_kernels_that_were_loaded(world, shared):
-    settings = Settings()
-    architecture = "sm_90-shared" if shared else "sm_90"
+def test_every_row_count_uses_only_kernels_that_were_loaded(world, links, settings):
+    shared = links == "-shared"
+    architecture = f"sm_90{links}"
     for hidden, dtype in (
         (2880, torch.bfloat16),
         (4096, torch.bfloat16),
@@ -34,7 +44,15 @@ def test_every_row_count_uses_only_kernels_that_were_loaded(world, shared):
         assert len(loaded) <= 12, "each takes seconds to compile"
         seen = set()
         for rows in range(1, ROWS + 1):
-            chosen = select(architecture, world, dtype, hidden, rows)
+            chosen = select(
+                architecture,
+                world,
+                dtype,
+                hidden,
+                rows,
+                override=settings.algorithm,
+                batch_invariant=settings.batch_invariant,
+            )
             if chosen.algorithm == "library":
                 continue
             for n in {min(rows, chosen.rows_per_launch), rows % chosen.rows_per_launch or chosen.rows_per_launch}:

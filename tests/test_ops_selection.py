@@ -12,11 +12,13 @@ from tpfuse.ops import plane, select
 from tpfuse.ops.launch import Part, Room, geometry, register_bound
 from tpfuse.ops.plane import Ballot, Settings, judge
 from tpfuse.ops.select import TABLE, Entry, entry, load_table, phase_bytes, save_table, two_shot_rows
+from tpfuse.ops.topology import Reach
 
 
 def _ballot(**changes: object) -> Ballot:
     plain = Ballot(None, "host-a", "gpu-0", "sm_90", "torch 2.11", "algorithm=auto")
-    return dataclasses.replace(plain, **changes)  # type: ignore[arg-type]
+    found = dataclasses.replace(plain, **changes)  # type: ignore[arg-type]
+    return dataclasses.replace(found, reach=Reach(found.device, frozenset(("gpu-0", "gpu-1"))))
 
 
 def test_small_calls_take_one_shot_medium_ones_two_shot_and_large_ones_the_library() -> None:

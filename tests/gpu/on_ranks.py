@@ -392,6 +392,16 @@ def two_streams(rank: int, world: int, count: int) -> list[str]:
     return [f"stream {i}: {int(w)} wrong elements" for i, w in enumerate(wrong) if int(w)]
 
 
+def link_class_found(rank: int, world: int) -> list[str]:
+    """What the vote found out about the links, and which algorithms follow."""
+    path = plane.describe_path()
+    assert path.plane is not None, path.cause
+    sizes = {
+        rows: dispatch.select(path.plane.architecture, world, torch.bfloat16, 4096, rows).algorithm for rows in (1, 64)
+    }
+    return [str(path.links), path.plane.architecture, *sizes.values()]
+
+
 def streams_in_turn(rank: int, world: int, count: int) -> list[str]:
     """One plane on several streams that the caller does not order: eager in turn, around captures, and twice inside one."""
     pools = [

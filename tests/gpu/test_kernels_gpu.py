@@ -50,6 +50,27 @@ def test_two_stream_classes_run_at_once(world: int) -> None:
     _all_well(run_ranks(on_ranks.two_streams, world, 300, env={"TPFUSE_CONCURRENT_PLANES": "2"}))
 
 
+def test_the_class_of_the_links_is_found_and_the_kernels_are_taken_over_nvlink() -> None:
+    first, second = run_ranks(on_ranks.link_class_found, 2)
+    print(first)
+    assert first == second
+    if gpu_count() < 2:
+        assert first[0] == "one GPU shared by the ranks" and first[1].endswith("-shared")
+    elif shutil.which("nvidia-smi") and "NV" not in _connection():
+        assert first[1].endswith(("-pcie", "-unknown"))
+    else:
+        assert first[:1] == ["NVLink between all GPUs"] and first[2:] == ["one_shot", "one_shot"]
+
+
+def _connection() -> str:
+    """What nvidia-smi calls the connection of the first two GPUs: NV18, SYS, PHB, ..."""
+    lines = subprocess.run(
+        ["nvidia-smi", "topo", "-m"], capture_output=True, text=True, timeout=60, check=False
+    ).stdout.splitlines()
+    row = next((line.split() for line in lines if line.startswith("GPU0")), [])
+    return row[2] if len(row) > 2 else "NV?"
+
+
 @pytest.mark.parametrize("world", (2, 4))
 def test_calls_of_one_plane_on_several_streams_are_ordered_or_refused(world: int) -> None:
     _all_well(run_ranks(on_ranks.streams_in_turn, world, 300, env={"TPFUSE_WATCHDOG_SECONDS": "20"}))

@@ -190,6 +190,22 @@ def _peer_access(count: int) -> Iterator[Check]:
         yield Check("peer access", OK, f"between all {count} GPUs")
 
 
+def links() -> Iterator[Check]:
+    """The class of the links between the visible GPUs, by which a group over all of them would be judged."""
+    from tpfuse.ops import topology
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count < 2 or torch.version.cuda is None:
+        return
+    found = topology.link_class([topology.reach(str(torch.cuda.get_device_properties(i).uuid)) for i in range(count)])
+    shown = str(found).replace("ranks", "GPUs")
+    if found.name == topology.NVLINK:
+        yield Check("links", OK, shown)
+    else:
+        fix = "groups over them take the library path but for small calls, if any; `tpfuse bench --tune` measures this machine"
+        yield Check("links", WARN, shown, fix)
+
+
 def symmetric_memory() -> Iterator[Check]:
     error = compat.symmetric_memory_error()
     if error is not None:
@@ -230,18 +246,26 @@ def path() -> Iterator[Check]:
     elif dist.get_world_size() < 2:
         yield Check("path", NOTE, "the group has one rank: nothing to reduce")
     else:
-        taken = ops.describe_path(dist.group.WORLD)
-        fused = taken.kind == "fused"
-        fix = (
-            ""
-            if fused
-            else "the group's own all-reduce and one add+norm kernel run instead; remove the cause to fuse all"
-        )
-        yield Check("path", OK if fused else WARN, f"{taken.kind}{': ' + taken.cause if taken.cause else ''}", fix)
+        yield _taken(ops.describe_path(dist.group.WORLD))
+
+
+def _taken(path: Any) -> Check:
+    """What there is to say of a group's path (``ops.GroupPath``)."""
+    from tpfuse.ops import plane
+
+    if path.kind != "fused":
+        fix = "the group's own all-reduce and one add+norm kernel run instead; remove the cause to fuse all"
+        return Check("path", WARN, f"{path.kind}: {path.cause}", fix)
+    found = f"fused, over {path.links}" if path.links else "fused"
+    most = plane.small_calls_only(path)
+    if most is None:
+        return Check("path", OK, found)
+    fix = "nothing was measured for these links: larger calls take the library path until `tpfuse bench --tune` has measured them"
+    return Check("path", WARN, f"{found}, up to {most >> 10} KiB of x", fix)
 
 
 CHECKS: tuple[Callable[[], Iterator[Check]], ...] = (
-    versions, entry_point, variables, compilers, gpus, symmetric_memory, mps,
+    versions, entry_point, variables, compilers, gpus, links, symmetric_memory, mps,
 )  # fmt: skip
 
 
