@@ -81,7 +81,7 @@ _WATCHDOG = environment.register(
     "TPFUSE_WATCHDOG_SECONDS",
     "seconds that a kernel waits for a peer before it gives up",
     WATCHDOG_SECONDS,
-    environment.number(0.001),
+    environment.number(0.001, most=environment.LONGEST),
 )
 _PDL = environment.register(
     "TPFUSE_PDL", "programmatic dependent launch on sm_90 and newer", "early", environment.word(DEPENDENT_LAUNCH)
@@ -333,7 +333,7 @@ def host_identity() -> str:
 def _problem(world: int, device: torch.device) -> str | None:
     if not MIN_WORLD <= world <= MAX_WORLD:
         return f"the kernels take world sizes {MIN_WORLD} to {MAX_WORLD}, not {world}"
-    if _triton_version() is None:
+    if triton_version() is None:
         return "Triton is not installed (pip install 'triton>=3.6')"
     if torch.version.hip is not None:
         return "ROCm: the kernels compile but have not been run there"
@@ -346,13 +346,13 @@ def _problem(world: int, device: torch.device) -> str | None:
     return None
 
 
-def _triton_version() -> str | None:
+def triton_version() -> str | None:
     """The version of Triton; None where it is not installed."""
     try:
         import triton
     except ImportError:
         return None
-    return triton.__version__
+    return getattr(triton, "__version__", None)  # a folder of that name on the path has none
 
 
 def _ballot(world: int, device: torch.device, settings: Settings) -> Ballot:
@@ -365,7 +365,7 @@ def _ballot(world: int, device: torch.device, settings: Settings) -> Ballot:
         host=host_identity(),
         device=gpu,
         architecture=f"sm_{properties.major}{properties.minor}",
-        versions=f"torch {torch.__version__}, triton {_triton_version()}, tpfuse {__version__}",
+        versions=f"torch {torch.__version__}, triton {triton_version()}, tpfuse {__version__}",
         settings=settings.fingerprint(),
         reach=topology.reach(gpu),
     )

@@ -33,6 +33,7 @@ def many_lives(rank, world_size, store):
     seen = []
     for life in range(5):
         if life:
+            dist.barrier()  # a rank outside the group must not take the store away from those inside
             dist.destroy_process_group()
             dist.init_process_group("gloo", store=dist.FileStore(f"{store}{life}", 3), rank=rank, world_size=3)
         members = [[0, 1], [0, 2], [1, 2]][life % 3]
