@@ -7,7 +7,6 @@ allocations and the launch.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -84,7 +83,8 @@ def kernel_of(algorithm: str, c: Constants, variant: Variant, attribute: bool = 
         }
         if variant.pdl != "off" and attribute:
             options["launch_pdl"] = True
-        found = _kernels[key] = Kernel(function, variant.lanes, (c, variant), **options)
+        # Two threads may come here at once, and both must get the one that is loaded before anybody runs it.
+        found = _kernels.setdefault(key, Kernel(function, variant.lanes, (c, variant), **options))
     return found
 
 
@@ -234,7 +234,7 @@ def _prepare(
         normed_dtype=normed_dtype,
         residual_dtype=torch.promote_types(x.dtype, normed_dtype) if post_norm else x.dtype,
         limit=int(path.settings.watchdog_seconds * 1e9),
-        held=weakref.ref(compat.resolve_group(group_name)),
+        held=compat.group_reference(compat.resolve_group(group_name)),
     )
     if prepared.constants is not None and path.plane is not None:
         _load_kernels(prepared, path.plane, x.dtype)
@@ -321,14 +321,11 @@ def _cuda(
         plane.current_stream_class(),
     )
     prepared = _prepared.get(key)
-    if prepared is None or not plane.is_current(prepared.held):
+    if prepared is None or not plane.is_current(group_name, prepared.held):
         with plane.lock_of(group_name):
             prepared = _prepared.get(key)
-            if prepared is not None and not plane.is_current(prepared.held):
-                forget(group_name)  # torch gave its name to another group
-                compat.forget_symmetric_memory(group_name)
-                prepared = None
-            if prepared is None:
+            if prepared is None or not plane.is_current(group_name, prepared.held):
+                _forget_the_gone()
                 prepared = _prepare(key, x, residual, weight, bias, scale, flavour, post_norm, group_name)
     else:
         check(x, residual, weight, bias, prepared.flavour, post_norm)
@@ -347,7 +344,7 @@ def _cuda(
             p.raise_if_failed()
         plan = prepared.plans.get(rows)
         if plan is None:
-            plan = prepared.plans[rows] = plan_of(p, prepared.path.settings, c, x.dtype, rows)
+            plan = prepared.plans.setdefault(rows, plan_of(p, prepared.path.settings, c, x.dtype, rows))
         if plan.launches:
             stream = torch._C._cuda_getCurrentRawStream(index)
             if stream != p.streams.last:
@@ -424,8 +421,15 @@ def forget(group: dist.ProcessGroup | str) -> None:
     name = plane.group_name_of(group)
     plane.forget(name)
     invariant.forget(name)
-    for key in [k for k in _prepared if k[0] == name]:
-        del _prepared[key]
+    for key in [k for k in list(_prepared) if k[0] == name]:
+        _prepared.pop(key, None)
+
+
+def _forget_the_gone() -> None:
+    """Drop what was prepared for groups that were destroyed, and for no other."""
+    for key, prepared in list(_prepared.items()):
+        if not plane.is_current(key[0], prepared.held):
+            _prepared.pop(key, None)
 
 
 def reset(group: dist.ProcessGroup | str | None = None) -> None:

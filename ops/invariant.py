@@ -8,10 +8,14 @@ fused group takes its kernels for every size, and every other group gathers the 
 from __future__ import annotations
 
 import datetime
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from tpfuse import compat
 
 from . import environment, reference
 from .flavour import Flavour
@@ -23,8 +27,9 @@ _VARIABLE = environment.register(
 GATHERED_BYTES = 8 << 20  # of one rank's rows: what is gathered at once
 
 _asked: dict[str, bool] = {}  # "on": what set_batch_invariant was given last
-_used: set[str] = set()  # names of groups that have made calls
-_votes: dict[str, int] = {}  # group name -> how often it has agreed
+# By name, with the group: torch gives the name of a destroyed group to another one.
+_used: dict[str, Callable[[], Any]] = {}  # groups that have made calls
+_votes: dict[str, tuple[Callable[[], Any], int]] = {}  # how often a group has agreed
 
 
 def batch_invariant() -> bool:
@@ -42,10 +47,11 @@ def set_batch_invariant(on: bool) -> None:
     Raises:
         RuntimeError: groups have made calls in the other mode.
     """
-    if on != batch_invariant() and _used:
+    used = sorted(name for name in _used if _is_used(name))
+    if on != batch_invariant() and used:
         now, before = ("on", "off") if on else ("off", "on")
         raise RuntimeError(
-            f"tpfuse: batch_invariant cannot be switched {now}: groups {sorted(_used)} have made calls with it {before}. Set "
+            f"tpfuse: batch_invariant cannot be switched {now}: groups {used} have made calls with it {before}. Set "
             f"it before the first call on every rank (option tpfuse.batch_invariant or {VARIABLE}), or call "
             "tpfuse.ops.forget(group) for these groups on every rank first"
         )
@@ -54,11 +60,17 @@ def set_batch_invariant(on: bool) -> None:
 
 def remember(group_name: str) -> None:
     """A group makes calls in the present mode."""
-    _used.add(group_name)
+    if not _is_used(group_name):
+        _used[group_name] = compat.group_reference(compat.resolve_group(group_name))
+
+
+def _is_used(group_name: str) -> bool:
+    found = _used.get(group_name)
+    return found is not None and compat.is_group(group_name, found)
 
 
 def forget(group_name: str) -> None:
-    _used.discard(group_name)
+    _used.pop(group_name, None)
 
 
 def agree(group_name: str) -> None:
@@ -70,13 +82,17 @@ def agree(group_name: str) -> None:
     Raises:
         RuntimeError: a rank has not said so within the watchdog's time.
     """
-    if group_name in _used:
+    if _is_used(group_name):
         return
     from .plane import Settings
 
     group = dist.distributed_c10d._resolve_process_group(group_name)  # type: ignore[arg-type]
     store = dist.distributed_c10d._get_process_group_store(group)
-    _votes[group_name] = vote = _votes.get(group_name, 0) + 1  # what was said before `forget` does not count
+    voted, vote = _votes.get(group_name, (None, 0))
+    if voted is None or not compat.is_group(group_name, voted):
+        vote = 0  # another group, with a store of its own: its ranks may not all know the old one
+    vote += 1  # what was said before `forget` does not count
+    _votes[group_name] = (compat.group_reference(group), vote)
     keys = [f"tpfuse/batch_invariant/{vote}/{rank}" for rank in range(group.size())]
     store.set(keys[group.rank()], "on")
     seconds = Settings.from_environment().watchdog_seconds

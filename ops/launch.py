@@ -185,20 +185,21 @@ class Kernel:
         while the caching allocator is in a CUDA graph's pool, which nothing may outlast).
         """
         types = [a.dtype if isinstance(a, Tensor) else a for a in args]
-        self._compiled = self.function.warmup(
+        compiled = self.function.warmup(
             *types, *self.constexprs, grid=(1,), num_warps=self.num_warps, enable_fp_fusion=False, **self.options
         )
-        load = getattr(self._compiled, "_init_handles", None)
+        load = getattr(compiled, "_init_handles", None)
         if load is not None and direct_launch_is_known():
             load()
-            self._run = self._compiled.run
-            return
-        _warn_of_public_launch()
-        if load is not None:
-            with contextlib.suppress(
-                TypeError
-            ):  # of other arguments; the first launch loads then, later than it should
-                load()
+            self._run = compiled.run
+        else:
+            _warn_of_public_launch()
+            if load is not None:
+                with contextlib.suppress(
+                    TypeError
+                ):  # of other arguments; the first launch loads then, later than it should
+                    load()
+        self._compiled = compiled  # last: for another thread it is the sign that the kernel can be started
 
     @property
     def ready(self) -> bool:

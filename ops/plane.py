@@ -43,7 +43,6 @@ import contextlib
 import os
 import threading
 import warnings
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -164,6 +163,7 @@ class Ballot:
     architecture: str
     versions: str
     settings: str
+    stream_class: str = ""
     reach: topology.Reach | None = None  # of this rank's GPU, over NVLink
 
 
@@ -180,14 +180,20 @@ class Verdict:
 def judge(ballots: Sequence[Ballot]) -> Verdict:
     """Count the votes. Pure: every rank has the same ballots and reaches the same verdict.
 
-    Raises ``RuntimeError`` when ranks were started with different settings: no path would be right for all.
+    Raises ``RuntimeError`` when ranks were started with different settings or vote on different things: no path would be right
+    for all.
     """
-    for name in ("settings", "versions"):
+    for name in ("settings", "stream_class", "versions"):
         values = [getattr(b, name) for b in ballots]
         if len(set(values)) > 1:
             said = "; ".join(f"rank {r}: {v}" for r, v in enumerate(values))
             if name == "settings":
                 raise RuntimeError(f"tpfuse: the ranks of a group have different settings ({said}); set them alike")
+            if name == "stream_class":
+                raise RuntimeError(
+                    f"tpfuse: the ranks of a group make their first calls in different stream classes ({said}); make the "
+                    "first call of each class in the same order on all ranks, from one thread"
+                )
             return Verdict(f"ranks run different versions ({said})", ballots[0].architecture, 1)
     for rank, ballot in enumerate(ballots):
         if ballot.problem is not None:
@@ -295,8 +301,9 @@ class GroupPath:
     links: topology.Links | None = None
 
 
-# The group is held weakly: torch gives the name of a destroyed group to another one. None: not compared (tests, experiments).
-Held = weakref.ref[dist.ProcessGroup] | None
+# Of a group, which it does not keep alive: torch gives the name of a destroyed group to another one. None: not compared (tests,
+# experiments).
+Held = Callable[[], Any] | None
 _lock = threading.Lock()
 _group_locks: dict[str, threading.RLock] = {}
 _paths: dict[tuple[str, int, str], tuple[GroupPath, Held]] = {}
@@ -355,9 +362,13 @@ def triton_version() -> str | None:
     return getattr(triton, "__version__", None)  # a folder of that name on the path has none
 
 
-def _ballot(world: int, device: torch.device, settings: Settings) -> Ballot:
+def _versions() -> str:
     from tpfuse import __version__
 
+    return f"torch {torch.__version__}, triton {triton_version()}, tpfuse {__version__}"
+
+
+def _ballot(world: int, device: torch.device, settings: Settings, klass: str) -> Ballot:
     properties = torch.cuda.get_device_properties(device)
     gpu = str(getattr(properties, "uuid", device.index))
     return Ballot(
@@ -365,8 +376,9 @@ def _ballot(world: int, device: torch.device, settings: Settings) -> Ballot:
         host=host_identity(),
         device=gpu,
         architecture=f"sm_{properties.major}{properties.minor}",
-        versions=f"torch {torch.__version__}, triton {triton_version()}, tpfuse {__version__}",
+        versions=_versions(),
         settings=settings.fingerprint(),
+        stream_class=klass,
         reach=topology.reach(gpu),
     )
 
@@ -383,12 +395,28 @@ def lock_of(group_name: str) -> threading.RLock:
         return _group_locks.setdefault(group_name, threading.RLock())
 
 
-def is_current(held: Held) -> bool:
-    """Whether the group that was voted on still exists; if not, its name may stand for another one. Asked on every call."""
-    if held is None:
-        return True
-    group = held()
-    return group is not None and compat.is_registered(group)
+def is_current(group_name: str, held: Held) -> bool:
+    """Whether a name still stands for the group that was voted on. Asked on every call."""
+    return held is None or compat.is_group(group_name, held)
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Inside, torch allocates and communicates on a device that may not be the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def forget_the_gone() -> None:
+    """Drop the planes of groups that were destroyed, and of no other. Captured graphs that used them must not run again.
+
+    Ranks differ in what they have of destroyed groups, so nothing that a vote depends on may go with it.
+    """
+    for key, (path, held) in list(_paths.items()):
+        if is_current(key[0], held):
+            continue
+        if path.plane is not None and path.plane.device.type == "cuda":
+            torch.cuda.synchronize(path.plane.device)  # its last kernels may still write the failure record
+        _paths.pop(key, None)
+        compat.forget_symmetric_memory(key[0])
 
 
 def path_of(group_name: str, device: torch.device) -> GroupPath:
@@ -398,23 +426,28 @@ def path_of(group_name: str, device: torch.device) -> GroupPath:
     """
     key = (group_name, device.index, current_stream_class())
     found = _paths.get(key)
-    if found is not None and is_current(found[1]):
+    if found is not None and is_current(group_name, found[1]):
         return found[0]
     with lock_of(group_name):
         found = _paths.get(key)
-        if found is not None and is_current(found[1]):
+        if found is not None and is_current(group_name, found[1]):
             return found[0]  # another thread voted meanwhile
-        if found is not None:
-            forget(group_name)
-            compat.forget_symmetric_memory(group_name)
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 f"tpfuse: group {group_name!r} is used for the first time inside CUDA-graph capture, where nothing may be "
                 "allocated; make one call on every rank before capturing (a warm-up step does)"
             )
-        group = compat.resolve_group(group_name)
-        path = _vote(group_name, group, device, key[2])
-        _paths[key] = (path, weakref.ref(group))
+        forget_the_gone()
+        try:
+            group = compat.resolve_group(group_name)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"tpfuse: there is no process group {group_name!r}: it was destroyed, or never made. Make the group again, and "
+                "compile again what was compiled for the old one"
+            ) from error
+        with on_device(device):
+            path = _vote(group_name, group, device, key[2])
+        _paths[key] = (path, compat.group_reference(group))
         said = _warning(path)
         if said is not None:
             ranks = dist.get_process_group_ranks(group)
@@ -448,9 +481,22 @@ def small_calls_only(path: GroupPath) -> int | None:
 
 
 def _vote(group_name: str, group: dist.ProcessGroup, device: torch.device, klass: str) -> GroupPath:
-    settings = Settings.from_environment()
     world = group.size()
-    verdict = judge(_everyone(_ballot(world, device, settings), group, world))
+    settings: Settings | None = None
+    wrong: Exception | None = None
+    try:
+        settings = Settings.from_environment()
+        ballot = _ballot(world, device, settings, klass)
+    except Exception as error:
+        # The others are about to vote and would wait for this rank, so it votes too.
+        wrong = error
+        said = f"not valid: {error}" if settings is None else settings.fingerprint()
+        ballot = Ballot(f"{type(error).__name__}: {error}", host_identity(), "", "", _versions(), said, klass)
+    ballots = _everyone(ballot, group, world)
+    verdict = judge(ballots)  # raises on all ranks where only some have settings that are not valid
+    if settings is None:
+        assert wrong is not None
+        raise wrong
     cause = verdict.cause or only_library(verdict, world, settings)
     if cause is not None:
         return GroupPath("library", cause, settings, links=verdict.links)
@@ -616,5 +662,5 @@ def reset(group: dist.ProcessGroup | str | None = None) -> None:
 def forget(group: dist.ProcessGroup | str) -> None:
     """Drop the planes of a group that is about to be destroyed. Captured graphs that used them must not run again."""
     name = group_name_of(group)
-    for key in [k for k in _paths if k[0] == name]:
-        del _paths[key]
+    for key in [k for k in list(_paths) if k[0] == name]:
+        _paths.pop(key, None)

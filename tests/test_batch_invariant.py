@@ -21,7 +21,7 @@ WORLD = 3
 @pytest.fixture(autouse=True)
 def _fresh_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(invariant, "_asked", {})
-    monkeypatch.setattr(invariant, "_used", set())
+    monkeypatch.setattr(invariant, "_used", {})
     monkeypatch.delenv(invariant.VARIABLE, raising=False)
 
 
@@ -148,8 +148,11 @@ def test_a_call_that_no_kernel_takes_is_refused_in_a_group_with_a_gpu(monkeypatc
     assert dispatch._prepare(("taken",), torch.ones(2, 16), None, torch.ones(16), *arguments[1:]).constants is not None
 
 
-def test_the_mode_cannot_change_under_a_group_that_has_made_calls() -> None:
+def test_the_mode_cannot_change_under_a_group_that_has_made_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     invariant.set_batch_invariant(True)
+    group = object()
+    monkeypatch.setattr(invariant.compat, "resolve_group", lambda name: group)
+    monkeypatch.setattr(invariant.compat, "is_group", lambda name, reference: reference() is group)
     invariant.remember("tp")
     invariant.set_batch_invariant(True)
     with pytest.raises(RuntimeError, match=r"cannot be switched off: groups \['tp'\] have made calls with it on"):

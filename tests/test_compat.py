@@ -451,11 +451,31 @@ def test_known_at_run_time_only():
     assert not compat.known_at_run_time_only(3)
 
 
-def test_is_registered():
+def test_group_reference():
+    import gc
+
     group = dist.new_group([0, 1])
-    assert compat.is_registered(group)
+    reference = compat.group_reference(group)
+    assert reference() is group
     dist.destroy_process_group(group)
-    assert not compat.is_registered(group)
+    del group
+    gc.collect()
+    assert reference() is None, "it must not keep a destroyed group alive"
+    own = dist.ProcessGroup(0, 1)
+    reference = compat.group_reference(own)
+    number = id(own)
+    del own
+    gc.collect()
+    assert id(reference()) == number, "torch holds no object of this group, so it must be held"
+
+
+def test_is_group():
+    group = dist.new_group([0, 1])
+    name, reference = group.group_name, compat.group_reference(group)
+    assert compat.is_group(name, reference)
+    assert not compat.is_group(name, lambda: dist.group.WORLD)
+    dist.destroy_process_group(group)
+    assert not compat.is_group(name, reference)
 
 
 def test_forget_symmetric_memory():

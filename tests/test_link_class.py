@@ -243,7 +243,7 @@ def test_a_group_over_pcie_warns_once_at_its_vote(monkeypatch):
     monkeypatch.setattr(plane, "_paths", {})
     monkeypatch.setattr(plane, "_vote", lambda *_: found)
     monkeypatch.setattr(plane.compat, "resolve_group", lambda _: group)
-    monkeypatch.setattr(plane.compat, "is_registered", lambda _: True)
+    monkeypatch.setattr(plane.compat, "is_group", lambda *_: True)
     monkeypatch.setattr(plane.dist, "get_process_group_ranks", lambda _: [0, 1, 2, 3])
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     with pytest.warns(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import os
 import threading
 import warnings
 from types import SimpleNamespace
@@ -50,7 +52,7 @@ def many_lives(rank, world_size, store):
                 lambda name, g, *_: plane.GroupPath("library", str(dist.get_process_group_ranks(g)), None),
             )
             patch.setattr(warnings, "warn", lambda *_, **__: None)
-            path = plane.path_of(group.group_name, torch.device("cuda", 0))
+            path = plane.path_of(group.group_name, torch.device("cpu"))
         seen.append((group.group_name, path.cause, call(group)))
     return seen
 
@@ -124,13 +126,13 @@ def test_two_threads_vote_once(monkeypatch):
     monkeypatch.setattr(plane, "_paths", {})
     monkeypatch.setattr(plane, "_vote", vote)
     monkeypatch.setattr(plane.compat, "resolve_group", lambda _: group)
-    monkeypatch.setattr(plane.compat, "is_registered", lambda _: True)
+    monkeypatch.setattr(plane.compat, "is_group", lambda *_: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     found = []
 
     def ask():
         started.wait()
-        found.append(plane.path_of("g", torch.device("cuda", 0)))
+        found.append(plane.path_of("g", torch.device("cpu")))
 
     threads = [threading.Thread(target=ask) for _ in range(2)]
     for thread in threads:
@@ -141,16 +143,170 @@ def test_two_threads_vote_once(monkeypatch):
     assert len(found) == 2 and found[0] is found[1]
 
 
-def test_what_was_prepared_for_a_destroyed_group_is_forgotten(monkeypatch):
-    import weakref
-
-    class Group:
-        pass
-
-    gone = weakref.ref(Group())  # collected at once
-    assert not plane.is_current(gone)
-    assert plane.is_current(None)
-    monkeypatch.setattr(dispatch, "_prepared", {("g", 1): 1, ("h", 1): 2})
-    monkeypatch.setattr(plane, "_paths", {("g", 0, ""): (None, gone), ("h", 0, ""): (None, None)})
+def test_what_was_prepared_for_destroyed_groups_is_forgotten_and_nothing_else(monkeypatch):
+    assert plane.is_current("g", None)
+    there = {"g": object(), "h": object()}
+    monkeypatch.setattr(plane.compat, "is_group", lambda name, held: there.get(name) is held())
+    forgotten = []
+    monkeypatch.setattr(plane.compat, "forget_symmetric_memory", forgotten.append)
+    library = plane.GroupPath("library", "", None)
+    old, new, gone = (lambda: None), (lambda: there["g"]), (lambda: "destroyed")
+    # The group has a plane of its own again for one class, and one of the group before it for the other.
+    paths = {("g", 0, ""): (library, new), ("g", 0, "side"): (library, old), ("x", 0, ""): (library, gone)}
+    monkeypatch.setattr(plane, "_paths", paths)
+    monkeypatch.setattr(
+        dispatch, "_prepared", {("g", 1): SimpleNamespace(held=old), ("g", 2): SimpleNamespace(held=new)}
+    )
+    plane.forget_the_gone()
+    dispatch._forget_the_gone()
+    assert list(paths) == [("g", 0, "")] and list(dispatch._prepared) == [("g", 2)]
+    assert forgotten == ["g", "x"]
     dispatch.forget("g")
-    assert list(dispatch._prepared) == [("h", 1)] and list(plane._paths) == [("h", 0, "")]
+    assert not paths and not dispatch._prepared
+
+
+def a_path_asked_for_before_the_call(rank, world_size, store):
+    """Rank 0 has made calls in a group that is gone; in the next one of that name the path is asked for before the first call."""
+    from tpfuse.ops.flavour import LLAMA
+
+    votes = []
+
+    def vote(name, group, *_):
+        votes.append(ranks_of(group))
+        dist.barrier(group)
+        return plane.GroupPath("library", ranks_of(group), plane.Settings(table=TABLE))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plane, "_vote", vote)
+        patch.setattr(warnings, "warn", lambda *_, **__: None)
+        # The CUDA implementation without a GPU.
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        patch.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)
+        patch.setattr(dispatch.library_path, "add_norm", lambda x, r, w, b, normed, out, *_: out.copy_(x))
+        sums = []
+        for life, members in enumerate(([0, 1], [0, 2])):
+            dist.barrier()
+            dist.destroy_process_group()
+            dist.init_process_group(
+                "gloo",
+                store=dist.FileStore(f"{store}{life}", 3),
+                rank=rank,
+                world_size=3,
+                timeout=datetime.timedelta(seconds=20),
+            )
+            group = dist.new_group(members)
+            if rank not in members:
+                continue
+            name = group.group_name
+            plane.path_of(name, torch.device("cpu"))
+            for rows in (2, 3):
+                x, w = torch.full((rows, H), float(rank + 1)), torch.ones(H)
+                sums.append(dispatch._cuda(x, None, w, None, 1e-6, 1.0, str(LLAMA), False, name)[1][0, 0].item())
+    return votes, sums, [prepared.path.cause for prepared in dispatch._prepared.values()]
+
+
+@pytest.mark.ranks
+def test_ranks_that_knew_the_group_before_and_ranks_that_did_not_vote_equally_often(tmp_path):
+    first, second, third = run_ranks(a_path_asked_for_before_the_call, 3, str(tmp_path / "store"), timeout=100)
+    assert first == (["[0, 1]", "[0, 2]"], [3.0, 3.0, 4.0, 4.0], ["[0, 2]"])
+    assert second == (["[0, 1]"], [3.0, 3.0], ["[0, 1]"])
+    assert third == (["[0, 2]"], [4.0, 4.0], ["[0, 2]"])
+
+
+def batch_invariant_lives(rank, world_size, store):
+    """Groups of one name and other ranks, in batch-invariant mode: each agrees on the mode anew, with the ranks that it has."""
+    import tpfuse
+
+    seen = []
+    for life, members in enumerate(([0, 1], [0, 2], [1, 2])):
+        dist.barrier()
+        dist.destroy_process_group()
+        tpfuse.ops.set_batch_invariant(life < 2)  # no group is left that could mind
+        dist.init_process_group("gloo", store=dist.FileStore(f"{store}{life}", 3), rank=rank, world_size=3)
+        group = dist.new_group(members)
+        seen.append(call(group) if rank in members else None)
+    return seen
+
+
+@pytest.mark.ranks
+def test_batch_invariant_groups_that_take_an_old_name_agree_anew(tmp_path):
+    env = {"TPFUSE_WATCHDOG_SECONDS": "15"}
+    answers = run_ranks(batch_invariant_lives, 3, str(tmp_path / "store"), timeout=100, env=env)
+    assert answers == [[3.0, 4.0, None], [3.0, None, 5.0], [None, 4.0, 5.0]]
+
+
+def test_a_group_that_is_gone_is_named_with_what_to_do(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    with pytest.raises(
+        RuntimeError, match=r"no process group 'gone': it was destroyed, or never made\..*compile again"
+    ):
+        plane.path_of("gone", torch.device("cpu"))
+
+
+def failing_before_the_vote(rank, world_size, where):
+    """Rank 1 cannot even fill in its ballot: what both ranks came to."""
+    if rank == 1 and where == "settings":
+        os.environ["TPFUSE_ALGORITHM"] = "fastest"
+    if where == "settings everywhere":
+        os.environ["TPFUSE_ALGORITHM"] = "fastest"
+
+    def ballot(world, device, settings, klass):
+        if rank == 1 and where == "driver":
+            raise OSError("driver gone")
+        return plane.Ballot(None, "host", f"gpu-{rank}", "sm_90", plane._versions(), settings.fingerprint(), klass)
+
+    group = dist.group.WORLD
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plane, "_ballot", ballot)
+        try:
+            path = plane._vote(group.group_name, group, torch.device("cpu"), "")
+        except (RuntimeError, ValueError) as error:
+            return f"{type(error).__name__}: {error}"
+    return f"{path.kind}: {path.cause}"
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [
+        ("driver", "library: rank 1: OSError: driver gone"),
+        ("settings", "rank 1: not valid: TPFUSE_ALGORITHM='fastest'"),
+        ("settings everywhere", "ValueError: TPFUSE_ALGORITHM='fastest' is not valid"),
+    ],
+)
+def test_a_rank_that_fails_before_the_vote_still_votes(where, said):
+    for answer in run_ranks(failing_before_the_vote, 2, where, timeout=60):
+        assert said in answer
+
+
+def test_ranks_that_vote_on_different_stream_classes_are_told():
+    ballots = [plane.Ballot(None, "h", f"gpu-{i}", "sm_90", "v", "s", stream_class=name) for i, name in enumerate("ab")]
+    with pytest.raises(RuntimeError, match=r"different stream classes \(rank 0: a; rank 1: b\)"):
+        plane.judge(ballots)
+
+
+def test_two_threads_that_want_one_kernel_get_one(monkeypatch):
+    pytest.importorskip("triton")
+    from tpfuse.ops.flavour import LLAMA
+    from tpfuse.ops.kernels.constants import Variant, constants
+
+    made = threading.Barrier(2)
+
+    class Kernel:
+        def __init__(self, *_, **__):
+            made.wait(20)  # both threads have found none
+
+    monkeypatch.setattr(dispatch, "_kernels", {})
+    monkeypatch.setattr(dispatch, "Kernel", Kernel)
+    bf16 = torch.bfloat16
+    c = constants(bf16, bf16, 4096, LLAMA, bias="none", scaled=False, has_residual=True, post_norm=False)
+    found = []
+    variant = Variant(2, 128, 1, 1)
+    threads = [
+        threading.Thread(target=lambda: found.append(dispatch.kernel_of("one_shot", c, variant))) for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert len(found) == 2 and found[0] is found[1]
