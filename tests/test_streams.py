@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -121,10 +123,9 @@ def test_the_refusal_names_the_group_and_the_remedy(monkeypatch: pytest.MonkeyPa
         own.on_another_stream(OTHER)
 
 
-def test_the_op_orders_its_calls_on_two_streams(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CUDA implementation itself, with everything that needs a GPU replaced."""
+def _without_a_gpu(monkeypatch: pytest.MonkeyPatch, launch: Callable[..., None]) -> None:
+    """The CUDA implementation with everything that needs a GPU replaced; ``launch`` stands for a launch."""
     pytest.importorskip("triton")
-    waits, launched, now = [], [], [MAIN]
     own = _plane()
     path = plane.GroupPath("fused", "", plane.Settings(), own)
     monkeypatch.setattr(plane, "path_of", lambda name, device: path)
@@ -133,10 +134,18 @@ def test_the_op_orders_its_calls_on_two_streams(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(dispatch, "_prepared", {})
     monkeypatch.setattr(dispatch, "_load_kernels", lambda *_: None)
     monkeypatch.setattr(dispatch, "plan_of", lambda *_: dispatch.Plan(None, (SimpleNamespace(),)))  # type: ignore[arg-type]
-    monkeypatch.setattr(dispatch, "_launch", lambda launch, stream, *_: launched.append(stream))
+    monkeypatch.setattr(dispatch, "_launch", launch)
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: now[0], raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: MAIN, raising=False)
     monkeypatch.setattr(streams, "capture_of", lambda stream: 0)
+
+
+def test_the_op_orders_its_calls_on_two_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[tuple[int, int]] = []
+    launched: list[int] = []
+    now = [MAIN]
+    _without_a_gpu(monkeypatch, lambda launch, stream, *_: launched.append(stream))
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: now[0], raising=False)
     monkeypatch.setattr(streams, "wait_for", lambda stream, before, device: waits.append((before, stream)))
     x, weight = torch.ones(2, 64), torch.ones(64)
     for stream in (MAIN, MAIN, SIDE, SIDE, MAIN):
@@ -144,3 +153,22 @@ def test_the_op_orders_its_calls_on_two_streams(monkeypatch: pytest.MonkeyPatch)
         dispatch._cuda(x, None, weight, None, 1e-6, 1.0, str(LLAMA), False, "tp")
     assert launched == [MAIN, MAIN, SIDE, SIDE, MAIN]
     assert waits == [(MAIN, SIDE), (SIDE, MAIN)]
+
+
+def test_a_call_on_a_device_that_is_not_current_makes_it_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    current: list[int | None] = [1]
+    launched_on: list[int | None] = []
+
+    @contextlib.contextmanager
+    def device(index: int | None) -> Iterator[None]:
+        before, current[0] = current[0], index
+        yield
+        current[0] = before
+
+    _without_a_gpu(monkeypatch, lambda *_: launched_on.append(current[0]))
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: current[0], raising=False)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    x, weight = torch.ones(2, 64), torch.ones(64)  # on the device without a number, for that is what a CPU has
+    for _ in range(2):
+        dispatch._cuda(x, None, weight, None, 1e-6, 1.0, str(LLAMA), False, "tp")
+    assert launched_on == [None, None] and current == [1]
