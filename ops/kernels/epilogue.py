@@ -216,6 +216,7 @@ def exchange(sums, part, row, state, phase, watch, C: tl.constexpr, S: tl.conste
         PTX=S.ptx,
         HEED=False,
         RECORD_AT=RECORD_BYTES,
+        HOST_AT=8 * S.world,
     )
     totals = ()
     for i in tl.static_range(WORDS):

@@ -157,7 +157,7 @@ def clear(address, active, PTX: tl.constexpr):
 
 
 @triton.constexpr_function
-def poll_asm(slots, stride, words, wait, heed, record_at):
+def poll_asm(slots, stride, words, wait, heed, record_at, host_at):
     """PTX that reads ``slots`` slots of 4 words, ``stride`` bytes apart, until their first ``words`` words are not zero.
 
     Operands after the outputs: base, own address, own slot (or -1), active, row, phase, device record, host record,
@@ -204,10 +204,11 @@ def poll_asm(slots, stride, words, wait, heed, record_at):
             lines += [*missing(s), f"@%pz mov.u32 %q, {s};"]
         lines += ["mov.u32 %one, 1;", f"atom.relaxed.sys.global.cas.b32 %i, [{device_record}+{record_at}], 0, %one;"]
         lines += ["setp.ne.u32 %pz, %i, 0;", "@%pz bra LATER;"]
-        for record, at in (
-            (device_record, record_at),
-            (host_record, 0),
-        ):  # word by word: four in a row are hard to find here
+        if host_at >= 0:
+            lines += [f"ld.global.u64 %t0, [{host_record}+{host_at}];"]
+            host_record = "%t0"
+        # Word by word: four registers in a row are hard to find while the words of all ranks are held.
+        for record, at in ((device_record, record_at), (host_record, 0)):
             for word, value in enumerate(("%q", row, phase), 1):
                 lines += [f"st.relaxed.sys.global.u32 [{record}+{at + 4 * word}], {value};"]
         lines += [f"st.release.sys.global.u32 [{host_record}], %one;"]
@@ -251,6 +252,7 @@ def poll(
     PTX: tl.constexpr,
     HEED: tl.constexpr = True,
     RECORD_AT: tl.constexpr = 0,
+    HOST_AT: tl.constexpr = -1,
 ):
     """Wait until ``SLOTS`` slots of four words, ``STRIDE`` bytes apart from ``base``, are full.
 
@@ -266,13 +268,14 @@ def poll(
         WORDS: how many of the 4 * SLOTS words are ever pushed.
         WAIT: False reads once and never spins: the floor that benchmarks compare with.
         HEED: give up as soon as the record says that another poll has.
-        RECORD_AT: bytes from ``watch[0]`` to the record on the device. A constant, so that the address which a thread keeps
-            through the poll may be a kernel's argument and takes no register.
+        RECORD_AT: bytes from ``watch[0]`` to the record on the device.
+        HOST_AT: bytes from ``watch[1]`` to where the address of the host's record is to be found; -1: ``watch[1]`` is that
+            address. With both, what a thread keeps through the poll are arguments of the kernel, which take no register.
     """
     device_record, host_record, limit = watch[0], watch[1], watch[2]
     if PTX:
         words = tl.inline_asm_elementwise(
-            poll_asm(SLOTS, STRIDE, WORDS, WAIT, HEED, RECORD_AT),
+            poll_asm(SLOTS, STRIDE, WORDS, WAIT, HEED, RECORD_AT, HOST_AT),
             poll_constraints(SLOTS),
             [base, own, rank, active, row, phase, device_record, host_record, limit],
             dtype=(tl.int32,) * (4 * SLOTS + 1),
@@ -302,7 +305,16 @@ def poll(
                 if polls % 64 == 0:
                     over = over | (tl.load(device_record.to(tl.pointer_type(tl.int32)), volatile=True) != 0)
             if (pending != 0) & over:
-                _record(device_record, host_record, missing, row, phase)
+                if HOST_AT >= 0:
+                    _record(
+                        device_record,
+                        tl.load((host_record + HOST_AT).to(tl.pointer_type(tl.int64))),
+                        missing,
+                        row,
+                        phase,
+                    )
+                else:
+                    _record(device_record, host_record, missing, row, phase)
                 full = tl.full((), 0, tl.int32)
                 pending = 0
         words = ()

@@ -169,7 +169,6 @@ def one_shot_kernel(
     for r in tl.static_range(WORLD):
         bases = bases + (tl.load(peers + r),)
     own_base = tl.load(peers + rank)
-    host_record = tl.load(peers + S.world)
     wait_for_previous_kernel(PDL)
     begun = now(S)
     first = tl.program_id(0)
@@ -184,7 +183,7 @@ def one_shot_kernel(
         return
     offset = phase.to(tl.int64) * phase_bytes
     own_plane = own_base + offset
-    watch = (state.to(tl.int64), host_record, limit.to(tl.int64))
+    watch = (state.to(tl.int64), peers.to(tl.int64), limit.to(tl.int64))
     # All pushes first: the later ones travel while the first rows are being reduced.
     push_to_peers(held, first, has_first, bases, offset, rank, C, S)
     for item in range(first + tl.num_programs(0), items, tl.num_programs(0)):
@@ -221,6 +220,7 @@ def one_shot_kernel(
                 WAIT=S.wait,
                 PTX=S.ptx,
                 RECORD_AT=RECORD_BYTES,
+                HOST_AT=8 * S.world,
             )
             received = now(S)
             for r in tl.static_range(WORLD):

@@ -89,7 +89,6 @@ def two_shot_kernel(
     STEPS: tl.constexpr = S.steps
     launched = now(S)
     own_base = tl.load(peers + rank)
-    host_record = tl.load(peers + S.world)
     wait_for_previous_kernel(PDL)
     begun = now(S)
     items = rows * S.split
@@ -104,7 +103,7 @@ def two_shot_kernel(
         return
     offset = phase.to(tl.int64) * phase_bytes
     own_plane = own_base + offset
-    watch = (state.to(tl.int64), host_record, limit.to(tl.int64))
+    watch = (state.to(tl.int64), peers.to(tl.int64), limit.to(tl.int64))
     gather = ((rows + S.world - 1) // S.world * S.world).to(tl.int64) * C.row_bytes
 
     push_to_owner(to_push, first, for_others(first, items, rank, S), peers, offset, rank, C, S)
@@ -136,6 +135,7 @@ def two_shot_kernel(
                     WAIT=S.wait,
                     PTX=S.ptx,
                     RECORD_AT=RECORD_BYTES,
+                    HOST_AT=8 * S.world,
                 )
                 for r in tl.static_range(WORLD):
                     clear(slots + r * C.row_bytes, active & (r != rank).to(tl.int32), S.ptx)
@@ -178,6 +178,7 @@ def two_shot_kernel(
                     WAIT=S.wait,
                     PTX=S.ptx,
                     RECORD_AT=RECORD_BYTES,
+                    HOST_AT=8 * S.world,
                 )
                 received = now(S)
                 clear(place, active, S.ptx)
