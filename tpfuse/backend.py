@@ -62,12 +62,35 @@ def tpfuse(
         isinstance(x, torch.Tensor) and x.requires_grad for x in (*example_inputs, *gm.parameters())
     )
     before = {id(report) for report in store.reports()}
-    compiled = _MOUNTS[parsed.inner](gm, example_inputs, parsed, mode or parsed.mode, training)
+    try:
+        compiled = _MOUNTS[parsed.inner](gm, example_inputs, parsed, mode or parsed.mode, training)
+    except TypeError as error:
+        if UNHASHABLE not in str(error):
+            raise
+        return _as_captured(gm, training)
     new = [report for report in store.reports() if id(report) not in before]
     # Here, and not at the first call: nothing of the graph has run yet, and a call stays as cheap as it is.
     agree_on(new, f"tpfuse {package.__version__}, {parsed.decisive()}")
     unfused.look(new, parsed.policy, parsed.fuel)
     return compiled
+
+
+# DTensor looks specs up by hash, and the hash of one with a symbolic size raises. Under torch 2.13 the backward pass of a
+# redistribution does so while it is traced, with any backend: a tensor-parallel model with gradients then dies at its second
+# shape, between prefill and cached decode.
+UNHASHABLE = "unhashable type: non-nested SymInt"
+
+
+def _as_captured(gm: GraphModule, training: bool) -> Callable[..., Any]:
+    """The graph as Dynamo captured it, run operator by operator: slow and right, where torch cannot trace it further."""
+    what = "a training graph of DTensors" if training else "this graph of DTensors"
+    remedy = "Compile under torch.inference_mode()" + (", or with dynamic=False" if training else " with dynamic=False")
+    unfused.tell(
+        "unhashable",
+        f"torch cannot compile {what} with symbolic sizes ({UNHASHABLE}); it runs operator by operator, and nothing of it was "
+        f"fused. {remedy}",
+    )
+    return gm.forward
 
 
 ARGUMENT = re.compile(r"^L\['[^']+'\]$")
