@@ -81,8 +81,10 @@ def kernels(
                     for one in plan.launches:
                         found.setdefault(id(one.kernel), (one.kernel, c, stand))
             for settings, wait in [(modes[0], False), *((mode, True) for mode in modes)]:
-                counts = {*rows, *dispatch._ROWS_WARMED} if (settings, wait) == (modes[0], True) else set(rows)
-                for n in counts:
+                if (settings, wait) == (modes[0], True):
+                    for kernel in dispatch.kernels_needed(stand, settings, c, torch.bfloat16):  # type: ignore[arg-type]
+                        found.setdefault(id(kernel), (kernel, c, stand))
+                for n in set(rows):
                     plan = dispatch.plan_of(stand, settings, c, torch.bfloat16, n, wait)  # type: ignore[arg-type]
                     for one in plan.launches:
                         found.setdefault(id(one.kernel), (one.kernel, c, stand))

@@ -7,6 +7,7 @@ allocations and the launch.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,15 +16,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tpfuse import compat
+
 from . import invariant, library_path, plane, reference
 from .flavour import Flavour
 from .kernels.constants import Constants, Variant, constants, supports, torch_dtype
-from .launch import Geometry, Kernel, Part, Room, geometry, register_bound
+from .launch import MAX_PROGRAMS, Geometry, Kernel, Part, Room, geometry, register_bound
 from .op import check, library, refuse_gradients
 from .plane import GroupPath, Plane
-from .select import Selection, select
+from .select import Selection, entry, select
 
-_ROWS_WARMED: tuple[int, ...] = (*range(1, 65), 96, 128, 192, 256, 512, 1024, 2048, 4096)
+LOAD_AHEAD = True  # tests that load what they need by themselves switch it off
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class Prepared:
     normed_dtype: torch.dtype
     residual_dtype: torch.dtype
     limit: int  # of the watchdog, nanoseconds
+    held: plane.Held = None
     plans: dict[int, Plan] = field(default_factory=dict)
 
 
@@ -111,24 +115,79 @@ def plan_of(
     )
     if chosen.algorithm == "library":
         return Plan(chosen, ())
-    processors = torch.cuda.get_device_properties(p.device).multi_processor_count
-    pdl = settings.dependent_launch if torch.cuda.get_device_capability(p.device) >= (9, 0) else "off"
-    packed = settings.shared_gpu == "packed"
-    room = Room(chosen.algorithm, p.world, processors, p.sharers, settings.concurrent_planes, packed)
-
+    room, pdl = _room(p, settings, chosen.algorithm), _pdl(p, settings)
     launches = []
     for start in range(0, rows, chosen.rows_per_launch):
         n = min(chosen.rows_per_launch, rows - start)
         shape = geometry(room, n, c.groups) if shape_of is None else shape_of(n)
-        mode, attribute = pdl, True
-        if pdl == "early" and room.waiting_kernels > 1 and 2 * shape.programs > room.fits(shape.part):
-            # Early launch puts two kernels of a rank side by side. Where several kernels wait on one GPU, only two small
-            # ones fit for sure. A large one neither starts early nor lets its successor start before its polls are over.
-            mode, attribute = "end", False
-        variant = Variant(p.world, shape.part.lanes, shape.part.steps, shape.split, wait=wait, pdl=mode)
+        variant, attribute = variant_of(room, shape, pdl, wait)
         kernel = kernel_of(chosen.algorithm, c, variant, attribute)
         launches.append(Launch(kernel, shape.programs, start, n))
     return Plan(chosen, tuple(launches))
+
+
+def _room(p: Plane, settings: plane.Settings, algorithm: str) -> Room:
+    processors = torch.cuda.get_device_properties(p.device).multi_processor_count
+    packed = settings.shared_gpu == "packed"
+    return Room(algorithm, p.world, processors, p.sharers, settings.concurrent_planes, packed)
+
+
+def _pdl(p: Plane, settings: plane.Settings) -> str:
+    return settings.dependent_launch if torch.cuda.get_device_capability(p.device) >= (9, 0) else "off"
+
+
+def variant_of(room: Room, shape: Geometry, pdl: str, wait: bool = True) -> tuple[Variant, bool]:
+    """The variant of a launch of this geometry, and whether it may start before its predecessor has ended. Pure."""
+    attribute = True
+    if pdl == "early" and room.waiting_kernels > 1 and 2 * shape.programs > room.fits(shape.part):
+        # Early launch puts two kernels of a rank side by side. Where several kernels wait on one GPU, only two small
+        # ones fit for sure. A large one neither starts early nor lets its successor start before its polls are over.
+        pdl, attribute = "end", False
+    return Variant(room.world, shape.part.lanes, shape.part.steps, shape.split, wait=wait, pdl=pdl), attribute
+
+
+def variants_needed(room: Room, most: int, groups: int, pdl: str) -> set[tuple[Variant, bool]]:
+    """What launches of 1 to ``most`` rows need, whatever rows a call has. Pure.
+
+    Beyond ``MAX_PROGRAMS`` rows, and as many as there are multiprocessors, every launch has one geometry.
+    """
+    same_from = max(MAX_PROGRAMS, room.multiprocessors) + 1
+    counts = {*range(1, min(most, same_from) + 1), most}
+    return {variant_of(room, geometry(room, n, groups), pdl) for n in counts}
+
+
+def largest_launches(
+    architecture: str, world: int, dtype: torch.dtype, hidden: int, settings: plane.Settings
+) -> dict[str, int]:
+    """Algorithm -> most rows of one launch, over calls of any number of rows. Pure."""
+    thresholds = entry(architecture, world, settings.table)
+    row_bytes = hidden * dtype.itemsize
+    ends = {thresholds.one_shot_bytes // row_bytes, thresholds.two_shot_bytes // row_bytes}
+    found: dict[str, int] = {}
+    for rows in sorted({1, *(max(1, n + more) for n in ends for more in (0, 1))}):
+        chosen = select(
+            architecture,
+            world,
+            dtype,
+            hidden,
+            rows,
+            override=settings.algorithm,
+            table=settings.table,
+            batch_invariant=settings.batch_invariant,
+        )
+        if chosen.algorithm != "library":
+            found[chosen.algorithm] = max(found.get(chosen.algorithm, 0), chosen.rows_per_launch)
+    return found
+
+
+def kernels_needed(p: Plane, settings: plane.Settings, c: Constants, dtype: torch.dtype) -> list[Kernel]:
+    """Every kernel that a call of this kind may need, whatever its rows."""
+    pdl = _pdl(p, settings)
+    return [
+        kernel_of(algorithm, c, variant, attribute)
+        for algorithm, most in largest_launches(p.architecture, p.world, dtype, c.hidden, settings).items()
+        for variant, attribute in variants_needed(_room(p, settings, algorithm), most, c.groups, pdl)
+    ]
 
 
 def _prepare(
@@ -175,6 +234,7 @@ def _prepare(
         normed_dtype=normed_dtype,
         residual_dtype=torch.promote_types(x.dtype, normed_dtype) if post_norm else x.dtype,
         limit=int(path.settings.watchdog_seconds * 1e9),
+        held=weakref.ref(compat.resolve_group(group_name)),
     )
     if prepared.constants is not None and path.plane is not None:
         _load_kernels(prepared, path.plane, x.dtype)
@@ -189,11 +249,12 @@ def _load_kernels(prepared: Prepared, p: Plane, dtype: torch.dtype) -> None:
     ranks load first and meet before the first launch. Inside CUDA-graph capture nobody runs, and nobody can meet.
     """
     assert prepared.constants is not None
-    needed: dict[int, Kernel] = {}
-    for rows in _ROWS_WARMED:
-        for launch in plan_of(p, prepared.path.settings, prepared.constants, dtype, rows).launches:
-            needed[id(launch.kernel)] = launch.kernel
-    load_together(list(needed.values()), p, samples(prepared.constants, p))
+    if LOAD_AHEAD:
+        # In one order on all ranks: each compiles its share.
+        needed = sorted(
+            kernels_needed(p, prepared.path.settings, prepared.constants, dtype), key=lambda k: repr(k.constexprs)
+        )
+        load_together(needed, p, samples(prepared.constants, p))
 
 
 def load_together(kernels: list[Kernel], p: Plane, args: tuple[Any, ...]) -> None:
@@ -242,6 +303,9 @@ def _cuda(
 ) -> tuple[Tensor, Tensor]:
     refuse_gradients(x, residual, weight, bias)
     index = x.device.index
+    if torch._C._cuda_getDevice() != index:
+        with torch.cuda.device(index):  # launches and the vote go to the current device
+            return _cuda(x, residual, weight, bias, eps, scale, flavour, post_norm, group_name)
     key = (
         group_name,
         x.dtype,
@@ -257,8 +321,15 @@ def _cuda(
         plane.current_stream_class(),
     )
     prepared = _prepared.get(key)
-    if prepared is None:
-        prepared = _prepare(key, x, residual, weight, bias, scale, flavour, post_norm, group_name)
+    if prepared is None or not plane.is_current(prepared.held):
+        with plane.lock_of(group_name):
+            prepared = _prepared.get(key)
+            if prepared is not None and not plane.is_current(prepared.held):
+                forget(group_name)  # torch gave its name to another group
+                compat.forget_symmetric_memory(group_name)
+                prepared = None
+            if prepared is None:
+                prepared = _prepare(key, x, residual, weight, bias, scale, flavour, post_norm, group_name)
     else:
         check(x, residual, weight, bias, prepared.flavour, post_norm)
     normed = torch.empty_like(x, dtype=prepared.normed_dtype, memory_format=torch.contiguous_format)

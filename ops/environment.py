@@ -6,15 +6,19 @@ The options of the backend register their variables too (``tpfuse/options.py``),
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 PREFIX = "TPFUSE_"
-# Variables that only this repository's tests and benchmarks read.
-OURS = ("TPFUSE_TEST_", "TPFUSE_BENCH_", "TPFUSE_SCREENSHOTS")
+# Variables that only this repository's tests read.
+OURS = ("TPFUSE_TEST_", "TPFUSE_SCREENSHOTS")
+# Seconds: some 30 years. What is longer overflows where a time is kept in nanoseconds or in torch's milliseconds.
+LONGEST = 1e9
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,11 @@ def register(name: str, meaning: str, default: Any, read: Callable[[str, str], A
     return variable
 
 
+def path(name: str, text: str) -> Path:
+    """A reader that takes a path."""
+    return Path(text)
+
+
 def word(valid: Sequence[str]) -> Callable[[str, str], str]:
     """A reader that takes one of ``valid``."""
 
@@ -59,17 +68,18 @@ def word(valid: Sequence[str]) -> Callable[[str, str], str]:
     return read
 
 
-def number(least: float, kind: type = float) -> Callable[[str, str], Any]:
-    """A reader that takes a number of at least ``least``."""
+def number(least: float, kind: type = float, most: float = math.inf) -> Callable[[str, str], Any]:
+    """A reader that takes a finite number of at least ``least`` and at most ``most``."""
 
     def read(name: str, text: str) -> Any:
         try:
             value = kind(text)
         except ValueError:
             value = least - 1
-        if not value >= least:
+        if not least <= value <= most or math.isinf(value):
             what = "a whole number" if kind is int else "a number"
-            raise ValueError(f"{name}={text!r} is not valid; expected {what} of at least {least:g}")
+            limit = "" if math.isinf(most) else f" and at most {most:g}"
+            raise ValueError(f"{name}={text!r} is not valid; expected {what} of at least {least:g}{limit}")
         return value
 
     return read
@@ -113,3 +123,9 @@ def warn_about_unknown() -> None:
     """Warn of misspelled variables: one that does nothing is worse than an error."""
     for sentence in unknown():
         warnings.warn(f"tpfuse: {sentence}", RuntimeWarning, stacklevel=3)
+
+
+# Registered here and not where it is read: that module is imported by benchmarks only.
+BENCH_BUILD = register(
+    "TPFUSE_BENCH_BUILD", "folder for libraries that the benchmarks build, of this user alone", None, path
+)

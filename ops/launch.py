@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import warnings
 from collections.abc import Callable
@@ -187,11 +188,17 @@ class Kernel:
         self._compiled = self.function.warmup(
             *types, *self.constexprs, grid=(1,), num_warps=self.num_warps, enable_fp_fusion=False, **self.options
         )
-        if direct_launch_is_known() and hasattr(self._compiled, "_init_handles"):
-            self._compiled._init_handles()
+        load = getattr(self._compiled, "_init_handles", None)
+        if load is not None and direct_launch_is_known():
+            load()
             self._run = self._compiled.run
-        else:
-            _warn_of_public_launch()
+            return
+        _warn_of_public_launch()
+        if load is not None:
+            with contextlib.suppress(
+                TypeError
+            ):  # of other arguments; the first launch loads then, later than it should
+                load()
 
     @property
     def ready(self) -> bool:

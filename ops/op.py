@@ -78,7 +78,8 @@ def _same_sizes(a: Any, b: Any) -> bool:
     for one, other in zip(a, b, strict=True):
         if compat.known_at_run_time_only(one) or compat.known_at_run_time_only(other):
             torch._check(
-                one == other, lambda: f"all_reduce_add_rms_norm: two operands have the shapes {tuple(a)} and {tuple(b)}"
+                one == other,
+                lambda: f"all_reduce_add_rms_norm: operands that must have one shape have {tuple(a)} and {tuple(b)}",
             )
         elif one != other:
             return False

@@ -22,6 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import environment
+
 Call = Callable[[], tuple[Tensor, Tensor]]
 
 
@@ -168,12 +170,12 @@ def private_folder() -> Path:
 
     ``TPFUSE_BENCH_BUILD``, else ``tpfuse/build`` in the user's cache folder. Raises :class:`Unavailable` naming what is wrong.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = Path(os.environ.get("TPFUSE_BENCH_BUILD") or cache / "tpfuse" / "build")
     try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        folder = environment.BENCH_BUILD.value() or cache / "tpfuse" / "build"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = folder.lstat()
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: nobody knows this user's home
         raise Unavailable(f"no folder to build in: {error}; name another with TPFUSE_BENCH_BUILD") from error
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o077:
         raise Unavailable(
@@ -205,7 +207,11 @@ def flashinfer_library() -> Path:
     major, minor = torch.cuda.get_device_capability()
     arch = f"{major}{minor}" + ("a" if major >= 9 else "")
     folder = private_folder()
-    target = folder / library_name(_SHIM, metadata.version("flashinfer-python"), arch)
+    try:
+        version = metadata.version("flashinfer-python")
+    except metadata.PackageNotFoundError as error:  # a copy on the path that no installer knows
+        raise Unavailable(f"the version of FlashInfer in {data.parent} is not known: {error}") from error
+    target = folder / library_name(_SHIM, version, arch)
     if not target.exists():
         source = folder / f"flashinfer_shim_{os.getpid()}.cu"
         source.write_text(_SHIM)

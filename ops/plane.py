@@ -42,7 +42,8 @@ import contextlib
 import os
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from tpfuse import compat
 
 from . import environment, invariant
 from . import select as selection
@@ -77,7 +80,7 @@ _WATCHDOG = environment.register(
     "TPFUSE_WATCHDOG_SECONDS",
     "seconds that a kernel waits for a peer before it gives up",
     WATCHDOG_SECONDS,
-    environment.number(0.001),
+    environment.number(0.001, most=environment.LONGEST),
 )
 _PDL = environment.register(
     "TPFUSE_PDL", "programmatic dependent launch on sm_90 and newer", "early", environment.word(DEPENDENT_LAUNCH)
@@ -259,8 +262,11 @@ class GroupPath:
     plane: Plane | None = None
 
 
-_lock = threading.RLock()
-_paths: dict[tuple[str, int, str], tuple[GroupPath, object]] = {}
+# The group is held weakly: torch gives the name of a destroyed group to another one. None: not compared (tests, experiments).
+Held = weakref.ref[dist.ProcessGroup] | None
+_lock = threading.Lock()
+_group_locks: dict[str, threading.RLock] = {}
+_paths: dict[tuple[str, int, str], tuple[GroupPath, Held]] = {}
 _classes = threading.local()
 
 
@@ -294,7 +300,7 @@ def host_identity() -> str:
 def _problem(world: int, device: torch.device) -> str | None:
     if not MIN_WORLD <= world <= MAX_WORLD:
         return f"the kernels take world sizes {MIN_WORLD} to {MAX_WORLD}, not {world}"
-    if _triton_version() is None:
+    if triton_version() is None:
         return "Triton is not installed (pip install 'triton>=3.6')"
     if torch.version.hip is not None:
         return "ROCm: the kernels compile but have not been run there"
@@ -307,13 +313,13 @@ def _problem(world: int, device: torch.device) -> str | None:
     return None
 
 
-def _triton_version() -> str | None:
+def triton_version() -> str | None:
     """The version of Triton; None where it is not installed."""
     try:
         import triton
     except ImportError:
         return None
-    return triton.__version__
+    return getattr(triton, "__version__", None)  # a folder of that name on the path has none
 
 
 def _ballot(world: int, device: torch.device, settings: Settings) -> Ballot:
@@ -325,7 +331,7 @@ def _ballot(world: int, device: torch.device, settings: Settings) -> Ballot:
         host=host_identity(),
         device=str(getattr(properties, "uuid", device.index)),
         architecture=f"sm_{properties.major}{properties.minor}",
-        versions=f"torch {torch.__version__}, triton {_triton_version()}, tpfuse {__version__}",
+        versions=f"torch {torch.__version__}, triton {triton_version()}, tpfuse {__version__}",
         settings=settings.fingerprint(),
     )
 
@@ -336,6 +342,20 @@ def _everyone(mine: object, group: dist.ProcessGroup, world: int) -> list:
     return everyone
 
 
+def lock_of(group_name: str) -> threading.RLock:
+    """The lock under which a group is voted on. One a group: threads that vote on several may come in another order elsewhere."""
+    with _lock:
+        return _group_locks.setdefault(group_name, threading.RLock())
+
+
+def is_current(held: Held) -> bool:
+    """Whether the group that was voted on still exists; if not, its name may stand for another one. Asked on every call."""
+    if held is None:
+        return True
+    group = held()
+    return group is not None and compat.is_registered(group)
+
+
 def path_of(group_name: str, device: torch.device) -> GroupPath:
     """The path of a group on this device, voted on at its first call.
 
@@ -343,17 +363,23 @@ def path_of(group_name: str, device: torch.device) -> GroupPath:
     """
     key = (group_name, device.index, current_stream_class())
     found = _paths.get(key)
-    if found is not None:
+    if found is not None and is_current(found[1]):
         return found[0]
-    with _lock:
+    with lock_of(group_name):
+        found = _paths.get(key)
+        if found is not None and is_current(found[1]):
+            return found[0]  # another thread voted meanwhile
+        if found is not None:
+            forget(group_name)
+            compat.forget_symmetric_memory(group_name)
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 f"tpfuse: group {group_name!r} is used for the first time inside CUDA-graph capture, where nothing may be "
                 "allocated; make one call on every rank before capturing (a warm-up step does)"
             )
-        group = dist.distributed_c10d._resolve_process_group(group_name)  # type: ignore[arg-type]
+        group = compat.resolve_group(group_name)
         path = _vote(group_name, group, device, key[2])
-        _paths[key] = (path, group)
+        _paths[key] = (path, weakref.ref(group))
         if path.kind == "library":
             ranks = dist.get_process_group_ranks(group)
             warnings.warn(
@@ -365,32 +391,44 @@ def path_of(group_name: str, device: torch.device) -> GroupPath:
 
 def _vote(group_name: str, group: dist.ProcessGroup, device: torch.device, klass: str) -> GroupPath:
     settings = Settings.from_environment()
-    world, rank = group.size(), group.rank()
+    world = group.size()
     verdict = judge(_everyone(_ballot(world, device, settings), group, world))
     if verdict.cause is not None:
         return GroupPath("library", verdict.cause, settings)
-    plane: Plane | None = None
-    problem = None
+    parts: dict[str, Any] = {}
+    # A vote behind each step: a rank that cannot allocate must not leave its peers in the rendezvous.
+    steps: tuple[Callable[[], None], ...] = (
+        lambda: parts.update(allocation=_allocate(world, device, verdict, settings)),
+        lambda: parts.update(plane=_connect(parts["allocation"], group_name, group, device, klass, verdict, settings)),
+    )
+    for step in steps:
+        problem = _attempt(step, device)
+        for other, said in enumerate(_everyone(problem, group, world)):
+            if said is not None:
+                return GroupPath("library", f"rank {other}: {said}", settings)
+    return GroupPath("fused", "", settings, parts["plane"])
 
-    def build() -> None:
-        nonlocal plane, problem
+
+def _attempt(step: Callable[[], None], device: torch.device) -> str | None:
+    """Run a step of building; what went wrong, for the others must hear of it: they are about to vote.
+
+    In a thread of its own: torch's rendezvous allocates small tables with the caching allocator, which may be in a CUDA graph's
+    pool for this thread (Inductor warms up there), and what lives in such a pool may not outlast the run.
+    """
+    problem: list[str] = []
+
+    def run() -> None:
         try:
-            torch.cuda.set_device(device)
-            plane = _build(group_name, group, device, klass, verdict, settings)
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+            step()
         except Exception as error:
-            # Whatever went wrong here, the others must hear of it: they are about to vote.
-            problem = f"{type(error).__name__}: {error}"
+            problem.append(f"{type(error).__name__}: {error}")
 
-    # In a thread of its own: torch's rendezvous allocates small tables with the caching allocator, which may be in a CUDA
-    # graph's pool for this thread (Inductor warms up there), and what lives in such a pool may not outlast the run.
-    thread = threading.Thread(target=build, name="tpfuse-plane")
+    thread = threading.Thread(target=run, name="tpfuse-plane")
     thread.start()
     thread.join()
-    for other, said in enumerate(_everyone(problem, group, world)):
-        if said is not None:
-            return GroupPath("library", f"rank {other}: {said}", settings)
-    del rank
-    return GroupPath("fused", "", settings, plane)
+    return problem[0] if problem else None
 
 
 def peer_addresses(handle: Any, own: Tensor, rank: int, world: int) -> list[int]:
@@ -406,7 +444,24 @@ def peer_addresses(handle: Any, own: Tensor, rank: int, world: int) -> list[int]
     return addresses
 
 
-def _build(
+def _phase_bytes(world: int, verdict: Verdict, settings: Settings) -> int:
+    return selection.phase_bytes(selection.entry(verdict.architecture, world, settings.table))
+
+
+def _allocate(world: int, device: torch.device, verdict: Verdict, settings: Settings) -> Tensor:
+    """This rank's symmetric memory: two phases, and behind them the local state."""
+    import torch.distributed._symmetric_memory as symm_mem
+
+    from .kernels.epilogue import STATE_WORDS
+
+    if settings.backend != "auto" and symm_mem.get_backend(device) != settings.backend:
+        symm_mem.set_backend(settings.backend)  # type: ignore[arg-type]
+    words, table = 2 * _phase_bytes(world, verdict, settings) // 4, 2 * (world + 1)
+    return symm_mem.empty(words + table + table % 4 + STATE_WORDS, dtype=torch.int32, device=device)
+
+
+def _connect(
+    allocation: Tensor,
     group_name: str,
     group: dist.ProcessGroup,
     device: torch.device,
@@ -414,18 +469,12 @@ def _build(
     verdict: Verdict,
     settings: Settings,
 ) -> Plane:
+    """The rendezvous of the group, and the plane over what it gives."""
     import torch.distributed._symmetric_memory as symm_mem
 
-    from .kernels.epilogue import STATE_WORDS
-
     world, rank = group.size(), group.rank()
-    if settings.backend != "auto" and symm_mem.get_backend(device) != settings.backend:
-        symm_mem.set_backend(settings.backend)  # type: ignore[arg-type]
-    phase = selection.phase_bytes(selection.entry(verdict.architecture, world, settings.table))
-    # The local state lies behind the phases in the same allocation.
-    words = 2 * phase // 4
-    table = 2 * (world + 1)
-    allocation = symm_mem.empty(words + table + table % 4 + STATE_WORDS, dtype=torch.int32, device=device)
+    phase = _phase_bytes(world, verdict, settings)
+    words, table = 2 * phase // 4, 2 * (world + 1)
     handle = symm_mem.rendezvous(allocation, group_name)  # type: ignore[arg-type]
     allocation.zero_()
     memory = allocation[:words]

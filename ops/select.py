@@ -162,11 +162,19 @@ def load_table(path: Path) -> tuple[Entry, ...]:
     names = {f.name for f in fields(Entry)}
     try:
         found = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: no JSON, or no text at all
         raise ValueError(f"TPFUSE_TABLE={path}: {error}; write a table with `tpfuse bench --tune`") from error
+    if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
+        raise ValueError(f"TPFUSE_TABLE={path}: not a list of entries; write a table with `tpfuse bench --tune`")
     for number, item in enumerate(found):
         if set(item) != names:
             raise ValueError(f"TPFUSE_TABLE={path}: entry {number} has fields {sorted(item)}; expected {sorted(names)}")
+        for field in fields(Entry):
+            value = item[field.name]
+            if field.type == "int" and (not isinstance(value, int) or isinstance(value, bool)):
+                raise ValueError(
+                    f"TPFUSE_TABLE={path}: {field.name} of entry {number} is {value!r}; expected a whole number"
+                )
     return (*(Entry(**item) for item in found), *TABLE)
 
 

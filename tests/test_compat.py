@@ -387,3 +387,80 @@ def test_everything_but_the_kernels_takes_private_names_from_compat():
     assert len(files) > 40
     found = {str(f.relative_to(PACKAGE)): private_names(f.read_text()) for f in files if f.name != "compat.py"}
     assert not {name: names for name, names in found.items() if names}, "private torch APIs belong in tpfuse/compat.py"
+
+
+# -- graphs, storages and groups -----------------------------------------------------------------------------------
+
+
+def fake(*sizes: int) -> torch.Tensor:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        return torch.empty(sizes)
+
+
+def test_storage_of():
+    base = fake(4, 4)
+    assert compat.storage_of(base) == compat.storage_of(base.view(16)) == compat.storage_of(base[1:])
+    assert compat.storage_of(base) != compat.storage_of(base.clone())
+
+
+def test_is_mutation():
+    def f(x):
+        return x.add_(1) + x.view(-1)[0]
+
+    graph = graphs_of(f, torch.ones(2))
+    found = {str(n.target): compat.is_mutation(n) for n in graph.nodes if n.op == "call_function"}
+    assert found.pop("aten.add_.Tensor") is True
+    assert not any(found.values())
+
+
+def graphs_of(f: Any, *args: Any) -> Any:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    return make_fx(f, tracing_mode="fake")(*args).graph
+
+
+def test_fake_mode_of():
+    tensor = fake(2)
+    assert compat.fake_mode_of([tensor]) is tensor.fake_mode
+    assert compat.is_fake(compat.fake_mode_of([]).from_tensor(torch.ones(1)))
+
+
+def test_is_fake():
+    assert compat.is_fake(fake(2)) and not compat.is_fake(torch.ones(2))
+
+
+def test_example_size():
+    def sizes(gm: Any) -> list[Any]:
+        node = next(n for n in gm.graph.nodes if isinstance(n.meta.get("example_value"), torch.Tensor))
+        return [compat.example_size(n) for n in node.meta["example_value"].shape]
+
+    assert captured(lambda x: x + 1, torch.ones(5, 3), look=sizes, dynamic=True) == [5, 3]
+    assert compat.example_size(7) == 7
+
+
+def test_known_at_run_time_only():
+    def sizes(gm: Any) -> list[bool]:
+        values = [n.meta.get("example_value") for n in gm.graph.nodes]
+        return [compat.known_at_run_time_only(n) for v in values if isinstance(v, torch.Tensor) for n in v.shape]
+
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        assert True in captured(lambda x: x.nonzero() + 1, torch.ones(5), look=sizes)
+    assert True not in captured(lambda x: x + 1, torch.ones(5, 3), look=sizes, dynamic=True)
+    assert not compat.known_at_run_time_only(3)
+
+
+def test_is_registered():
+    group = dist.new_group([0, 1])
+    assert compat.is_registered(group)
+    dist.destroy_process_group(group)
+    assert not compat.is_registered(group)
+
+
+def test_forget_symmetric_memory():
+    import torch.distributed._symmetric_memory as symm_mem
+
+    symm_mem._group_name_to_store["gone"] = object()
+    compat.forget_symmetric_memory("gone")
+    assert "gone" not in symm_mem._group_name_to_store

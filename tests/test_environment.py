@@ -11,9 +11,11 @@ import pytest
 from test_cli import tpfuse_process
 from tpfuse.ops import environment
 
-import tpfuse  # noqa: F401  (registers the options' twins)
+from tpfuse import options
+from tpfuse.inspect import doctor
 
 ROOT = Path(__file__).parent.parent
+ENTRY = '[{"architecture": "sm_90", "world": 2, "one_shot_bytes": %s, "two_shot_bytes": 64, "launch_bytes": 64, "measured": ""}]'
 
 
 @pytest.mark.parametrize(
@@ -22,6 +24,8 @@ ROOT = Path(__file__).parent.parent
         ("TPFUSE_PDL", "bogus", "off, end, early"),
         ("TPFUSE_ALGORITHM", "ring", "auto, one_shot, two_shot, library"),
         ("TPFUSE_WATCHDOG_SECONDS", "soon", "a number of at least 0.001"),
+        ("TPFUSE_WATCHDOG_SECONDS", "inf", "at most 1e+09"),
+        ("TPFUSE_WATCHDOG_SECONDS", "1e11", "at most 1e+09"),
         ("TPFUSE_CONCURRENT_PLANES", "0", "a whole number of at least 1"),
         ("TPFUSE_BATCH_INVARIANT", "perhaps", "true and false"),
         ("TPFUSE_TABLE", "/nonexistent.json", "tpfuse bench --tune"),
@@ -39,6 +43,48 @@ def test_the_doctor_fails_for_an_invalid_value():
     result = tpfuse_process("doctor", env={"TPFUSE_PDL": "bogus"})
     assert result.returncode == 1
     assert "TPFUSE_PDL='bogus' is not valid; valid values are off, end, early" in " ".join(result.stdout.split())
+
+
+def test_the_doctor_fails_for_values_that_contradict_each_other(monkeypatch):
+    """Each of them is valid alone: the first call of a group is where they were refused."""
+    monkeypatch.setenv("TPFUSE_BATCH_INVARIANT", "true")
+    monkeypatch.setenv("TPFUSE_ALGORITHM", "library")
+    (found,) = doctor.variables()
+    assert found.status == doctor.FAIL and "TPFUSE_ALGORITHM='library' is not valid with batch_invariant" in found.fix
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("5", "not a list of entries"),
+        ("[5]", "not a list of entries"),
+        ("\xff", "TPFUSE_TABLE"),
+        ('[{"architecture": "sm_90"}]', "entry 0 has fields"),
+        (ENTRY % '"64"', "one_shot_bytes of entry 0 is '64'; expected a whole number"),
+        (ENTRY % "true", "one_shot_bytes of entry 0 is True; expected a whole number"),
+    ],
+)
+def test_a_table_that_is_none_is_told_with_the_file(text, said, tmp_path, monkeypatch):
+    file = tmp_path / "table.json"
+    file.write_bytes(text.encode("latin-1"))
+    monkeypatch.setenv("TPFUSE_TABLE", str(file))
+    (sentence,) = environment.invalid()
+    assert f"TPFUSE_TABLE={file}" in sentence and said in sentence
+
+
+def test_a_table_that_is_one_is_taken(tmp_path, monkeypatch):
+    file = tmp_path / "table.json"
+    file.write_text(ENTRY % "64")
+    monkeypatch.setenv("TPFUSE_TABLE", str(file))
+    assert environment.invalid() == []
+    assert environment.REGISTRY["TPFUSE_TABLE"].value()[0].one_shot_bytes == 64
+
+
+def test_every_option_has_its_variable_with_its_own_default():
+    for name in options.READERS:
+        assert environment.REGISTRY[options.twin(name)].meaning
+    for name in options.MEANINGS:
+        assert environment.REGISTRY[options.twin(name)].value({}) == getattr(options.parse(None, {}), name)
 
 
 def test_a_misspelled_variable_warns_at_import_and_fails_the_doctor():
@@ -60,6 +106,8 @@ def test_a_misspelled_variable_warns_at_import_and_fails_the_doctor():
 def test_known_variables_say_nothing():
     given = dict.fromkeys(environment.REGISTRY, "") | {"TPFUSE_TEST_SEED": "1", "PATH": ""}
     assert environment.unknown(given) == environment.invalid(given) == []
+    (sentence,) = environment.unknown({"TPFUSE_BENCH_BULD": "/tmp"})
+    assert "Did you mean 'TPFUSE_BENCH_BUILD'?" in sentence
 
 
 def test_the_sources_read_no_variable_that_is_not_registered():

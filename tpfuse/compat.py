@@ -29,6 +29,13 @@ def resolve_group(name: Any) -> dist.ProcessGroup:
     return _resolve_process_group(name)
 
 
+def is_registered(group: dist.ProcessGroup) -> bool:
+    """Whether a group has not been destroyed. Why private: torch's list of groups is; asking by name takes ten times as long."""
+    from torch.distributed.distributed_c10d import _world
+
+    return group in _world.pg_map
+
+
 def known_groups() -> list[tuple[str, tuple[int, ...]]]:
     """(name, global ranks) of this process's groups in creation order; empty without a default group.
 
@@ -46,6 +53,18 @@ def known_groups() -> list[tuple[str, tuple[int, ...]]]:
         except (RuntimeError, KeyError):  # a group that is being destroyed
             continue
     return groups
+
+
+def forget_symmetric_memory(group_name: str) -> None:
+    """Make torch's symmetric memory meet a group of this name anew.
+
+    Why private: torch keeps the store of a group by its name, also when the group is gone, and gives the name to another group
+    after a new ``init_process_group``; its rendezvous would then go through the store of the old one.
+    """
+    import torch.distributed._symmetric_memory as symm_mem
+
+    for cache in ("_group_name_to_store", "_group_name_to_workspace_tensor"):
+        getattr(symm_mem, cache, {}).pop(group_name, None)
 
 
 def default_store() -> Any:

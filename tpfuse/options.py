@@ -131,7 +131,7 @@ def twin(name: str) -> str:
 
 
 for _name, _meaning in MEANINGS.items():
-    variables.register(twin(_name), _meaning, None, READERS[_name])
+    variables.register(twin(_name), _meaning, getattr(Options, _name), READERS[_name])
 
 
 # Not an option of a compile: it belongs to the process.
@@ -139,7 +139,7 @@ AGREEMENT_SECONDS = variables.register(
     "TPFUSE_AGREEMENT_SECONDS",
     "seconds that a rank waits for the others to compile the same graph",
     600.0,
-    variables.number(0.001),
+    variables.number(0.001, most=variables.LONGEST),
 )
 
 

@@ -41,6 +41,7 @@ MAX_GROUPS: tl.constexpr = tl.constexpr(16)  # groups of a row: H <= 16384 for 1
 MAX_PROGRAMS: tl.constexpr = tl.constexpr(1024)
 EPOCHS: tl.constexpr = tl.constexpr(0)  # one word a program: calls so far, modulo 2
 RECORD: tl.constexpr = tl.constexpr(1024)  # what a poll that gave up was waiting for; word 0 is 0 while all is well
+RECORD_BYTES: tl.constexpr = tl.constexpr(4 * 1024)  # also in the PTX of spoil
 PARTIALS: tl.constexpr = tl.constexpr(1040)  # per program: MAX_GROUPS sums of squares, from the programs of its row
 STATE_WORDS = 1040 + 1024 * 16
 # Behind the state of a kernel with stamps, which has to be larger: for each phase and program eight int64, in nanoseconds.
@@ -214,6 +215,7 @@ def exchange(sums, part, row, state, phase, watch, C: tl.constexpr, S: tl.conste
         WAIT=S.wait,
         PTX=S.ptx,
         HEED=False,
+        RECORD_AT=RECORD_BYTES,
     )
     totals = ()
     for i in tl.static_range(WORDS):
@@ -343,7 +345,7 @@ def poison(rows, io, C: tl.constexpr, S: tl.constexpr):
 
 
 @triton.jit
-def spoil(mean, record, residual_out, start, active, C: tl.constexpr, S: tl.constexpr):
+def spoil(mean, state, residual_out, start, active, C: tl.constexpr, S: tl.constexpr):
     """Overwrite with NaN what this program has stored of ``residual_out`` of a row that lacks words of a peer.
 
     Lanes and sibling programs that had their own words have stored good values; the mean tells them. It is also NaN for rows
@@ -356,28 +358,31 @@ def spoil(mean, record, residual_out, start, active, C: tl.constexpr, S: tl.cons
             {
             .reg .pred %p;
             .reg .b32 %r;
-            setp.ne.u32 %p, $4, 0;
-            setp.nan.and.f32 %p, $2, $2, %p;
+            .reg .b64 %a;
+            setp.ne.u32 %p, $5, 0;
+            setp.nan.and.f32 %p, $3, $3, %p;
             @!%p bra DONE;
             fence.acq_rel.gpu;
-            ld.relaxed.gpu.global.u32 %r, [$3];
+            ld.relaxed.gpu.global.u32 %r, [$4+4096];
             setp.eq.u32 %p, %r, 0;
             @%p bra DONE;
             mov.u32 %r, 0x7FFF7FFF;
-            st.global.v4.u32 [$1], {%r, %r, %r, %r};
+            add.u64 %a, $1, $2;
+            st.global.v4.u32 [%a], {%r, %r, %r, %r};
             DONE:
             mov.u32 $0, 0;
             }
             """,
-            "=r,l,f,l,r",
-            [residual_out.to(tl.int64) + start * C.item_bytes, mean, record, active],
+            "=r,l,l,f,l,r",
+            # The sum of the first two, in registers, would be kept from accept on: that is why it is taken in there.
+            [residual_out.to(tl.int64), start * C.item_bytes, mean, state.to(tl.int64), active],
             dtype=tl.int32,
             is_pure=False,
             pack=1,
         )
     elif mean != mean:
         nan = active * 0 + _NAN
-        hurt = (tl.load(record.to(tl.pointer_type(tl.int32)), volatile=True) != 0).to(tl.int32)
+        hurt = (tl.load(state + RECORD, volatile=True) != 0).to(tl.int32)
         store16(residual_out.to(tl.int64) + start * C.item_bytes, (nan, nan, nan, nan), active & hurt, S.ptx)
 
 
@@ -428,6 +433,6 @@ def finish(
                 total = words_of(plus(values_of(r, C.dtype), values_of(out, C.out_dtype)), C.residual_dtype, S.ptx)
             store_words(residual_out, row_start + element, total, active, C.residual_dtype, S.ptx)
         else:
-            spoil(mean, watch[0], residual_out, row_start + element, active, C, S)
+            spoil(mean, state, residual_out, row_start + element, active, C, S)
     if S.split > 1:
         restore(state, S)

@@ -157,7 +157,7 @@ def clear(address, active, PTX: tl.constexpr):
 
 
 @triton.constexpr_function
-def poll_asm(slots, stride, words, wait, heed):
+def poll_asm(slots, stride, words, wait, heed, record_at):
     """PTX that reads ``slots`` slots of 4 words, ``stride`` bytes apart, until their first ``words`` words are not zero.
 
     Operands after the outputs: base, own address, own slot (or -1), active, row, phase, device record, host record,
@@ -195,17 +195,21 @@ def poll_asm(slots, stride, words, wait, heed):
         lines += ["@%pz bra SPIN;", "mov.u64 %t1, %globaltimer;", "setp.eq.u64 %pz, %t0, 0;", "@%pz mov.u64 %t0, %t1;"]
         lines += ["sub.u64 %t1, %t1, %t0;"]
         if heed:
-            lines += [f"ld.relaxed.sys.global.u32 %q, [{device_record}];", "setp.eq.u32 %pz, %q, 0;"]
+            lines += [f"ld.relaxed.sys.global.u32 %q, [{device_record}+{record_at}];", "setp.eq.u32 %pz, %q, 0;"]
             lines += [f"setp.lt.and.u64 %pz, %t1, {limit}, %pz;", "@%pz bra SPIN;"]
         else:
             lines += [f"setp.lt.u64 %pz, %t1, {limit};", "@%pz bra SPIN;"]
         lines += ["mov.u32 %q, 0;"]
         for s in reversed(range(slots)):
             lines += [*missing(s), f"@%pz mov.u32 %q, {s};"]
-        lines += ["mov.u32 %one, 1;", f"atom.relaxed.sys.global.cas.b32 %i, [{device_record}], 0, %one;"]
+        lines += ["mov.u32 %one, 1;", f"atom.relaxed.sys.global.cas.b32 %i, [{device_record}+{record_at}], 0, %one;"]
         lines += ["setp.ne.u32 %pz, %i, 0;", "@%pz bra LATER;"]
-        lines += [f"st.relaxed.sys.global.v4.u32 [{device_record}], {{%one, %q, {row}, {phase}}};", "mov.u32 %i, 0;"]
-        lines += [f"st.relaxed.sys.global.v4.u32 [{host_record}], {{%i, %q, {row}, {phase}}};"]
+        for record, at in (
+            (device_record, record_at),
+            (host_record, 0),
+        ):  # word by word: four in a row are hard to find here
+            for word, value in enumerate(("%q", row, phase), 1):
+                lines += [f"st.relaxed.sys.global.u32 [{record}+{at + 4 * word}], {value};"]
         lines += [f"st.release.sys.global.u32 [{host_record}], %one;"]
         lines += ["LATER:", *(f"mov.u32 ${i}, {NAN_WORD};" for i in range(4)), f"mov.u32 {full}, 0;"]
     lines += ["DONE:", "}"]
@@ -246,6 +250,7 @@ def poll(
     WAIT: tl.constexpr,
     PTX: tl.constexpr,
     HEED: tl.constexpr = True,
+    RECORD_AT: tl.constexpr = 0,
 ):
     """Wait until ``SLOTS`` slots of four words, ``STRIDE`` bytes apart from ``base``, are full.
 
@@ -257,15 +262,17 @@ def poll(
         rank: the slot that nobody pushes to, or -1.
         active: lanes with 0 get zeros and do not wait.
         row, phase: for the record of a failure.
-        watch: int64 addresses of the records on the device and on the host, and nanoseconds before giving up.
+        watch: int64 addresses for the records on the device and on the host, and nanoseconds before giving up.
         WORDS: how many of the 4 * SLOTS words are ever pushed.
         WAIT: False reads once and never spins: the floor that benchmarks compare with.
         HEED: give up as soon as the record says that another poll has.
+        RECORD_AT: bytes from ``watch[0]`` to the record on the device. A constant, so that the address which a thread keeps
+            through the poll may be a kernel's argument and takes no register.
     """
     device_record, host_record, limit = watch[0], watch[1], watch[2]
     if PTX:
         words = tl.inline_asm_elementwise(
-            poll_asm(SLOTS, STRIDE, WORDS, WAIT, HEED),
+            poll_asm(SLOTS, STRIDE, WORDS, WAIT, HEED, RECORD_AT),
             poll_constraints(SLOTS),
             [base, own, rank, active, row, phase, device_record, host_record, limit],
             dtype=(tl.int32,) * (4 * SLOTS + 1),
@@ -273,6 +280,7 @@ def poll(
             pack=1,
         )
     else:
+        device_record += RECORD_AT
         pending = 1
         polls = 0
         full = tl.full((), 1, tl.int32)

@@ -13,7 +13,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .epilogue import EPOCHS, MAX_PROGRAMS, RECORD, STAMPS, accept, failed, finish, lane_elements, poison, prefetch
+from .epilogue import (
+    EPOCHS,
+    MAX_PROGRAMS,
+    RECORD_BYTES,
+    STAMPS,
+    accept,
+    failed,
+    finish,
+    lane_elements,
+    poison,
+    prefetch,
+)
 from .memory import clear, load16, marked, poll, push
 from .words import pack, plus, plus_words, positive_zeros, unpack
 
@@ -173,7 +184,7 @@ def one_shot_kernel(
         return
     offset = phase.to(tl.int64) * phase_bytes
     own_plane = own_base + offset
-    watch = ((state + RECORD).to(tl.int64), host_record, limit.to(tl.int64))
+    watch = (state.to(tl.int64), host_record, limit.to(tl.int64))
     # All pushes first: the later ones travel while the first rows are being reduced.
     push_to_peers(held, first, has_first, bases, offset, rank, C, S)
     for item in range(first + tl.num_programs(0), items, tl.num_programs(0)):
@@ -209,6 +220,7 @@ def one_shot_kernel(
                 WORDS=4 * S.world,
                 WAIT=S.wait,
                 PTX=S.ptx,
+                RECORD_AT=RECORD_BYTES,
             )
             received = now(S)
             for r in tl.static_range(WORLD):

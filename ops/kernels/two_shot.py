@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .epilogue import RECORD, accept, failed, finish, lane_elements, poison, prefetch
+from .epilogue import RECORD_BYTES, accept, failed, finish, lane_elements, poison, prefetch
 from .memory import clear, marked, poll, push
 from .one_shot import (
     begin,
@@ -104,7 +104,7 @@ def two_shot_kernel(
         return
     offset = phase.to(tl.int64) * phase_bytes
     own_plane = own_base + offset
-    watch = ((state + RECORD).to(tl.int64), host_record, limit.to(tl.int64))
+    watch = (state.to(tl.int64), host_record, limit.to(tl.int64))
     gather = ((rows + S.world - 1) // S.world * S.world).to(tl.int64) * C.row_bytes
 
     push_to_owner(to_push, first, for_others(first, items, rank, S), peers, offset, rank, C, S)
@@ -135,6 +135,7 @@ def two_shot_kernel(
                     WORDS=4 * S.world,
                     WAIT=S.wait,
                     PTX=S.ptx,
+                    RECORD_AT=RECORD_BYTES,
                 )
                 for r in tl.static_range(WORLD):
                     clear(slots + r * C.row_bytes, active & (r != rank).to(tl.int32), S.ptx)
@@ -176,6 +177,7 @@ def two_shot_kernel(
                     WORDS=4,
                     WAIT=S.wait,
                     PTX=S.ptx,
+                    RECORD_AT=RECORD_BYTES,
                 )
                 received = now(S)
                 clear(place, active, S.ptx)

@@ -151,7 +151,7 @@ def correctness(rank: int, world: int) -> list[str]:
     complaints = []
     first: dict[int, str] = {}
     make_call(Call(1, 64), rank, world)  # builds the plane
-    dispatch._ROWS_WARMED = ()  # type: ignore[misc]
+    dispatch.LOAD_AHEAD = False
     modes = ["one_shot", "two_shot", *(f"{name} {how}" for name in ("one_shot", "two_shot") for how in SPLITTING)]
     for mode in modes:
         share_rows(mode.partition(" ")[2])
@@ -286,7 +286,7 @@ def random_calls(rank: int, world: int, count: int, seed: int, replays: bool = T
         if s.group is None:
             sums.add_(normed.view(torch.int16).sum(dtype=torch.int64)).mul_(31)
 
-    dispatch._ROWS_WARMED = ()  # type: ignore[misc]
+    dispatch.LOAD_AHEAD = False
     for name in ("one_shot", "two_shot"):  # every plane and kernel before the first graph
         for group in groups[:2]:
             plane.describe_path(group[1])
@@ -439,7 +439,7 @@ def killed_during_replay(rank: int, world: int) -> list[str]:
             outs.append(site())
         return outs
 
-    dispatch._ROWS_WARMED = ()  # type: ignore[misc]
+    dispatch.LOAD_AHEAD = False
     calls()
     for (site, _), outs in zip(sites, calls(), strict=True):
         site.wrong(*outs)
@@ -641,4 +641,27 @@ def compiled(rank: int, world: int) -> list[str]:
             if not all(torch.equal(a, b) for a, b in zip(got, want, strict=True)):
                 complaints.append(f"rows {rows}, step {step}: compiled differs from eager")
     raise_if_failed()
+    return complaints
+
+
+def many_lives(rank: int, world: int, store: str) -> list[str]:
+    """Five default groups one after the other, each with new groups of the same names; sums right, kernels taken each time."""
+    complaints = []
+    for life in range(5):
+        dist.destroy_process_group()
+        dist.init_process_group("nccl", store=dist.FileStore(f"{store}{life}", world), rank=rank, world_size=world)
+        group = dist.new_group(list(range(world)))
+        for one in (None, group):
+            x = torch.full((3, 4096), float(rank + 1), device="cuda", dtype=torch.bfloat16)
+            _, total = all_reduce_add_rms_norm(
+                x, torch.zeros_like(x), torch.ones(4096, device="cuda", dtype=torch.bfloat16), group=one
+            )
+            torch.cuda.synchronize()
+            wanted = world * (world + 1) / 2
+            if not bool((total == wanted).all()):
+                complaints.append(f"life {life}: sum is {total[0, 0].item()}, expected {wanted}")
+            path = plane.describe_path(one)
+            if path.kind != "fused":
+                complaints.append(f"life {life}, group {one and one.group_name}: {path.kind}: {path.cause}")
+        print(f"life {life}: group {group.group_name}", flush=True)
     return complaints

@@ -81,6 +81,11 @@ def test_reset_repairs_a_group_whose_ranks_diverged() -> None:
     _all_well(run_ranks(on_ranks.diverged_then_reset, 2, env={"TPFUSE_WATCHDOG_SECONDS": "1"}))
 
 
+@pytest.mark.skipif(gpu_count() < 2, reason="NCCL needs a GPU for each rank")
+def test_groups_are_voted_on_anew_after_destroy_and_init(tmp_path: Path) -> None:
+    _all_well(run_ranks(on_ranks.many_lives, 2, str(tmp_path / "store")))
+
+
 def test_compiled_graphs_with_reduce_overhead_equal_eager() -> None:
     _all_well(run_ranks(on_ranks.compiled, 2))
 

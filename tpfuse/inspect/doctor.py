@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from tpfuse import compat
-from tpfuse.ops import environment
+from tpfuse.ops import environment, plane
 
 OK, NOTE, WARN, FAIL = "ok", "note", "warn", "fail"
 OLDEST, BEYOND = (2, 11), (2, 16)
@@ -107,14 +107,13 @@ def versions() -> Iterator[Check]:
         yield Check(
             "torch", status, f"{torch.__version__}, tested from 2.11 to 2.15", "pip install 'torch>=2.11,<2.16'"
         )
-    triton = _version("triton")
+    triton = plane.triton_version()
     if triton is None:
         status = WARN if torch.cuda.is_available() else NOTE
-        yield Check(
-            "triton", status, "not installed", "pip install 'triton>=3.6'; without it only the library path runs"
-        )
+        missing = "not installed" if _version("triton") is None else "installed, but it cannot be imported"
+        yield Check("triton", status, missing, "pip install 'triton>=3.6,<4'; without it only the library path runs")
     elif _release(triton) < OLDEST_TRITON:
-        yield Check("triton", FAIL, triton, "pip install 'triton>=3.6'")
+        yield Check("triton", FAIL, triton, "pip install 'triton>=3.6,<4'")
     else:
         yield Check("triton", OK, triton)
     yield Check("transformers", NOTE, _version("transformers") or "not installed; only tpfuse.hf and explain need it")
@@ -138,7 +137,13 @@ def variables() -> Iterator[Check]:
     if not given:
         return
     shown = ", ".join(f"{name}={value}" for name, value in sorted(given.items()))
-    wrong = [*environment.invalid(), *environment.unknown()]
+    wrong = environment.invalid()
+    if not wrong:
+        try:  # each is valid alone; what contradicts another is told when all are read together
+            plane.Settings.from_environment()
+        except ValueError as error:
+            wrong = [str(error)]
+    wrong += environment.unknown()
     if wrong:
         yield Check("environment", FAIL, shown, "; ".join(wrong))
     else:
@@ -307,7 +312,7 @@ def facts() -> dict[str, str]:
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": _version("triton") or "none",
+        "triton": plane.triton_version() or "none",
         "tpfuse": _version("tpfuse") or "none",
         "transformers": _version("transformers") or "none",
         "nccl": _nccl(),
