@@ -12,6 +12,7 @@ from typing import Any
 from .reasons import REMEDIES, Reason
 
 SCHEMA_VERSION = 1
+_LATER = ("reduce_scatters", "all_gathers")
 
 
 class ReportFormatError(ValueError):
@@ -94,6 +95,8 @@ class GraphReport:
         seconds: time the pass took.
         from_cache: True when a compile cache supplied the graph, so the pass did not run in this process.
         notes: warnings about the graph as a whole, e.g. norms hidden inside Hub kernels.
+        reduce_scatters, all_gathers: how many of each the graph has, as sequence parallelism has in place of all-reduces;
+            None where nobody counted (a report of an earlier version, or the pass called on its own).
     """
 
     graph_id: str
@@ -107,6 +110,8 @@ class GraphReport:
     seconds: float = 0.0
     from_cache: bool = False
     notes: list[str] = field(default_factory=list)
+    reduce_scatters: int | None = None
+    all_gathers: int | None = None
 
     @property
     def fused(self) -> list[Site]:
@@ -133,7 +138,8 @@ class GraphReport:
                 f"the report has schema {version}, this tpfuse reads up to {SCHEMA_VERSION}; upgrade tpfuse to read it"
             )
         try:
-            values = {f.name: data[f.name] for f in fields(cls)}
+            # Fields that came later have defaults: a report that was written before them reads as well.
+            values = {f.name: data[f.name] for f in fields(cls) if f.name in data or f.name not in _LATER}
             values["sites"] = [_site(s) for s in values["sites"]]
             values["layers"] = [_layer(a) for a in values["layers"]]
             return cls(**values)
@@ -168,7 +174,11 @@ class GraphReport:
             counts[str(site.reason)] = counts.get(str(site.reason), 0) + 1
         why = ", ".join(f"{code} {n}" for code, n in sorted(counts.items()))
         kept = f"{len(self.kept)} kept" + (f" ({why})" if why else "")
-        return f"{self.graph_id}: {len(self.sites)} all-reduces, {len(self.fused)} fused, {kept}"
+        # All-gathers alone are common (the output head); with reduce-scatters they are sequence parallelism.
+        others = (
+            f", {self.reduce_scatters} reduce-scatters, {self.all_gathers} all-gathers" if self.reduce_scatters else ""
+        )
+        return f"{self.graph_id}: {len(self.sites)} all-reduces, {len(self.fused)} fused, {kept}{others}"
 
 
 def _site(data: dict[str, Any]) -> Site:

@@ -116,6 +116,27 @@ def test_modes_are_accepted(mode):
     torch.testing.assert_close(out, layer(*args))
 
 
+@pytest.mark.parametrize("by", ["option", "environment"])
+def test_a_mode_beside_options_sets_what_the_mode_stands_for(by, monkeypatch):
+    """torch.compile refuses mode= beside options=."""
+    from tpfuse import compat
+
+    seen = []
+    plain = compat.compile_fx
+    monkeypatch.setattr(
+        compat, "compile_fx", lambda gm, inputs, patches: seen.append(patches) or plain(gm, inputs, patches)
+    )
+    options = {"tpfuse.policy": "all", "max_autotune": False}
+    if by == "option":
+        options["tpfuse.mode"] = "max-autotune-no-cudagraphs"
+    else:
+        monkeypatch.setenv("TPFUSE_MODE", "max-autotune-no-cudagraphs")
+    with torch.no_grad(), tpfuse.expect(fused=1):
+        torch.compile(Layer(), backend="tpfuse", options=options)(*inputs())
+    assert seen[0]["coordinate_descent_tuning"] is True
+    assert seen[0]["max_autotune"] is False, "the user's own setting wins"
+
+
 def test_inductor_options_and_the_users_own_pre_pass_keep_working():
     seen = []
 
@@ -196,6 +217,8 @@ def test_a_changed_eps_recompiles_under_dynamic():
         ({"tpfuse.fuel": -1}, r"expected none or a number of rewrites"),
         ({"tpfuse.fuel": "many"}, r"expected none or a number of rewrites"),
         ({"tpfuse.dump": 3}, r"expected none or a folder"),
+        ({"tpfuse.mode": "reduce-overheat"}, r"valid values are .*Did you mean 'reduce-overhead'"),
+        ({"tpfuse.mode": "lite"}, r"use_post_grad_passes is off in mode 'lite'"),
         ({"no_such_setting": 1}, r"'no_such_setting' is neither a tpfuse option"),
         (
             {"tpfuse.inner": "aot_eager", "epilogue_fusion": False},

@@ -155,6 +155,10 @@ def test_inductor_mode_options():
     assert compat.inductor_mode_options("reduce-overhead") == {"triton.cudagraphs": True}
 
 
+def test_inductor_modes():
+    assert {"default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"} <= set(compat.inductor_modes())
+
+
 def test_compile_fx():
     ran: list[int] = []
 

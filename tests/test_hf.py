@@ -172,6 +172,16 @@ def test_the_compile_config_of_generate_names_the_backend():
     assert config._compile_all_devices
 
 
+def test_a_mode_beside_options_reaches_both_compiles():
+    """torch.compile refuses mode= beside options=, and transformers passes a CompileConfig on to it."""
+    model = unsharded("llama", **LAYERS)
+    hf.compile(model, mode="reduce-overhead", options={"tpfuse.policy": "all"})
+    arguments = model.generation_config.compile_config.to_dict()
+    assert arguments["mode"] is None
+    assert arguments["options"] == {"tpfuse.policy": "all", "tpfuse.mode": "reduce-overhead"}
+    torch.compile(model, **arguments)
+
+
 class LigerRMSNorm(nn.Module):
     """Stands in for the class that Liger puts in place of a model's norm."""
 

@@ -26,11 +26,13 @@ from tpfuse.passes import (  # noqa: E402
     register_collective,
 )
 from tpfuse.store import FusionMismatch, clear_reports, expect, reports  # noqa: E402
+from tpfuse.unfused import FusionWarning  # noqa: E402
 
 ops.environment.warn_about_unknown()
 
 __all__ = [
     "FusionMismatch",
+    "FusionWarning",
     "GraphReport",
     "LayerAudit",
     "OptionError",

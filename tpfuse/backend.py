@@ -19,9 +19,9 @@ import torch
 from torch.fx import Graph, GraphModule
 
 import tpfuse as package
-from tpfuse import compat, store
+from tpfuse import compat, store, unfused
 from tpfuse.inspect import artifact, dump
-from tpfuse.options import OptionError, Options, parse
+from tpfuse.options import OptionError, Options, parse, prefix_hint
 from tpfuse.parallel.agreement import agree_on
 from tpfuse.passes import GraphReport, collectives, fuse, next_graph_id
 
@@ -45,7 +45,8 @@ def tpfuse(
         gm: the captured graph.
         example_inputs: its fake inputs.
         mode: as in ``torch.compile``; with the Inductor inner it sets the same options as there.
-        options: ``tpfuse.*`` keys for tpfuse, all others for the inner compiler.
+        options: ``tpfuse.*`` keys for tpfuse, all others for the inner compiler. ``torch.compile`` takes no mode beside
+            options, hence the key ``tpfuse.mode``.
     Returns:
         A callable with the signature of ``gm``.
     Raises:
@@ -61,11 +62,35 @@ def tpfuse(
         isinstance(x, torch.Tensor) and x.requires_grad for x in (*example_inputs, *gm.parameters())
     )
     before = {id(report) for report in store.reports()}
-    compiled = _MOUNTS[parsed.inner](gm, example_inputs, parsed, mode, training)
+    try:
+        compiled = _MOUNTS[parsed.inner](gm, example_inputs, parsed, mode or parsed.mode, training)
+    except TypeError as error:
+        if UNHASHABLE not in str(error):
+            raise
+        return _as_captured(gm, training)
     new = [report for report in store.reports() if id(report) not in before]
     # Here, and not at the first call: nothing of the graph has run yet, and a call stays as cheap as it is.
     agree_on(new, f"tpfuse {package.__version__}, {parsed.decisive()}")
+    unfused.look(new, parsed.policy, parsed.fuel)
     return compiled
+
+
+# DTensor looks specs up by hash, and the hash of one with a symbolic size raises. Under torch 2.13 the backward pass of a
+# redistribution does so while it is traced, with any backend: a tensor-parallel model with gradients then dies at its second
+# shape, between prefill and cached decode.
+UNHASHABLE = "unhashable type: non-nested SymInt"
+
+
+def _as_captured(gm: GraphModule, training: bool) -> Callable[..., Any]:
+    """The graph as Dynamo captured it, run operator by operator: slow and right, where torch cannot trace it further."""
+    what = "a training graph of DTensors" if training else "this graph of DTensors"
+    remedy = "Compile under torch.inference_mode()" + (", or with dynamic=False" if training else " with dynamic=False")
+    unfused.tell(
+        "unhashable",
+        f"torch cannot compile {what} with symbolic sizes ({UNHASHABLE}); it runs operator by operator, and nothing of it was "
+        f"fused. {remedy}",
+    )
+    return gm.forward
 
 
 ARGUMENT = re.compile(r"^L\['[^']+'\]$")
@@ -107,7 +132,9 @@ def _run_pass(
 ) -> GraphReport:
     """The pass with everything around it: fuel, dump, store."""
     before = _copy_graph(_graph_of(graph)) if parsed.dump else None
+    scatters, gathers = unfused.count_row_collectives(_graph_of(graph))
     report = fuse(graph, parsed.for_pass(store.fuel_left(parsed.fuel)), training=training, inner=parsed.inner)
+    report.reduce_scatters, report.all_gathers = scatters, gathers
     artifact.record(report)
     if before is not None and parsed.dump is not None:
         dump.write(parsed.dump, report, before, _graph_of(graph))
@@ -138,6 +165,7 @@ def _aot(
     if parsed.inner_options:
         raise OptionError(
             f"inner {parsed.inner!r} takes no options of its own; given {', '.join(sorted(parsed.inner_options))}"
+            f"{prefix_hint(parsed.inner_options)}"
         )
 
     def run(graph: GraphModule) -> Callable[..., Any]:
@@ -247,6 +275,7 @@ def _inductor(
         if name not in known:
             raise OptionError(
                 f"{name!r} is neither a tpfuse option (those start with 'tpfuse.') nor a setting of torch._inductor.config"
+                f"{prefix_hint([name])}"
             )
     if not patches.get(POST_GRAD, compat.inductor_config(POST_GRAD, True)):
         raise OptionError(

@@ -237,6 +237,13 @@ def inductor_mode_options(mode: str | None) -> dict[str, Any]:
     return list_mode_options(mode) if mode else {}
 
 
+def inductor_modes() -> tuple[str, ...]:
+    """The names of the modes of ``torch.compile``."""
+    from torch._inductor import list_mode_options
+
+    return tuple(list_mode_options())
+
+
 def without_compile_caches() -> AbstractContextManager[Any]:
     """A context in which AOTAutograd's and FX's graph caches are neither read nor written.
 

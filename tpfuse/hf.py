@@ -7,6 +7,7 @@ model.generate(**inputs, cache_implementation="static")
 
 from __future__ import annotations
 
+import types
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from tpfuse import unfused
 from tpfuse.parallel import ConfigError, ParallelConfig, exchange_rows
 from tpfuse.parallel import parallelize as _parallelize
 from tpfuse.parallel.model import ATTRIBUTE, LARGEST, token_shape
@@ -62,13 +64,16 @@ def from_pretrained(path: Any, config: ParallelConfig, *, auto_class: Any = None
         model = _parallelize(auto_class.from_pretrained(path, **kwargs), config)
         if "device_map" not in kwargs and dist.get_backend() == "nccl":
             model.to(torch.device("cuda", torch.cuda.current_device()))  # after the cut: only this rank's share moves
+    _tell_when_generate_compiles_nothing(model)
     return model.eval().requires_grad_(False)
 
 
 def parallelize(model: nn.Module, config: ParallelConfig, **kwargs: Any) -> nn.Module:
     """Shard a loaded transformers model in place. See :func:`tpfuse.parallel.parallelize`."""
     _transformers()
-    return _parallelize(model, config, **kwargs)
+    model = _parallelize(model, config, **kwargs)
+    _tell_when_generate_compiles_nothing(model)
+    return model
 
 
 def one_group(config: ParallelConfig) -> bool:
@@ -93,11 +98,15 @@ def compile(
 
     Args:
         model: a transformers model, sharded or not.
-        mode, options, fullgraph, dynamic: as in ``torch.compile``; options may have ``tpfuse.*`` keys.
+        mode, options, fullgraph, dynamic: as in ``torch.compile``; options may have ``tpfuse.*`` keys, and mode and options
+            may be given together.
     Returns:
         The compiled model; attributes and ``generate`` are the model's own.
     """
     transformers = _transformers()
+    if mode is not None and options is not None:
+        # torch.compile takes one of the two.
+        mode, options = None, {**options, "tpfuse.mode": mode}
     for note in hidden_norms(model):
         warnings.warn(note, stacklevel=2)
     compiled = torch.compile(model, backend="tpfuse", mode=mode, options=options, fullgraph=fullgraph, dynamic=dynamic)
@@ -108,10 +117,57 @@ def compile(
         # transformers compiles on accelerators only unless told so.
         config._compile_all_devices = True
         model.generation_config.compile_config = config  # type: ignore[union-attr]
+    _tell_when_generate_compiles_nothing(model)
     parallelized = getattr(model, ATTRIBUTE, None)
     if parallelized is not None and parallelized.plan.gathers_blocks:
         _exchange_before(compiled, model)
     return compiled
+
+
+_CRITERIA = "_valid_auto_compile_criteria"
+
+
+def _tell_when_generate_compiles_nothing(model: Any) -> None:
+    """Warn when ``generate`` was to use tpfuse and runs eagerly: it compiles with a static cache only, and says so in a log.
+
+    ``generate`` asks a method of the model whether to compile; a release of transformers without that method loses the
+    warning and nothing else.
+    """
+    if hasattr(type(model), _CRITERIA):
+        setattr(model, _CRITERIA, types.MethodType(_valid_auto_compile_criteria, model))
+
+
+def _valid_auto_compile_criteria(model: Any, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
+    """transformers' own answer; a bound method of the model, so that a copy of the model asks about itself."""
+    compiles = bool(getattr(type(model), _CRITERIA)(model, model_kwargs, generation_config))
+    config = getattr(generation_config, "compile_config", None)
+    if compiles or getattr(generation_config, "disable_compile", False) or getattr(config, "backend", None) != "tpfuse":
+        return compiles
+    if model.device.type == "cpu" and not getattr(config, "_compile_all_devices", False):
+        unfused.tell(
+            "generate-cpu",
+            "generate() ran eagerly, so nothing was fused: transformers compiles on accelerators only. Leave compile_config out "
+            "of the call after tpfuse.hf.compile(model), which compiles on a CPU as well",
+        )
+    elif not _static(model_kwargs.get("cache", model_kwargs.get("past_key_values"))):
+        unfused.tell(
+            "generate-cache",
+            "generate() ran eagerly, so nothing was fused: transformers compiles its decode step only with a static cache. Call "
+            "generate(..., cache_implementation='static'), or set model.generation_config.cache_implementation = 'static', which "
+            "a pipeline uses too",
+        )
+    else:
+        unfused.tell(
+            "generate-other",
+            "generate() ran eagerly, so nothing was fused: transformers does not compile this model's decode step (offloaded to "
+            "CPU or disk, or quantized in a way that cannot be compiled). Call the compiled model directly",
+        )
+    return compiles
+
+
+def _static(cache: Any) -> bool:
+    """Whether ``generate`` compiles with this cache. One that grows calls itself compileable as long as it is empty."""
+    return bool(getattr(cache, "is_compileable", False)) and type(cache).__name__ != "DynamicCache"
 
 
 def _exchange_before(compiled: Any, model: Any) -> None:

@@ -7,10 +7,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from tpfuse import compat
 from tpfuse.ops import environment as variables
 from tpfuse.ops.environment import hint
 from tpfuse.passes.options import NUMERICS, POLICIES, PassOptions
@@ -31,6 +32,7 @@ class Options:
         inner: who compiles the rewritten graph.
         policy, numerics, verify, fuel: see :class:`tpfuse.passes.PassOptions`.
         dump: folder for before/after graphs and the report, or None.
+        mode: of ``torch.compile``, for those who pass options too; None leaves Inductor's defaults.
         batch_invariant: True or False switches the mode of :mod:`tpfuse.ops.invariant` for the process; None leaves it.
         inner_options: what goes to the inner compiler unchanged.
     """
@@ -41,6 +43,7 @@ class Options:
     dump: str | None = None
     verify: bool = False
     fuel: int | None = None
+    mode: str | None = None
     batch_invariant: bool | None = None
     inner_options: dict[str, Any] = field(default_factory=dict)
 
@@ -93,6 +96,12 @@ def _folder(key: str, given: Any) -> str | None:
     return os.fspath(given)
 
 
+def _mode(key: str, given: Any) -> str | None:
+    if given is None or (isinstance(given, str) and given.strip().lower() in ("", "none")):
+        return None
+    return _choice(compat.inductor_modes())(key, given)
+
+
 READERS: dict[str, Callable[[str, Any], Any]] = {
     "inner": _choice(INNERS),
     "policy": _choice(POLICIES),
@@ -100,6 +109,7 @@ READERS: dict[str, Callable[[str, Any], Any]] = {
     "dump": _folder,
     "verify": _flag,
     "fuel": _count,
+    "mode": _mode,
     "batch_invariant": _flag,
 }
 
@@ -111,6 +121,7 @@ MEANINGS = {
     "dump": "folder for graphs and reports",
     "verify": "compare every rewrite with the original at compile time",
     "fuel": "stop after this many rewrites",
+    "mode": "the mode of torch.compile, which takes none beside options",
 }
 
 
@@ -130,6 +141,12 @@ AGREEMENT_SECONDS = variables.register(
     600.0,
     variables.number(0.001, most=variables.LONGEST),
 )
+
+
+def prefix_hint(names: Iterable[str]) -> str:
+    """``". Did you mean 'tpfuse.policy'?"`` for options of the inner compiler that lack our prefix, else nothing."""
+    close = [PREFIX + name for name in sorted(names) if name in READERS]
+    return f". Did you mean {', '.join(map(repr, close))}?" if close else ""
 
 
 def parse(options: Mapping[str, Any] | None, environment: Mapping[str, str] | None = None) -> Options:

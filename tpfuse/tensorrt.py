@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch.fx import GraphModule, Node
 
 from tpfuse import compat
-from tpfuse.options import OptionError, Options
+from tpfuse.options import OptionError, Options, prefix_hint
 from tpfuse.passes import GraphReport
 
 ENGINE = "_run_on_acc"  # Torch-TensorRT names the submodules so that become engines
@@ -134,7 +134,7 @@ def _settings(trt: Any, given: dict[str, Any]) -> tuple[Any, Any]:
     if unknown:
         raise OptionError(
             f"{', '.join(map(repr, unknown))}: neither a tpfuse option (those start with 'tpfuse.') nor a setting of "
-            f"Torch-TensorRT; its settings are {', '.join(sorted(known))}"
+            f"Torch-TensorRT; its settings are {', '.join(sorted(known))}{prefix_hint(unknown)}"
         )
     settings, engine_cache = trt.parse_dynamo_kwargs({"options": {"use_distributed_mode_trace": True, **given}})
     return settings, engine_cache
