@@ -92,15 +92,13 @@ def two_shot_kernel(
     wait_for_previous_kernel(PDL)
     begun = now(S)
     items = rows * S.split
-    turns = (items + tl.num_programs(0) - 1) // tl.num_programs(0)
     first = item_of(0, S)
     # Before the phase is asked for: both are on their way together.
     to_push = own_part(x, first, for_others(first, items, rank, S), C, S)
     phase = begin(state)
     io = (residual, weight, bias, normed, residual_out)
-    if failed(state):
-        poison(rows, io, C, S)
-        return
+    items = tl.where(failed(state), 0, items)  # no push and no poll on a failed plane; see one_shot_kernel
+    turns = (items + tl.num_programs(0) - 1) // tl.num_programs(0)
     offset = phase.to(tl.int64) * phase_bytes
     own_plane = own_base + offset
     watch = (state.to(tl.int64), peers.to(tl.int64), limit.to(tl.int64))
@@ -188,4 +186,6 @@ def two_shot_kernel(
             finish(held, row, part, io, state, phase, watch, eps, loads, C, S)
     end(state, phase)
     keep_stamps(state, phase, (launched, begun, pushed, reduced_all, received, now(S)), S)
+    if items == 0:
+        poison(rows, io, C, S)
     let_next_kernel_start(PDL)
