@@ -1,7 +1,7 @@
 """The pass: collectives -> norms -> sites -> sharing -> rewrite -> report. Graph in, rewritten graph and report out."""
 
 from .collectives import register_collective, unregister_collective
-from .fuse import VerificationError, fuse, next_graph_id
+from .fusion import VerificationError, fuse, next_graph_id
 from .options import PassOptions
 from .reasons import REMEDIES, Reason, Refusal
 from .report import GraphReport, LayerAudit, ReportFormatError, Site

@@ -17,10 +17,11 @@ from torch.fx import Node
 
 from ..ops.flavour import Flavour
 from . import values
-from .meaning import Meaning
-from .program import REDUCTIONS, Leaf, Step, ancestors, closed, read
+from .expression import REDUCTIONS, Leaf, Step, ancestors, closed, read
+from .flavours import Match, derive, same_order
 from .reasons import Reason, Refusal
-from .rounding import Match, derive, prove, same_order
+from .replay import prove
+from .symbolic import Meaning
 
 
 @dataclass(frozen=True)

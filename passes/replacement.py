@@ -21,8 +21,8 @@ from tpfuse import compat
 from ..ops import reference
 from ..ops.flavour import Flavour
 from . import values
+from .candidate import Candidate
 from .reasons import Reason, Refusal
-from .sites import Candidate
 
 OP = torch.ops.tpfuse.all_reduce_add_rms_norm.default
 aten = torch.ops.aten

@@ -14,10 +14,10 @@ from torch.fx.node import map_arg
 from tpfuse import compat
 
 from . import values
+from .candidate import Candidate
 from .collectives import Collective
-from .program import KINDS
+from .expression import KINDS
 from .replacement import Replacement
-from .sites import Candidate
 
 
 @dataclass(frozen=True)

@@ -182,10 +182,10 @@ def test_keepdim_false_with_unsqueeze_is_a_norm_also_on_a_square(rows):
 
 def test_verify_replays_the_models_own_reduction(monkeypatch):
     """A recogniser that took columns for rows would be caught by tpfuse.verify."""
-    from tpfuse.passes import norms, program
+    from tpfuse.passes import expression, norms
 
-    monkeypatch.setattr(program, "_keeps_dim", lambda *_: True)
-    monkeypatch.setattr(program, "_layout", lambda node, kind, *_: "kept" if kind in ("mean", "sum") else "rows")
+    monkeypatch.setattr(expression, "_keeps_dim", lambda *_: True)
+    monkeypatch.setattr(expression, "_layout", lambda node, kind, *_: "kept" if kind in ("mean", "sum") else "rows")
     norms.forget()
 
     def f(x, r, w):
@@ -304,7 +304,7 @@ STEPS = {
     "look": ("norms", "read"),
     "place": ("sharing", "place"),
     "build": ("replacement", "_build"),
-    "judge": ("fuse", "_judge"),
+    "judge": ("fusion", "judge"),
     "insert": ("rewrite", "_insert"),
     "check": ("rewrite", "_check"),
 }

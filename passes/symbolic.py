@@ -7,7 +7,7 @@ from typing import Any
 import sympy
 import torch
 
-from .program import REDUCTIONS, Leaf, Ref, Step
+from .expression import REDUCTIONS, Leaf, Ref, Step
 from .reasons import Reason, Refusal
 
 S = sympy.Symbol("s", real=True)

@@ -1,0 +1,110 @@
+"""What the walk finds: a :class:`Candidate` names every operand of the fused op."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch.fx import Node
+
+from . import values
+from .collectives import Collective
+from .norms import NormForm
+from .reasons import Refusal
+
+
+@dataclass(frozen=True)
+class Term:
+    """One step between the sum and the norm.
+
+    Attributes:
+        kind: ``bias`` (a vector is added), ``full`` (a tensor with the rows of the sum is added) or ``scale``.
+        node: the node that does it.
+        operand: what is added; None for a scale.
+        factor: of a scale.
+        path: alias nodes between the value before and this step; their reshapes are repeated on the partial sum.
+    """
+
+    kind: str
+    node: Node
+    operand: Node | None = None
+    factor: float = 1.0
+    path: tuple[Node, ...] = ()
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A region that may be rewritten, with every operand of the fused op.
+
+    Attributes:
+        collective: the all-reduce.
+        terms: in order, at most one bias (or full addend), one scale, one residual.
+        bias: vector or full addend, or None.
+        scale: 1.0 when there is none.
+        residual: or None.
+        h: the value that is normalised, under all its names (the sum itself when there are no terms).
+        norm: what was found.
+        post_add: the add after the norm when the residual is added there, else None.
+        post_path: alias nodes between the norm and that add.
+    """
+
+    collective: Collective
+    terms: tuple[Term, ...]
+    bias: Node | None
+    scale: float
+    residual: Node | None
+    h: values.Aliases
+    norm: NormForm
+    post_add: Node | None = None
+    post_path: tuple[Node, ...] = ()
+
+    @property
+    def pattern(self) -> str:
+        parts = ["all_reduce"]
+        if self.bias is not None:
+            parts.append("add" if any(t.kind == "full" and t.operand is self.bias for t in self.terms) else "bias")
+        if self.scale != 1.0:
+            parts.append("scale")
+        if self.residual is not None and self.post_add is None:
+            parts.append("add")
+        parts.append("rms_norm")
+        if self.post_add is not None:
+            parts.append("add")
+        return "+".join(parts)
+
+    @property
+    def operands(self) -> tuple[Node, ...]:
+        """What the fused op reads besides the partial sum."""
+        return tuple(n for n in (self.bias, self.residual, self.norm.weight) if n is not None)
+
+    @property
+    def reshapes(self) -> tuple[Node, ...]:
+        """The reshapes between the residual sum's shape and the shape in which the model reads the normalised value."""
+        region = [*self.norm.steps, self.norm.out]
+        first = next((a for n in region for a in n.all_input_nodes if a in self.h), self.h.root)
+        hidden = values.width(self.h.root)
+        inner = [n for n in self.norm.steps if n.target in values.RESHAPES and values.width(n) == hidden]
+        return tuple(n for n in (*self.h.path(first), *inner) if n.target in values.RESHAPES)
+
+    @property
+    def nodes(self) -> tuple[Node, ...]:
+        """The nodes that the fused op replaces, the all-reduce first."""
+        region = [self.collective.node, *self.collective.waits]
+        region += [node for term in self.terms for node in (*term.path, term.node)]
+        region += [*self.norm.steps, self.norm.out]
+        if self.post_add is not None:
+            region += [*self.post_path, self.post_add]
+        return tuple(dict.fromkeys(region))
+
+
+@dataclass(frozen=True)
+class Found:
+    """One all-reduce with what the walk made of it."""
+
+    collective: Collective
+    outcome: Candidate | Refusal
+    pattern: str
+
+
+def pattern_of(terms: list[Term], end: str | None) -> str:
+    names = {"bias": "bias", "full": "add", "scale": "scale"}
+    return "+".join(["all_reduce", *(names[t.kind] for t in terms), *([end] if end else [])])

@@ -1,0 +1,148 @@
+"""The pass: find, judge, rewrite, report. A graph goes in; the rewritten graph and a report come out.
+
+Imports no kernel and needs no GPU, so it runs on a fake process group as well as under a compile.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from dataclasses import replace
+from functools import partial
+
+import torch.distributed as dist
+from torch.fx import Graph, GraphModule, Node
+
+from . import collectives, region, rewrite, sharing
+from .candidate import Candidate, Found
+from .failure import guarded, internal, kept
+from .judge import judge
+from .legality import Legality, reduction, settle
+from .options import PassOptions
+from .reasons import Refusal
+from .replacement import Replacement, build
+from .report import GraphReport, LayerAudit, Site
+from .site_of import site_of
+
+_ids = itertools.count()
+
+
+def next_graph_id() -> str:
+    """A name for a graph that no other report of this process has."""
+    return f"graph-{next(_ids)}"
+
+
+class VerificationError(RuntimeError):
+    """``tpfuse.verify`` found a rewritten region that gives other numbers than the model's own."""
+
+
+def fuse(
+    graph: GraphModule | Graph, options: PassOptions | None = None, *, training: bool = False, inner: str = ""
+) -> GraphReport:
+    """Rewrite every legal ``all_reduce -> add -> RMSNorm`` of a functional ATen graph in place.
+
+    Args:
+        graph: a graph at the level that AOTAutograd, ``torch.export`` or Inductor's pre-pass produce.
+        options: default is policy ``shared`` and exact numerics.
+        training: the graph belongs to a training step; nothing is rewritten and every site says so.
+        inner: name of the inner compiler, for the report.
+    Returns:
+        The report; it has exactly one site per all-reduce.
+    Raises:
+        VerificationError: with ``options.verify``, when a rewritten region differs. The graph must not be used then.
+    """
+    options = options or PassOptions()
+    started = time.perf_counter()
+    module = graph if isinstance(graph, GraphModule) else None
+    g = graph.graph if isinstance(graph, GraphModule) else graph
+    try:
+        sites, audits = _rewrite(g, options, training)
+        if module is not None and any(s.fused for s in sites):
+            module.recompile()
+    except VerificationError:
+        raise
+    except Exception as error:
+        if options.verify:
+            raise
+        sites, audits = kept(g, error), []
+    initialised = dist.is_available() and dist.is_initialized()
+    return GraphReport(
+        graph_id=next_graph_id(),
+        rank=dist.get_rank() if initialised else 0,
+        world_size=dist.get_world_size() if initialised else 1,
+        sites=sites,
+        layers=audits,
+        policy=options.policy,
+        numerics=options.numerics,
+        inner=inner,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _rewrite(g: Graph, options: PassOptions, training: bool) -> tuple[list[Site], list[LayerAudit]]:
+    """Find, judge and build everything; only then edit. An exception leaves the graph as it was."""
+    found = collectives.find(g)
+    legality = Legality(g)
+    looked = settle([guarded(c, options, partial(_look, legality, options)) for c in found]) if found else []
+    built: dict[Node, Replacement] = {}
+    for position, item in enumerate(looked):
+        if isinstance(item.outcome, Candidate):
+            looked[position], replacement = _build(item, options)
+            if replacement is not None:
+                built[item.outcome.norm.out] = replacement
+    places = sharing.order_layers([sharing.place(c, legality.order) for c in found])
+    audits = sharing.audit(found, places)
+    judged = judge(looked, places, audits, options, training)
+    sites = [site_of(f, p, audits) for f, p in zip(judged, places, strict=True)]
+
+    decisions: list[rewrite.Decision] = []
+    for item, site in zip(judged, sites, strict=True):
+        if isinstance(item.outcome, Candidate):
+            point = legality.insertion_point(item.outcome)
+            assert point is not None  # judged legal
+            decision = rewrite.Decision(built[item.outcome.norm.out], point)
+            if options.verify:
+                _verify(decision, site)
+            decisions.append(decision)
+    try:
+        fused = iter(rewrite.apply(g, decisions))
+    except Exception as error:
+        if options.verify:
+            raise
+        refusal = internal(error)
+        kept = [Found(f.collective, refusal, f.pattern) if s.fused else f for f, s in zip(judged, sites, strict=True)]
+        return [site_of(f, p, audits) for f, p in zip(kept, places, strict=True)], audits
+    return [replace(s, replaced_by=next(fused).name) if s.fused else s for s in sites], audits
+
+
+def _look(legality: Legality, options: PassOptions, c: collectives.Collective) -> Found:
+    """One all-reduce: can it be fused at all, what follows it, may that be rewritten?"""
+    refusal = reduction(c)
+    if refusal is not None:
+        return Found(c, refusal, "all_reduce")
+    found = region.follow(c, legality.order, options.numerics == "relaxed")
+    if isinstance(found.outcome, Candidate):
+        refusal = legality.refusal(found.outcome)
+    return found if refusal is None else Found(c, refusal, found.pattern)
+
+
+def _build(item: Found, options: PassOptions) -> tuple[Found, Replacement | None]:
+    assert isinstance(item.outcome, Candidate)
+    try:
+        built = build(item.outcome)
+    except Exception as error:
+        if options.verify:
+            raise
+        built = internal(error)
+    if isinstance(built, Refusal):
+        return Found(item.collective, built, item.pattern), None
+    return item, built
+
+
+def _verify(decision: rewrite.Decision, site: Site) -> None:
+    difference = rewrite.verify(decision)
+    if difference is not None:
+        raise VerificationError(
+            f"tpfuse.verify: the rewrite of {site.nodes[0]} ({site.source or 'unknown source'}) is wrong: "
+            f"{difference}. This is a bug in tpfuse; compile with options={{'tpfuse.policy': 'off'}} meanwhile."
+        )

@@ -1,0 +1,276 @@
+"""Judge: every refusal that does not come from reading a norm.
+
+Whether an all-reduce can be fused at all, why a walk ended without a norm, whether a region may be rewritten where it stands,
+and which of two all-reduces gets a norm that both could claim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.fx import Graph, Node
+
+from tpfuse import compat
+
+from . import collectives, storages, values
+from .candidate import Candidate, Found, Term
+from .collectives import Collective
+from .reasons import Reason, Refusal
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+ADD = values.overloads("add.Tensor")
+MUL = values.overloads("mul.Tensor", "mul.Scalar")
+WHERE = values.overloads("where.self")
+DROPOUTS = values.overloads("native_dropout.default", "dropout.default")
+MASKS = values.CASTS | MUL | values.overloads("div.Tensor", "div.Scalar", "gt.Scalar", "lt.Scalar", "ge.Scalar")
+MASK_DEPTH = 4
+GATHERS = frozenset({"all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all_single", "broadcast"})
+
+
+def reduction(c: Collective) -> Refusal | None:
+    """Why no op of ours can do this all-reduce."""
+    if c.error:
+        return Refusal(Reason.UNKNOWN_GROUP, c.error)
+    if c.reduce_op != "sum":
+        return Refusal(Reason.REDUCE_OP, f"the reduction is {c.reduce_op!r}, expected 'sum'")
+    if len(c.ranks) < 2:
+        return Refusal(Reason.GROUP_SIZE, f"the group is {list(c.ranks)}")
+    dtype = values.dtype(c.value)
+    if dtype not in DTYPES:
+        return Refusal(Reason.DTYPE, f"the sum is {dtype}, expected one of {', '.join(map(str, DTYPES))}")
+    return None
+
+
+def several_readers(current: values.Aliases, terms: list[Term]) -> Refusal | None:
+    """A sum with several readers and no norm among them."""
+    if len(current.readers) <= 1:
+        return None
+    adds = [r for r in current.readers if r.target in ADD or r.target in MUL]
+    others = [r for r in current.readers if r not in adds[:1]]
+    if terms and any(t.kind == "full" for t in terms):
+        return no_norm(current, terms)
+    if any(r.op == "output" for r in others) and adds:
+        return Refusal(Reason.RETURNED, f"the sum is an output of the graph besides being read by {adds[0].name}")
+    if adds:
+        names = ", ".join(r.name for r in others)
+        return Refusal(Reason.EXTRA_READER, f"the sum is read by {names} besides {adds[0].name}")
+    return no_norm(current, terms)
+
+
+def no_norm(current: values.Aliases, terms: list[Term]) -> Refusal:
+    """Nothing more can be followed: say what stands in the way."""
+    what = "residual sum" if terms else "sum"
+    for reader in current.readers:
+        if reader.op == "output":
+            if not terms:
+                return Refusal(
+                    Reason.RETURNED,
+                    "the sum is an output of the graph. If the model does not return it, the graph ends between the sum and "
+                    "its norm: a graph break (TORCH_LOGS=graph_breaks shows where), or layers that are compiled one by one",
+                )
+            return Refusal(
+                Reason.NO_NORM,
+                f"the {what} leaves the graph before any norm reads it: the model returns it, or the graph ends there (a "
+                "graph break, which TORCH_LOGS=graph_breaks shows, or layers that are compiled one by one)",
+            )
+    for reader in current.readers:
+        if reader.target in values.ROW_MOVERS or _gathers(reader):
+            return Refusal(Reason.ROWS_MOVE, f"{reader.name} ({reader.target}) moves rows of the {what}")
+    for reader in current.readers:
+        if _drops_out(reader):
+            return Refusal(Reason.DROPOUT, f"{reader.name} ({reader.target}) drops values of the {what} at random")
+    for reader in current.readers:
+        if storages.mutates(reader):
+            return Refusal(
+                Reason.MUTATION,
+                f"{reader.name} ({reader.target}) writes the {what} in place; the pass reads functional graphs, which "
+                "an exported program is after run_decompositions()",
+            )
+    for reader in current.readers:
+        if reader.target in values.CASTS:
+            return Refusal(
+                Reason.DTYPE, f"the {what} is cast from {values.dtype(current.root)} to {values.dtype(reader)}"
+            )
+    readers = ", ".join(f"{r.name} ({r.target})" for r in current.readers[:3]) or "nothing"
+    return Refusal(Reason.NO_NORM, f"the {what} is read by {readers}; no norm follows")
+
+
+class Legality:
+    """Judges the candidates of one graph. Holds what all of them share: order, mutations, communication."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.nodes = list(graph.nodes)
+        self.order = {node: index for index, node in enumerate(self.nodes)}
+        self.mutations = [n for n in graph.nodes if storages.mutates(n)]
+        self.communication = [n for n in graph.nodes if collectives.is_communication(n)]
+
+    def refusal(self, candidate: Candidate) -> Refusal | None:
+        """Why the region may not be rewritten; None when it may."""
+        point = self.insertion_point(candidate)
+        if point is None:
+            return Refusal(Reason.ORDER, "an operand of the fused op is computed after its result is first read")
+        shapes = candidate.reshapes
+        if not values.same_rows(shapes[-1] if shapes else candidate.h.root, candidate.norm.out):
+            return Refusal(
+                Reason.ROWS_MOVE,
+                f"the norm turns {shape_of(candidate.h.root)} into {shape_of(candidate.norm.out)} in a way that is not a reshape",
+            )
+        found = self._written(candidate, point) or self._read_elsewhere(candidate)
+        if found is not None:
+            return found
+        other = self._later_sum(candidate)
+        if other is not None:
+            return Refusal(
+                Reason.SUM_OF_REDUCTIONS, f"its sum is added to that of {other.name}, which takes it as an addend"
+            )
+        start, end = self.order[candidate.collective.node], self.order[point]
+        for node in self.communication:
+            if start < self.order[node] < end and _same_group(node, candidate.collective):
+                return Refusal(
+                    Reason.ORDER, f"{node.name} communicates on the same ranks between the all-reduce and its norm"
+                )
+        return None
+
+    def insertion_point(self, candidate: Candidate) -> Node | None:
+        """The node before which the fused op goes: after all operands, before all readers; None when there is none."""
+        produced = {candidate.h.root, candidate.norm.out}
+        if candidate.post_add is not None:
+            produced.add(candidate.post_add)
+        ready = max(self.order[n] for n in (candidate.collective.x, *candidate.operands))
+        ready = max(ready, self.order[candidate.collective.node])
+        if self.order[candidate.h.root] > ready:
+            return candidate.h.root
+        # An operand (usually the weight) is computed after the residual sum: go right behind it, before the first use.
+        inside = set(candidate.nodes)
+        readers = [u for node in produced for u in node.users if u not in inside]
+        readers += [n for n in candidate.norm.steps if any(u not in inside for u in n.users)]  # these stay
+        readers += [u for name in candidate.h.names for u in name.users if u not in inside and u not in candidate.h]
+        readers += _names_that_stay(candidate.h, inside)
+        if any(self.order[reader] <= ready for reader in readers):
+            return None
+        return self.nodes[ready + 1]
+
+    def _written(self, candidate: Candidate, point: Node) -> Refusal | None:
+        """Whether something in the region is overwritten between the first and the last node that the rewrite moves."""
+        c = candidate.collective
+        region = {*candidate.nodes, *candidate.h.names}
+        stores = {m for node in (*region, *candidate.operands, c.x) for m in storages.of(node)}
+        first = min(self.order[n] for n in region)
+        last = max(self.order[n] for n in (*region, point))
+        for node in self.mutations:
+            if node is c.node or not first <= self.order[node] <= last:
+                continue
+            written = storages.written(node)
+            if written is None or written & stores:
+                return Refusal(Reason.MUTATION, f"{node.name} ({node.target}) writes an operand in place")
+        return None
+
+    def _read_elsewhere(self, candidate: Candidate) -> Refusal | None:
+        """Whether the sum is read past the names that the rewrite redirects.
+
+        An all-reduce that writes its input in place leaves the sum in a buffer that older views show as well.
+        """
+        c = candidate.collective
+        region = {*candidate.nodes, *candidate.h.names, *values.aliases(c.value, self.order, also=c.waits).names}
+        if c.node is not c.value and c.index is None:
+            for reader in c.node.users:
+                if reader not in region:
+                    return Refusal(Reason.EXTRA_READER, f"{reader.name} reads the all-reduce without its wait")
+        if not storages.mutates(c.node):
+            return None
+        buffer = storages.of(c.x)
+        start = self.order[c.node]
+        for node in self.nodes:
+            if node in region or not storages.of(node) & buffer:
+                continue
+            if node.op != "call_function":
+                return Refusal(Reason.MUTATION, f"the all-reduce writes the graph's input {node.name} in place")
+            late = next((u for u in node.users if self.order[u] > start and u not in region), None)
+            if late is not None:
+                return Refusal(
+                    Reason.MUTATION,
+                    f"{late.name} reads {node.name} later, a view of the buffer that the all-reduce writes in place",
+                )
+        return None
+
+    def _later_sum(self, candidate: Candidate) -> Node | None:
+        """The all-reduce behind a full addend, when it comes after ours: that one is nearer to the norm."""
+        node = candidate.bias
+        while node is not None and node.op == "call_function":
+            if collectives.spelling_of(node) is not None:
+                return node if self.order[node] > self.order[candidate.collective.node] else None
+            first = next(
+                (a for a in node.all_input_nodes if node.target is collectives.WAIT or values.is_alias(node, a)), None
+            )
+            node = first
+        return None
+
+
+def _same_group(node: Node, c: Collective) -> bool:
+    names = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, str)]
+    if not names:
+        return True  # not understood: assume the worst
+    return any(
+        name == c.group_name or collectives.group_ranks(name)[0] == c.ranks for name in names if name != c.reduce_op
+    )
+
+
+def settle(found: Sequence[Found]) -> list[Found]:
+    """Let at most one all-reduce claim each norm: the last, for it is the nearest to the norm.
+
+    DeepSeek's MoE layers add the sums of the routed and of the shared experts; the earlier sum then is an operand of the
+    later one's fused op.
+    """
+    owner: dict[Node, int] = {}
+    for index, item in enumerate(found):
+        if isinstance(item.outcome, Candidate):
+            owner[item.outcome.norm.out] = index
+    settled = []
+    for index, item in enumerate(found):
+        outcome = item.outcome
+        if isinstance(outcome, Candidate) and owner[outcome.norm.out] != index:
+            other = found[owner[outcome.norm.out]].collective
+            outcome = Refusal(
+                Reason.SUM_OF_REDUCTIONS,
+                f"its sum is added to that of {other.node.name}, whose fused op takes it as an addend",
+            )
+        settled.append(Found(item.collective, outcome, item.pattern))
+    return settled
+
+
+def _names_that_stay(h: values.Aliases, inside: set[Node]) -> list[Node]:
+    """The names of a value, other than its root, that something outside the region reads, or a further such name."""
+    stay: set[Node] = set()
+    for name in reversed(list(h.parent)):  # a name comes after the one that it was made from
+        if any(user in stay or (user not in inside and user not in h) for user in name.users):
+            stay.add(name)
+    return list(stay)
+
+
+def shape_of(node: Node) -> str:
+    tensor = values.value(node)
+    return "?" if tensor is None else str(tuple(compat.size_hint(n) for n in tensor.shape))
+
+
+def _drops_out(node: Node) -> bool:
+    """Whether a node is dropout, or multiplies by a random mask, which is what dropout is decomposed into."""
+    if node.target in DROPOUTS:
+        return True
+    if node.target not in MUL and node.target not in WHERE:
+        return False
+    stack = [(a, 0) for a in node.all_input_nodes]
+    while stack:
+        current, depth = stack.pop()
+        target = current.target
+        if isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags:
+            return True
+        if "inductor_random" in str(target):
+            return True
+        if depth < MASK_DEPTH and (depth == 0 or values.dtype(current) == torch.bool or target in MASKS):
+            stack.extend((a, depth + 1) for a in current.all_input_nodes)
+    return False
+
+
+def _gathers(node: Node) -> bool:
+    return getattr(getattr(node.target, "overloadpacket", None), "__name__", "") in GATHERS
