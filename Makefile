@@ -61,7 +61,7 @@ types: setup
 
 bench: setup
 	$(BIN)/python benchmarks/pass_cost.py
-	@if $(BIN)/python -c "import sys; from tpfuse.ops.one_gpu import gpu_count; sys.exit(gpu_count() == 0)"; \
+	@if $(BIN)/python -c "import sys; from tpfuse.measure.ranks import gpu_count; sys.exit(gpu_count() == 0)"; \
 	then $(BIN)/python benchmarks/machine.py --out results; else echo "No GPU is visible: the kernels were not measured"; fi
 
 clean:

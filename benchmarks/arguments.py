@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from tpfuse.ops import bench
+from tpfuse.measure import bench
 
 
 def numbers(text: str) -> tuple[int, ...]:

@@ -20,12 +20,14 @@ from typing import Any
 
 import torch
 from arguments import add_shapes
-from tpfuse.ops import bench, dispatch, launch
+from tpfuse.ops import geometry, prepare, schedule
 from tpfuse.ops.flavour import LLAMA
-from tpfuse.ops.kernels.constants import Constants, constants
-from tpfuse.ops.launch import Kernel
-from tpfuse.ops.one_gpu import gpu_count
-from tpfuse.ops.plane import Settings
+from tpfuse.ops.kernel import Kernel
+from tpfuse.ops.kernels.variant import Constants, constants
+from tpfuse.ops.settings import Settings
+
+from tpfuse.measure import bench
+from tpfuse.measure.ranks import gpu_count
 
 
 @dataclass(frozen=True)
@@ -69,23 +71,23 @@ def kernels(
                 most = bench.resident(algorithm, part, stand) // share  # type: ignore[arg-type]
 
                 def shape_of(
-                    n: int, c: Constants = c, part: launch.Part = part, most: int = most
-                ) -> launch.Geometry | None:
-                    return launch.forced_geometry(n, c.groups, part, most)
+                    n: int, c: Constants = c, part: geometry.Part = part, most: int = most
+                ) -> geometry.Geometry | None:
+                    return geometry.forced_geometry(n, c.groups, part, most)
 
                 mode = Settings(shared_gpu="packed", algorithm=algorithm)
                 for n in rows:
                     if shape_of(n) is None:
                         continue
-                    plan = dispatch.plan_of(stand, mode, c, torch.bfloat16, n, shape_of=shape_of)  # type: ignore[arg-type]
+                    plan = schedule.schedule_of(stand, mode, c, torch.bfloat16, n, shape_of=shape_of)  # type: ignore[arg-type]
                     for one in plan.launches:
                         found.setdefault(id(one.kernel), (one.kernel, c, stand))
             for settings, wait in [(modes[0], False), *((mode, True) for mode in modes)]:
                 if (settings, wait) == (modes[0], True):
-                    for kernel in dispatch.kernels_needed(stand, settings, c, torch.bfloat16):  # type: ignore[arg-type]
+                    for kernel in schedule.kernels_needed(stand, settings, c, torch.bfloat16):  # type: ignore[arg-type]
                         found.setdefault(id(kernel), (kernel, c, stand))
                 for n in set(rows):
-                    plan = dispatch.plan_of(stand, settings, c, torch.bfloat16, n, wait)  # type: ignore[arg-type]
+                    plan = schedule.schedule_of(stand, settings, c, torch.bfloat16, n, wait)  # type: ignore[arg-type]
                     for one in plan.launches:
                         found.setdefault(id(one.kernel), (one.kernel, c, stand))
     return list(found.values())
@@ -99,7 +101,7 @@ def compile_share(number: int, of: int, worlds: Any, hiddens: Any, rows: Any, co
         key=lambda k: -k[0].constexprs[1].world * k[0].constexprs[1].steps,
     )
     for kernel, c, stand in todo[number::of]:
-        kernel.compile(*dispatch.samples(c, stand))
+        kernel.compile(*prepare.samples(c, stand))
     if number == 0:
         print(f"{len(todo)} kernels", flush=True)
 

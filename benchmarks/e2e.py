@@ -42,7 +42,8 @@ import e2e_llama
 import torch
 import torch.distributed as dist
 from e2e_measure import CHAIN, CHAINS, CHECKS, STEPS, WARM, Line, Plan, table
-from tpfuse.ops.one_gpu import gpu_count, run_ranks
+
+from tpfuse.measure.ranks import gpu_count, run_ranks
 
 
 def _gloo_rank(rank: int, fn: Callable[..., list[Line]], world: int, folder: str, plan: Plan) -> None:

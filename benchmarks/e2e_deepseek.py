@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from e2e_measure import Case, Line, Plan, Recorder, Say, measure_shape, memory, prepare
 from torch import Tensor, nn
-from tpfuse.ops.one_gpu import gpu_count
 
 import tpfuse
 import tpfuse.hf
+from tpfuse.measure.ranks import gpu_count
 from tpfuse.parallel import ParallelConfig, layout_of
 
 PROMPT = 16  # tokens in the cache when a contender starts

@@ -14,9 +14,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from arguments import add_shapes
-from tpfuse.ops import bench, links
-from tpfuse.ops.one_gpu import gpu_count, run_ranks
-from tpfuse.ops.plane import Settings
+from tpfuse.ops.settings import Settings
+
+from tpfuse.measure import bench, links
+from tpfuse.measure.ranks import gpu_count, run_ranks
 
 
 def measure_links(plan: bench.Plan, out: Path) -> list[links.Links]:
@@ -42,7 +43,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("."))
     parser.add_argument("--name", default="kernel")
     parser.add_argument(
-        "--links", action="store_true", help="measure what bounds an all-reduce, too; see tpfuse.ops.links"
+        "--links", action="store_true", help="measure what bounds an all-reduce, too; see tpfuse.measure.links"
     )
     parser.add_argument("--only-links", action="store_true", help="and nothing else")
     args = parser.parse_args()

@@ -24,7 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from arguments import numbers
-from tpfuse.ops.one_gpu import gpu_count
+
+from tpfuse.measure.ranks import gpu_count
 
 HERE = Path(__file__).resolve().parent
 HIDDEN = "4096,5120,7168,8192"

@@ -1,4 +1,4 @@
-"""Start several ranks on one GPU: the launcher lives in ``tpfuse.ops.one_gpu``; this shows how to use it.
+"""Start several ranks on one GPU: the launcher lives in ``tpfuse.measure.ranks``; this shows how to use it.
 
 python benchmarks/one_gpu_ranks.py 4
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from tpfuse.ops.one_gpu import run_ranks
+from tpfuse.measure.ranks import run_ranks
 
 
 def one_call(rank: int, world: int) -> str:

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from stages import STAGES
-from tpfuse.ops import bench, links
+
+from tpfuse.measure import bench, links
 
 RESULTS = Path(__file__).parent / "results"
 RANGES = ((1, 64), (8, 64), (65, 1 << 30))  # of rows

@@ -21,8 +21,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from arguments import add_shapes
-from tpfuse.ops import bench, dispatch, one_gpu, op, plane
-from tpfuse.ops.kernels.epilogue import STAMP_NAMES, STAMP_WORDS, STATE_WORDS
+from tpfuse.ops import cuda, op, paths, prepare, schedule
+from tpfuse.ops.kernels.state import STAMP_NAMES, STAMP_WORDS, STATE_WORDS
+
+from tpfuse.measure import bench, ranks
 
 CALLS, REPLAYS = 20, 15
 BETWEEN = tuple(f"{a} to {b}" for a, b in itertools.pairwise(STAMP_NAMES))
@@ -55,31 +57,29 @@ def stages(rank: int, world: int, rows: int, hidden: int, algorithm: str, wait: 
     shared = torch.cuda.device_count() < world
     p, _ = bench.problem(rank, world, rows, hidden, group_name, shared, device)
     op.all_reduce_add_rms_norm(p.x, p.residual, p.weight, eps=p.eps, group=group_name)
-    path = plane.path_of(group_name, device)
-    prepared = next(q for key, q in dispatch._prepared.items() if key[0] == group_name and key[2] == hidden)
+    path = paths.path_of(group_name, device)
+    prepared = next(q for key, q in prepare.PREPARED.items() if key[0] == group_name and key[2] == hidden)
     c = prepared.constants
     if path.plane is None or c is None:
         raise RuntimeError(f"no kernel to look into: {path.cause or prepared.why_not}")
-    plan = dispatch.plan_of(path.plane, replace(path.settings, algorithm=algorithm), c, p.x.dtype, rows, wait)
+    plan = schedule.schedule_of(path.plane, replace(path.settings, algorithm=algorithm), c, p.x.dtype, rows, wait)
     if len(plan.launches) != 1:
         raise RuntimeError(f"{rows} rows of {hidden} take {len(plan.launches)} launches; choose a shape that takes one")
     one = plan.launches[0]
     variant = one.kernel.constexprs[1]
-    kernel = dispatch.kernel_of(
+    kernel = schedule.kernel_of(
         plan.selection.algorithm, c, replace(variant, stamps=True), bool(one.kernel.options.get("launch_pdl"))
     )
     # A state of its own, with room for the stamps; every rank begins it at phase 0, and the plane is empty between calls.
     state = torch.zeros(STATE_WORDS + STAMP_WORDS, dtype=torch.int32, device=device)
     stamped = replace(path.plane, state=state)
-    dispatch.load_together([kernel], stamped, dispatch.samples(c, stamped))
+    prepare.load_together([kernel], stamped, prepare.samples(c, stamped))
     normed, h = torch.empty_like(p.x), torch.empty_like(p.x)
     stamped_launch = replace(one, kernel=kernel)
 
     def call() -> None:
         stream = torch.cuda.current_stream().cuda_stream
-        dispatch._launch(
-            stamped_launch, stream, stamped, prepared, p.x, p.residual, p.weight, None, normed, h, p.eps, 1.0
-        )
+        cuda._launch(stamped_launch, stream, stamped, prepared, p.x, p.residual, p.weight, None, normed, h, p.eps, 1.0)
 
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
@@ -113,7 +113,7 @@ def stages(rank: int, world: int, rows: int, hidden: int, algorithm: str, wait: 
             begun = [min(program[1] for program in last) for _, last in everyone]
             found["skew"].append(max(begun) - min(begun))
     if not wait:
-        plane.reset(group_name)
+        paths.reset(group_name)
     facts = {
         "algorithm": plan.selection.algorithm,
         "part": f"{variant.lanes}x{variant.steps}",
@@ -141,13 +141,13 @@ def main() -> None:
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds for one world size")
     parser.add_argument("--out", type=Path, help="JSON of all stages")
     args = parser.parse_args()
-    if one_gpu.gpu_count() == 0:
+    if ranks.gpu_count() == 0:
         parser.exit(2, "stages.py: no GPU is visible\n")
     found = []
     shapes = [(hidden, rows) for hidden in args.hidden for rows in args.rows]
     for world in args.worlds:
         env = {"TPFUSE_SHARED_GPU": "packed"}
-        found += one_gpu.run_ranks(all_stages, world, shapes, args.algorithm, timeout=args.timeout, env=env)[0]
+        found += ranks.run_ranks(all_stages, world, shapes, args.algorithm, timeout=args.timeout, env=env)[0]
         if args.out is not None:
             args.out.write_text(json.dumps({"facts": bench.facts(), "stages": found}, indent=1) + "\n")
     print(text(found))

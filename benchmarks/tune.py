@@ -11,8 +11,9 @@ import sys
 from pathlib import Path
 
 from arguments import numbers
-from tpfuse.ops import tune
-from tpfuse.ops.one_gpu import gpu_count
+
+from tpfuse.measure import tune
+from tpfuse.measure.ranks import gpu_count
 
 
 def main() -> None:

@@ -1,12 +1,13 @@
 """The fused op: schema, exact reference, selection, symmetric memory and kernels."""
 
-from . import environment
-from .dispatch import forget, raise_if_failed, reset
+from . import settings
 from .flavour import GEMMA, GEMMA4, LLAMA, OLMO2, WEIGHTLESS, Flavour
-from .invariant import batch_invariant, set_batch_invariant
+from .invariant import set_batch_invariant
 from .op import all_reduce_add_rms_norm
-from .plane import GroupPath, describe_path, stream_class
+from .paths import GroupPath, describe_path, raise_if_failed, reset, stream_class
+from .prepare import forget
 from .select import Selection, select
+from .settings import batch_invariant
 
 __all__ = [
     "GEMMA",
@@ -20,11 +21,11 @@ __all__ = [
     "all_reduce_add_rms_norm",
     "batch_invariant",
     "describe_path",
-    "environment",
     "forget",
     "raise_if_failed",
     "reset",
     "select",
     "set_batch_invariant",
+    "settings",
     "stream_class",
 ]

@@ -17,26 +17,15 @@ from torch import Tensor
 
 from tpfuse import compat
 
-from . import environment, reference
+from . import reference
 from .flavour import Flavour
+from .settings import BATCH_INVARIANT, asked, batch_invariant
 
-VARIABLE = "TPFUSE_BATCH_INVARIANT"
-_VARIABLE = environment.register(
-    VARIABLE, "the bits of a row depend on no other row of the call", False, environment.flag
-)
 GATHERED_BYTES = 8 << 20  # of one rank's rows: what is gathered at once
 
-_asked: dict[str, bool] = {}  # "on": what set_batch_invariant was given last
 # By name, with the group: torch gives the name of a destroyed group to another one.
 _used: dict[str, Callable[[], Any]] = {}  # groups that have made calls
 _votes: dict[str, tuple[Callable[[], Any], int]] = {}  # how often a group has agreed
-
-
-def batch_invariant() -> bool:
-    """Whether this process is in batch-invariant mode. Raises ``ValueError`` naming the variable when its value is not valid."""
-    if _asked:
-        return _asked["on"]
-    return _VARIABLE.value()
 
 
 def set_batch_invariant(on: bool) -> None:
@@ -52,10 +41,10 @@ def set_batch_invariant(on: bool) -> None:
         now, before = ("on", "off") if on else ("off", "on")
         raise RuntimeError(
             f"tpfuse: batch_invariant cannot be switched {now}: groups {used} have made calls with it {before}. Set "
-            f"it before the first call on every rank (option tpfuse.batch_invariant or {VARIABLE}), or call "
+            f"it before the first call on every rank (option tpfuse.batch_invariant or {BATCH_INVARIANT}), or call "
             "tpfuse.ops.forget(group) for these groups on every rank first"
         )
-    _asked["on"] = on
+    asked["on"] = on
 
 
 def remember(group_name: str) -> None:
@@ -84,7 +73,7 @@ def agree(group_name: str) -> None:
     """
     if _is_used(group_name):
         return
-    from .plane import Settings
+    from .settings import Settings
 
     group = dist.distributed_c10d._resolve_process_group(group_name)  # type: ignore[arg-type]
     store = dist.distributed_c10d._get_process_group_store(group)
@@ -103,8 +92,8 @@ def agree(group_name: str) -> None:
         silent = [rank for rank, key in zip(ranks, keys, strict=True) if not store.check([key])]
         raise RuntimeError(
             f"tpfuse: rank {dist.get_rank()} of group {group_name!r} (ranks {ranks}) is in batch-invariant mode, and ranks "
-            f"{silent} have not said within {seconds:g} s that they are: set tpfuse.batch_invariant or {VARIABLE} alike on all "
-            "ranks"
+            f"{silent} have not said within {seconds:g} s that they are: set "
+            f"tpfuse.batch_invariant or {BATCH_INVARIANT} alike on all ranks"
         ) from error
     remember(group_name)
 

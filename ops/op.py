@@ -6,98 +6,21 @@ it, so a compiled graph is the same whatever path the group takes.
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from tpfuse import compat
-
-from . import invariant, reference
+from . import cuda, invariant, reference, settings
+from .arguments import check, refuse_gradients, same_sizes
 from .flavour import LLAMA, Flavour
+from .library import exact
 
 SCHEMA = (
     "all_reduce_add_rms_norm(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, float scale, "
     "str flavour, bool post_norm, str group_name) -> (Tensor normed, Tensor residual_out)"
 )
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 library = torch.library.Library("tpfuse", "DEF")
 library.define(SCHEMA, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
-
-
-def check(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    flavour: Flavour,
-    post_norm: bool,
-    same: Callable[[Any, Any], bool] = operator.eq,
-) -> None:
-    """Raise ``ValueError`` naming the argument, what it is and what the op takes.
-
-    Args:
-        same: compares two shapes; another one than ``==`` where sizes may be symbols.
-    """
-    if x.dim() < 1:
-        raise ValueError("all_reduce_add_rms_norm: x is a scalar; expected a tensor of shape (..., H)")
-    if x.dtype not in DTYPES:
-        raise ValueError(f"all_reduce_add_rms_norm: x has dtype {x.dtype}; expected one of {DTYPES}")
-    hidden = x.shape[-1]
-    if residual is not None and (residual.dtype != x.dtype or not same(residual.shape, x.shape)):
-        raise ValueError(
-            f"all_reduce_add_rms_norm: residual is {residual.dtype} {tuple(residual.shape)}; expected the dtype and "
-            f"shape of x, {x.dtype} {tuple(x.shape)}"
-        )
-    if post_norm and residual is None:
-        raise ValueError("all_reduce_add_rms_norm: post_norm=True needs a residual to add to; residual is None")
-    if (weight is None) != (flavour.gain == "none"):
-        given = "None" if weight is None else f"{weight.dtype} {tuple(weight.shape)}"
-        raise ValueError(
-            f"all_reduce_add_rms_norm: weight is {given}, but the flavour's gain is {flavour.gain!r}; pass a weight of "
-            "shape (H,) exactly when the gain is not 'none'"
-        )
-    if weight is not None and not same(tuple(weight.shape), (hidden,)):
-        raise ValueError(f"all_reduce_add_rms_norm: weight has shape {tuple(weight.shape)}; expected ({hidden},)")
-    if bias is not None and (
-        bias.dtype != x.dtype or not same(tuple(bias.shape), (hidden,) if bias.dim() == 1 else tuple(x.shape))
-    ):
-        raise ValueError(
-            f"all_reduce_add_rms_norm: bias is {bias.dtype} {tuple(bias.shape)}; expected {x.dtype} of shape "
-            f"({hidden},) or {tuple(x.shape)}"
-        )
-
-
-def _same_sizes(a: Any, b: Any) -> bool:
-    """Whether two shapes are equal. Sizes known at run time only are asserted to be, which the compiled graph then checks."""
-    if len(a) != len(b):
-        return False
-    for one, other in zip(a, b, strict=True):
-        if compat.known_at_run_time_only(one) or compat.known_at_run_time_only(other):
-            torch._check(
-                one == other,
-                lambda: f"all_reduce_add_rms_norm: operands that must have one shape have {tuple(a)} and {tuple(b)}",
-            )
-        elif one != other:
-            return False
-    return True
-
-
-def refuse_gradients(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> None:
-    """Raise ``RuntimeError`` where autograd would record the op: it has no gradient, and a silent zero would be worse.
-
-    Asked in every implementation and not by an autograd kernel, which would cost each call a further dispatch.
-    """
-    if torch.is_grad_enabled():
-        for name, tensor in (("x", x), ("residual", residual), ("weight", weight), ("bias", bias)):
-            if tensor is not None and tensor.requires_grad:
-                raise RuntimeError(
-                    f"all_reduce_add_rms_norm is for inference only and has no gradient, but {name} requires grad; call it under "
-                    "torch.no_grad() or torch.inference_mode(), or detach its operands"
-                )
 
 
 def _cpu(
@@ -132,14 +55,13 @@ def reference_all_reduce_add_rms_norm(
     if x.numel() == 0:
         # Every rank of the group has the same (zero) number of rows, so all of them skip the collective.
         reduced = x.clone()
-    elif invariant.batch_invariant():
+    elif settings.batch_invariant():
         invariant.agree(group_name)
         reduced = invariant.sum_in_rank_order(x, group_name)
         return invariant.add_rms_norm(reduced, residual, weight, bias, eps, scale, flavour, post_norm)
     else:
         invariant.remember(group_name)
-        reduced = torch.ops._c10d_functional.all_reduce(x.contiguous(), "sum", group_name)
-        reduced = torch.ops._c10d_functional.wait_tensor(reduced)
+        return exact(x, residual, weight, bias, eps, scale, flavour, post_norm, group_name)
     normed, residual_out = reference.add_rms_norm(reduced, residual, weight, bias, eps, scale, flavour, post_norm)
     return normed.contiguous(), residual_out.contiguous()
 
@@ -157,13 +79,14 @@ def _fake(
 ) -> tuple[Tensor, Tensor]:
     refuse_gradients(x, residual, weight, bias)
     parsed = Flavour.parse(flavour)
-    check(x, residual, weight, bias, parsed, post_norm, _same_sizes)
+    check(x, residual, weight, bias, parsed, post_norm, same_sizes)
     normed_dtype = reference.output_dtype(x.dtype, None if weight is None else weight.dtype, parsed)
-    residual_dtype = torch.promote_types(x.dtype, normed_dtype) if post_norm else x.dtype
+    residual_dtype = reference.residual_dtype(x.dtype, normed_dtype, post_norm)
     return x.new_empty(x.shape, dtype=normed_dtype), x.new_empty(x.shape, dtype=residual_dtype)
 
 
 library.impl("all_reduce_add_rms_norm", _cpu, "CPU")
+library.impl("all_reduce_add_rms_norm", cuda.run, "CUDA")
 torch.library.register_fake("tpfuse::all_reduce_add_rms_norm", _fake, lib=library)
 
 

@@ -32,7 +32,7 @@ orders the two, or refuses; for calls that are to overlap use a :func:`stream_cl
 
 Why nothing waits for a program that is not running
 ---------------------------------------------------
-Programs wait for peers' programs and, in a split row, for their neighbours. The grid is capped (``launch.Room.fits``) so
+Programs wait for peers' programs and, in a split row, for their neighbours. The grid is capped (``geometry.Room.fits``) so
 that all programs of all ranks that share a GPU are resident together, and so that the ordinary kernels that a peer has in
 its stream before its own call find multiprocessors on which nobody waits.
 """
@@ -40,12 +40,7 @@ its stream before its own call find multiprocessors on which nobody waits.
 from __future__ import annotations
 
 import contextlib
-import os
-import threading
-import warnings
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -53,171 +48,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tpfuse import compat
-
-from . import environment, invariant, streams, topology
 from . import select as selection
-
-WATCHDOG_SECONDS = 600.0  # torch's own limit for a collective
-MIN_WORLD, MAX_WORLD = 2, 8
-DEPENDENT_LAUNCH = ("off", "end", "early")
-SHARED_GPU = ("spare", "packed")
-BACKENDS = ("auto", "CUDA", "NCCL")
-
-_ALGORITHM = environment.register(
-    "TPFUSE_ALGORITHM",
-    "the algorithm of every call, or auto",
-    "auto",
-    environment.word(("auto", *selection.ALGORITHMS)),
-)
-_TABLE = environment.register(
-    "TPFUSE_TABLE",
-    "a selection table that `tpfuse bench --tune` wrote",
-    selection.TABLE,
-    lambda _, text: selection.load_table(Path(text)),
-)
-_WATCHDOG = environment.register(
-    "TPFUSE_WATCHDOG_SECONDS",
-    "seconds that a kernel waits for a peer before it gives up",
-    WATCHDOG_SECONDS,
-    environment.number(0.001, most=environment.LONGEST),
-)
-_PDL = environment.register(
-    "TPFUSE_PDL", "programmatic dependent launch on sm_90 and newer", "early", environment.word(DEPENDENT_LAUNCH)
-)
-_PLANES = environment.register(
-    "TPFUSE_CONCURRENT_PLANES", "planes of one process in use at the same time", 1, environment.number(1, int)
-)
-_SHARED_GPU = environment.register(
-    "TPFUSE_SHARED_GPU", "what waiting kernels take of a GPU that ranks share", "spare", environment.word(SHARED_GPU)
-)
-_BACKEND = environment.register(
-    "TPFUSE_SYMM_MEM", "torch's symmetric-memory backend", "auto", environment.word(BACKENDS)
-)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the environment asks for; equal on all ranks of a group or the group refuses to start.
-
-    Attributes:
-        algorithm: ``TPFUSE_ALGORITHM``: ``auto`` or an algorithm for every call.
-        table: ``TPFUSE_TABLE``: a tuned selection table.
-        watchdog_seconds: ``TPFUSE_WATCHDOG_SECONDS``: how long a poll waits for a peer.
-        dependent_launch: ``TPFUSE_PDL``: programmatic dependent launch on sm_90 and newer. ``off``: the next kernel is
-            launched when this one has ended; ``end``: after the last store of this one; ``early``: once the kernel
-            before this one has ended. In all three the next kernel reads nothing before this one has ended.
-        concurrent_planes: ``TPFUSE_CONCURRENT_PLANES``: how many planes of one process may be in use at the same time.
-        shared_gpu: ``TPFUSE_SHARED_GPU``: what waiting kernels take of a GPU that ranks share. ``spare`` leaves
-            multiprocessors free, so that ordinary kernels of all ranks always run; ``packed`` fills it, for ranks that
-            run nothing but these kernels, as benchmarks do.
-        backend: ``TPFUSE_SYMM_MEM``: torch's symmetric-memory backend; ``auto`` is torch's own choice.
-        batch_invariant: ``TPFUSE_BATCH_INVARIANT`` or the option: see :mod:`tpfuse.ops.invariant`.
-    """
-
-    algorithm: str = "auto"
-    table: tuple[selection.Entry, ...] = field(default=selection.TABLE, repr=False)
-    watchdog_seconds: float = WATCHDOG_SECONDS
-    dependent_launch: str = "early"
-    concurrent_planes: int = 1
-    shared_gpu: str = "spare"
-    backend: str = "auto"
-    batch_invariant: bool = False
-
-    @classmethod
-    def from_environment(cls) -> Settings:
-        """Raises ``ValueError`` naming the variable, its value and the valid ones."""
-        batch_invariant = invariant.batch_invariant()
-        algorithm = _ALGORITHM.value()
-        if batch_invariant and algorithm == "library":
-            raise ValueError(
-                "TPFUSE_ALGORITHM='library' is not valid with batch_invariant: an all-reduce of the library sums in an order "
-                "that depends on the size of the call; valid are auto, one_shot, two_shot. Unset one of the two on all ranks"
-            )
-        return cls(
-            algorithm=algorithm,
-            table=_TABLE.value(),
-            watchdog_seconds=_WATCHDOG.value(),
-            dependent_launch=_PDL.value(),
-            concurrent_planes=_PLANES.value(),
-            shared_gpu=_SHARED_GPU.value(),
-            backend=_BACKEND.value(),
-            batch_invariant=batch_invariant,
-        )
-
-    def fingerprint(self) -> str:
-        return (
-            f"algorithm={self.algorithm} table={selection.fingerprint(self.table)} "
-            f"watchdog={self.watchdog_seconds} pdl={self.dependent_launch} planes={self.concurrent_planes} "
-            f"shared_gpu={self.shared_gpu} backend={self.backend} batch_invariant={self.batch_invariant}"
-        )
-
-
-@dataclass(frozen=True)
-class Ballot:
-    """What one rank tells the others before anybody allocates. ``problem`` is None when it could use the kernels."""
-
-    problem: str | None
-    host: str
-    device: str
-    architecture: str
-    versions: str
-    settings: str
-    stream_class: str = ""
-    reach: topology.Reach | None = None  # of this rank's GPU, over NVLink
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """The outcome of a vote, the same on every rank."""
-
-    cause: str | None  # why the group takes the library path; None if it takes the kernels
-    architecture: str  # with the class of the links, as the selection table names it
-    sharers: int  # most ranks of the group on one GPU
-    links: topology.Links | None = None  # None where the vote ended before that mattered
-
-
-def judge(ballots: Sequence[Ballot]) -> Verdict:
-    """Count the votes. Pure: every rank has the same ballots and reaches the same verdict.
-
-    Raises ``RuntimeError`` when ranks were started with different settings or vote on different things: no path would be right
-    for all.
-    """
-    for name in ("settings", "stream_class", "versions"):
-        values = [getattr(b, name) for b in ballots]
-        if len(set(values)) > 1:
-            said = "; ".join(f"rank {r}: {v}" for r, v in enumerate(values))
-            if name == "settings":
-                raise RuntimeError(f"tpfuse: the ranks of a group have different settings ({said}); set them alike")
-            if name == "stream_class":
-                raise RuntimeError(
-                    f"tpfuse: the ranks of a group make their first calls in different stream classes ({said}); make the "
-                    "first call of each class in the same order on all ranks, from one thread"
-                )
-            return Verdict(f"ranks run different versions ({said})", ballots[0].architecture, 1)
-    for rank, ballot in enumerate(ballots):
-        if ballot.problem is not None:
-            return Verdict(f"rank {rank}: {ballot.problem}", ballots[0].architecture, 1)
-    architecture = ballots[0].architecture
-    if len({b.architecture for b in ballots}) > 1:
-        return Verdict(f"different GPUs ({', '.join(sorted({b.architecture for b in ballots}))})", architecture, 1)
-    if len({b.host for b in ballots}) > 1:
-        return Verdict("the group spans several hosts", architecture, 1)
-    devices = [b.device for b in ballots]
-    sharers = max(devices.count(d) for d in devices)
-    if sharers > 1 and len(set(devices)) > 1:
-        return Verdict("some ranks share a GPU and others do not", architecture, sharers)
-    links = topology.link_class([b.reach or topology.Reach(b.device) for b in ballots])
-    return Verdict(None, selection.key(architecture, links.name), sharers, links)
-
-
-def only_library(verdict: Verdict, world: int, settings: Settings) -> str | None:
-    """Why the links leave nothing to the kernels, so that no plane is needed; else None. Pure."""
-    thresholds = selection.entry(verdict.architecture, world, settings.table)
-    most = max(thresholds.one_shot_bytes, thresholds.two_shot_bytes)
-    if most or settings.algorithm != "auto" or settings.batch_invariant:
-        return None
-    return f"{verdict.links}; {thresholds.measured}"
+from . import streams
+from .settings import Settings
+from .vote import Verdict
 
 
 @dataclass(frozen=True)
@@ -283,257 +117,9 @@ class Plane:
             )
 
 
-@dataclass(frozen=True)
-class GroupPath:
-    """Which path a group takes and why.
-
-    Attributes:
-        kind: ``"fused"`` or ``"library"``.
-        cause: for ``"library"``, what stands in the way; ``""`` for ``"fused"``.
-        plane: the plane of a fused group.
-        links: how its GPUs are connected; None where the vote ended before that mattered.
-    """
-
-    kind: str
-    cause: str
-    settings: Settings
-    plane: Plane | None = None
-    links: topology.Links | None = None
-
-
-# Of a group, which it does not keep alive: torch gives the name of a destroyed group to another one. None: not compared (tests,
-# experiments).
-Held = Callable[[], Any] | None
-_lock = threading.Lock()
-_group_locks: dict[str, threading.RLock] = {}
-_paths: dict[tuple[str, int, str], tuple[GroupPath, Held]] = {}
-_classes = threading.local()
-
-
-@contextlib.contextmanager
-def stream_class(name: str) -> Iterator[None]:
-    """Use planes of their own for the calls inside, so that they may overlap with calls on other streams.
-
-    Collective in effect: all ranks must enter the same class for the same calls. Set ``TPFUSE_CONCURRENT_PLANES`` to the
-    number of classes that run at the same time, so that the kernels leave room for each other.
-    """
-    before = current_stream_class()
-    _classes.name = name
-    try:
-        yield
-    finally:
-        _classes.name = before
-
-
-def current_stream_class() -> str:
-    return getattr(_classes, "name", "")
-
-
-def host_identity() -> str:
-    """Equal on two ranks exactly when they run under one kernel."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return os.uname().nodename
-
-
-def _problem(world: int, device: torch.device) -> str | None:
-    if not MIN_WORLD <= world <= MAX_WORLD:
-        return f"the kernels take world sizes {MIN_WORLD} to {MAX_WORLD}, not {world}"
-    if triton_version() is None:
-        return "Triton is not installed (pip install 'triton>=3.6')"
-    if torch.version.hip is not None:
-        return "ROCm: the kernels compile but have not been run there"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return "the GPU is older than sm_80"
-    try:
-        import torch.distributed._symmetric_memory as _  # noqa: F401
-    except ImportError as error:
-        return f"torch has no symmetric memory ({error})"
-    return None
-
-
-def triton_version() -> str | None:
-    """The version of Triton; None where it is not installed."""
-    try:
-        import triton
-    except ImportError:
-        return None
-    return getattr(triton, "__version__", None)  # a folder of that name on the path has none
-
-
-def _versions() -> str:
-    from tpfuse import __version__
-
-    return f"torch {torch.__version__}, triton {triton_version()}, tpfuse {__version__}"
-
-
-def _ballot(world: int, device: torch.device, settings: Settings, klass: str) -> Ballot:
-    properties = torch.cuda.get_device_properties(device)
-    gpu = str(getattr(properties, "uuid", device.index))
-    return Ballot(
-        problem=_problem(world, device),
-        host=host_identity(),
-        device=gpu,
-        architecture=f"sm_{properties.major}{properties.minor}",
-        versions=_versions(),
-        settings=settings.fingerprint(),
-        stream_class=klass,
-        reach=topology.reach(gpu),
-    )
-
-
-def _everyone(mine: object, group: dist.ProcessGroup, world: int) -> list:
-    everyone: list = [None] * world
-    dist.all_gather_object(everyone, mine, group=group)
-    return everyone
-
-
-def lock_of(group_name: str) -> threading.RLock:
-    """The lock under which a group is voted on. One a group: threads that vote on several may come in another order elsewhere."""
-    with _lock:
-        return _group_locks.setdefault(group_name, threading.RLock())
-
-
-def is_current(group_name: str, held: Held) -> bool:
-    """Whether a name still stands for the group that was voted on. Asked on every call."""
-    return held is None or compat.is_group(group_name, held)
-
-
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Inside, torch allocates and communicates on a device that may not be the current one."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
-def forget_the_gone() -> None:
-    """Drop the planes of groups that were destroyed, and of no other. Captured graphs that used them must not run again.
-
-    Ranks differ in what they have of destroyed groups, so nothing that a vote depends on may go with it.
-    """
-    for key, (path, held) in list(_paths.items()):
-        if is_current(key[0], held):
-            continue
-        if path.plane is not None and path.plane.device.type == "cuda":
-            torch.cuda.synchronize(path.plane.device)  # its last kernels may still write the failure record
-        _paths.pop(key, None)
-        compat.forget_symmetric_memory(key[0])
-
-
-def path_of(group_name: str, device: torch.device) -> GroupPath:
-    """The path of a group on this device, voted on at its first call.
-
-    Collective at the first call of a (group, device, stream class), which must not be inside CUDA-graph capture.
-    """
-    key = (group_name, device.index, current_stream_class())
-    found = _paths.get(key)
-    if found is not None and is_current(group_name, found[1]):
-        return found[0]
-    with lock_of(group_name):
-        found = _paths.get(key)
-        if found is not None and is_current(group_name, found[1]):
-            return found[0]  # another thread voted meanwhile
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                f"tpfuse: group {group_name!r} is used for the first time inside CUDA-graph capture, where nothing may be "
-                "allocated; make one call on every rank before capturing (a warm-up step does)"
-            )
-        forget_the_gone()
-        try:
-            group = compat.resolve_group(group_name)
-        except RuntimeError as error:
-            raise RuntimeError(
-                f"tpfuse: there is no process group {group_name!r}: it was destroyed, or never made. Make the group again, and "
-                "compile again what was compiled for the old one"
-            ) from error
-        with on_device(device):
-            path = _vote(group_name, group, device, key[2])
-        _paths[key] = (path, compat.group_reference(group))
-        said = _warning(path)
-        if said is not None:
-            ranks = dist.get_process_group_ranks(group)
-            warnings.warn(f"tpfuse: group {group_name!r} (ranks {ranks}) {said}", stacklevel=2)
-        return path
-
-
-def _warning(path: GroupPath) -> str | None:
-    """What a user should know of a group's path: the library, or links that leave small calls only to the kernels."""
-    if path.kind == "library":
-        return f"takes the library path: {path.cause}"
-    most = small_calls_only(path)
-    if most is None:
-        return None
-    return (
-        f"takes the library path for more than {most >> 10} KiB of x: {path.links}, for which nothing was measured; "
-        "`tpfuse bench --tune` measures this machine"
-    )
-
-
-def small_calls_only(path: GroupPath) -> int | None:
-    """The most bytes of ``x`` that take the kernels where the links are not NVLink and nobody measured them; else None."""
-    if path.plane is None or path.links is None or path.links.name not in (topology.PCIE, topology.UNKNOWN):
-        return None
-    if path.settings.algorithm != "auto" or path.settings.batch_invariant:
-        return None
-    thresholds = selection.entry(path.plane.architecture, path.plane.world, path.settings.table)
-    if not thresholds.architecture.startswith("any-"):
-        return None  # measured here, or on a machine like this
-    return max(thresholds.one_shot_bytes, thresholds.two_shot_bytes)
-
-
-def _vote(group_name: str, group: dist.ProcessGroup, device: torch.device, klass: str) -> GroupPath:
-    world = group.size()
-    settings: Settings | None = None
-    wrong: Exception | None = None
-    try:
-        settings = Settings.from_environment()
-        ballot = _ballot(world, device, settings, klass)
-    except Exception as error:
-        # The others are about to vote and would wait for this rank, so it votes too.
-        wrong = error
-        said = f"not valid: {error}" if settings is None else settings.fingerprint()
-        ballot = Ballot(f"{type(error).__name__}: {error}", host_identity(), "", "", _versions(), said, klass)
-    ballots = _everyone(ballot, group, world)
-    verdict = judge(ballots)  # raises on all ranks where only some have settings that are not valid
-    if settings is None:
-        assert wrong is not None
-        raise wrong
-    cause = verdict.cause or only_library(verdict, world, settings)
-    if cause is not None:
-        return GroupPath("library", cause, settings, links=verdict.links)
-    parts: dict[str, Any] = {}
-    # A vote behind each step: a rank that cannot allocate must not leave its peers in the rendezvous.
-    steps: tuple[Callable[[], None], ...] = (
-        lambda: parts.update(allocation=_allocate(world, device, verdict, settings)),
-        lambda: parts.update(plane=_connect(parts["allocation"], group_name, group, device, klass, verdict, settings)),
-    )
-    for step in steps:
-        problem = _attempt(step, device)
-        for other, said in enumerate(_everyone(problem, group, world)):
-            if said is not None:
-                return GroupPath("library", f"rank {other}: {said}", settings, links=verdict.links)
-    return GroupPath("fused", "", settings, parts["plane"], verdict.links)
-
-
-def _attempt(step: Callable[[], None], device: torch.device) -> str | None:
-    """Run a step of building; what went wrong, for the others must hear of it: they are about to vote.
-
-    In a thread of its own: torch's rendezvous allocates small tables with the caching allocator, which may be in a CUDA graph's
-    pool for this thread (Inductor warms up there), and what lives in such a pool may not outlast the run.
-    """
-    problem: list[str] = []
-
-    def run() -> None:
-        try:
-            if device.type == "cuda":
-                torch.cuda.set_device(device)
-            step()
-        except Exception as error:
-            problem.append(f"{type(error).__name__}: {error}")
-
-    thread = threading.Thread(target=run, name="tpfuse-plane")
-    thread.start()
-    thread.join()
-    return problem[0] if problem else None
 
 
 def peer_addresses(handle: Any, own: Tensor, rank: int, world: int) -> list[int]:
@@ -553,11 +139,11 @@ def _phase_bytes(world: int, verdict: Verdict, settings: Settings) -> int:
     return selection.phase_bytes(selection.entry(verdict.architecture, world, settings.table))
 
 
-def _allocate(world: int, device: torch.device, verdict: Verdict, settings: Settings) -> Tensor:
+def allocate(world: int, device: torch.device, verdict: Verdict, settings: Settings) -> Tensor:
     """This rank's symmetric memory: two phases, and behind them the local state."""
     import torch.distributed._symmetric_memory as symm_mem
 
-    from .kernels.epilogue import STATE_WORDS
+    from .kernels.state import STATE_WORDS
 
     if settings.backend != "auto" and symm_mem.get_backend(device) != settings.backend:
         symm_mem.set_backend(settings.backend)  # type: ignore[arg-type]
@@ -565,7 +151,7 @@ def _allocate(world: int, device: torch.device, verdict: Verdict, settings: Sett
     return symm_mem.empty(words + table + table % 4 + STATE_WORDS, dtype=torch.int32, device=device)
 
 
-def _connect(
+def connect(
     allocation: Tensor,
     group_name: str,
     group: dist.ProcessGroup,
@@ -610,57 +196,3 @@ def _connect(
         handle=handle,
         ranks=tuple(dist.get_process_group_ranks(group)),
     )
-
-
-def group_name_of(group: dist.ProcessGroup | str | None) -> str:
-    if isinstance(group, str):
-        return group
-    group = group or dist.group.WORLD
-    if group is None:
-        raise ValueError(
-            "no process group is initialised; call torch.distributed.init_process_group first or pass group="
-        )
-    return group.group_name
-
-
-def describe_path(group: dist.ProcessGroup | str | None = None, device: torch.device | int | None = None) -> GroupPath:
-    """Which path a group takes and why. Collective at the first use of the group: call it on every rank.
-
-    On a machine without a GPU the answer is the library path, without any communication.
-    """
-    if not torch.cuda.is_available():
-        return GroupPath("library", "no CUDA device", Settings.from_environment())
-    if device is None:
-        index = torch.cuda.current_device()
-    else:
-        index = device if isinstance(device, int) else device.index
-    return path_of(group_name_of(group), torch.device("cuda", index))
-
-
-def reset(group: dist.ProcessGroup | str | None = None) -> None:
-    """Bring every plane of a group back to its initial state: zeros, phase 0, no failure.
-
-    Collective: call it on every rank of the group, after an error of the watchdog or when a step was abandoned, outside
-    CUDA-graph capture. Captured graphs stay valid: addresses do not change.
-    """
-    name = group_name_of(group)
-    planes = [path.plane for (n, _, _), (path, _) in sorted(_paths.items()) if n == name and path.plane is not None]
-    if not planes:
-        return
-    owner = dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
-    for step in ("stop", "clear", "done"):
-        for plane in planes:
-            torch.cuda.synchronize(plane.device)
-            if step == "clear":
-                plane.memory.zero_()
-                plane.state.zero_()
-                plane.record.zero_()
-                torch.cuda.synchronize(plane.device)
-        _everyone(step, owner, planes[0].world)
-
-
-def forget(group: dist.ProcessGroup | str) -> None:
-    """Drop the planes of a group that is about to be destroyed. Captured graphs that used them must not run again."""
-    name = group_name_of(group)
-    for key in [k for k in list(_paths) if k[0] == name]:
-        _paths.pop(key, None)

@@ -100,3 +100,8 @@ def output_dtype(input_dtype: torch.dtype, weight_dtype: torch.dtype | None, fla
         return normed
     gain = {"own": weight_dtype, "float32": torch.float32, "input": input_dtype}[flavour.gain_dtype]
     return torch.promote_types(normed, gain)
+
+
+def residual_dtype(input_dtype: torch.dtype, normed_dtype: torch.dtype, post_norm: bool) -> torch.dtype:
+    """The dtype of ``residual_out``: with post-norm the residual is added to the normed output."""
+    return torch.promote_types(input_dtype, normed_dtype) if post_norm else input_dtype

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import torch
 
+from .kernels.state import ROW_BYTES
+
 ALGORITHMS = ("one_shot", "two_shot", "library")
 UNBOUNDED = 1 << 60
-ROW_BYTES = 32768  # the widest row that the kernels take: 16 groups of 2 KiB
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The kernels of ``tpfuse.ops.link_kernels`` in Triton's interpreter, in processes of their own.
+"""The kernels of ``tpfuse.measure.link_kernels`` in Triton's interpreter, in processes of their own.
 
 Nothing of tpfuse is imported at the top: the interpreter must be chosen before Triton is imported.
 """
@@ -22,8 +22,9 @@ def _rank(rank: int, names: list[str], limit: int, together: Any, conn: Any) -> 
     try:
         os.environ["TRITON_INTERPRET"] = "1"
         torch.set_num_threads(1)
-        from tpfuse.ops.link_kernels import ping_pong_kernel
         from triton.runtime import interpreter
+
+        from tpfuse.measure.link_kernels import ping_pong_kernel
 
         poll_politely(interpreter)
         held = [shared_memory.SharedMemory(name=name) for name in names]
@@ -79,8 +80,8 @@ def play(ranks: tuple[int, ...], limit: int) -> list[Any]:
 def _bulk(conn: Any) -> None:
     try:
         os.environ["TRITON_INTERPRET"] = "1"
-        from tpfuse.ops import links
-        from tpfuse.ops.link_kernels import CHUNK_BYTES, bulk_push_kernel
+        from tpfuse.measure import links
+        from tpfuse.measure.link_kernels import CHUNK_BYTES, bulk_push_kernel
 
         world, chunks, before = 3, 5, 4096
         size = chunks * CHUNK_BYTES
@@ -128,7 +129,8 @@ def _measure(rank: int, world: int, names: list[str], folder: str, spoiled: bool
         from types import SimpleNamespace
 
         import torch.distributed as dist
-        from tpfuse.ops import bench, links
+
+        from tpfuse.measure import bench, links
 
         dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", world), rank=rank, world_size=world)
         held = [shared_memory.SharedMemory(name=name) for name in names]

@@ -248,11 +248,11 @@ def _worker(
         torch.set_num_threads(1)
         import triton.language as tl
         from tpfuse.ops.flavour import NAMED
-        from tpfuse.ops.kernels.constants import GROUP_LANES, Variant, constants
-        from tpfuse.ops.kernels.epilogue import MAX_PROGRAMS, PARTIALS, RECORD
+        from tpfuse.ops.kernel import launch_plain
         from tpfuse.ops.kernels.one_shot import one_shot_kernel
+        from tpfuse.ops.kernels.state import MAX_PROGRAMS, PARTIALS, RECORD
         from tpfuse.ops.kernels.two_shot import two_shot_kernel
-        from tpfuse.ops.launch import launch_plain
+        from tpfuse.ops.kernels.variant import GROUP_LANES, Variant, constants
         from triton.runtime import interpreter
 
         poll_politely(interpreter)
@@ -367,8 +367,8 @@ def _worker(
             )
             if apart[0] > allowed[0] or apart[1] > allowed[1]:
                 outcome.mistakes.append(f"call {number} {call}: {apart} ulps from the reference, allowed {allowed}")
-        partials = state[PARTIALS.value : PARTIALS.value + MAX_PROGRAMS.value * 16]
-        outcome.leftover = int((plane != 0).sum()) + int((partials != 0).sum()) + int(state[RECORD.value] != 0)
+        partials = state[PARTIALS : PARTIALS + MAX_PROGRAMS * 16]
+        outcome.leftover = int((plane != 0).sum()) + int((partials != 0).sum()) + int(state[RECORD] != 0)
         del keep_state, keep_outs, done
     except Exception:
         outcome.error = traceback.format_exc()
@@ -412,7 +412,7 @@ def run(
     biggest = max(c.rows * c.hidden * 4 for c in calls)
     row = max(c.hidden * 4 for c in calls)
     plane_bytes = 2 * (world * max(biggest, 4) + 2 * world * row)
-    from tpfuse.ops.kernels.epilogue import STATE_WORDS
+    from tpfuse.ops.kernels.state import STATE_WORDS
 
     sizes = {"plane": plane_bytes, "state": STATE_WORDS * 4 + 64, "out": 2 * 2 * max(biggest, 4) + 4096, "done": 4096}
     memories = {

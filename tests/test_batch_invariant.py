@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_ranks
-from tpfuse.ops import all_reduce_add_rms_norm, invariant, plane, select
+from tpfuse.ops import all_reduce_add_rms_norm, invariant, paths, select, settings, vote
 from tpfuse.ops.flavour import ALL_IN_INPUT_DTYPE, GEMMA, LLAMA
 from tpfuse.ops.select import MIB, TABLE, entry, phase_bytes, two_shot_rows
 
@@ -20,9 +20,9 @@ WORLD = 3
 
 @pytest.fixture(autouse=True)
 def _fresh_mode(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(invariant, "_asked", {})
+    monkeypatch.setattr(settings, "asked", {})
     monkeypatch.setattr(invariant, "_used", {})
-    monkeypatch.delenv(invariant.VARIABLE, raising=False)
+    monkeypatch.delenv(settings.BATCH_INVARIANT, raising=False)
 
 
 def _order_sensitive(rank: int, rows: int, hidden: int, dtype: torch.dtype) -> torch.Tensor:
@@ -72,12 +72,12 @@ def _rows_that_differ(rank: int, world_size: int) -> list[str]:
 
 @pytest.mark.ranks
 def test_on_gloo_a_row_has_the_same_bits_alone_and_among_up_to_three_hundred() -> None:
-    for rank, found in enumerate(run_ranks(_rows_that_differ, WORLD, env={invariant.VARIABLE: "true"})):
+    for rank, found in enumerate(run_ranks(_rows_that_differ, WORLD, env={settings.BATCH_INVARIANT: "true"})):
         assert not found, f"rank {rank}: {len(found)} rows, such as {found[:5]}"
 
 
 def _one_rank_in_the_mode(rank: int, world_size: int) -> str:
-    os.environ[invariant.VARIABLE] = "true" if rank == 0 else "false"
+    os.environ[settings.BATCH_INVARIANT] = "true" if rank == 0 else "false"
     if rank == 1:
         return ""  # its all-reduce would never end beside an all-gather
     try:
@@ -114,38 +114,38 @@ def test_no_size_goes_to_the_library(world: int, shared: str) -> None:
 
 
 def test_the_mode_is_part_of_what_ranks_compare(monkeypatch: pytest.MonkeyPatch) -> None:
-    off = plane.Settings.from_environment()
-    monkeypatch.setenv(invariant.VARIABLE, "true")
-    on = plane.Settings.from_environment()
+    off = settings.Settings.from_environment()
+    monkeypatch.setenv(settings.BATCH_INVARIANT, "true")
+    on = settings.Settings.from_environment()
     assert (off.batch_invariant, on.batch_invariant) == (False, True)
-    ballots = [plane.Ballot(None, "host", str(n), "sm_90", "v", s.fingerprint()) for n, s in enumerate((off, on))]
+    ballots = [vote.Ballot(None, "host", str(n), "sm_90", "v", s.fingerprint()) for n, s in enumerate((off, on))]
     with pytest.raises(RuntimeError, match=r"different settings .*batch_invariant=False.*batch_invariant=True"):
-        plane.judge(ballots)
+        vote.judge(ballots)
     monkeypatch.setenv("TPFUSE_ALGORITHM", "library")
     with pytest.raises(ValueError, match="TPFUSE_ALGORITHM='library' is not valid with batch_invariant"):
-        plane.Settings.from_environment()
-    monkeypatch.setenv(invariant.VARIABLE, "maybe")
+        settings.Settings.from_environment()
+    monkeypatch.setenv(settings.BATCH_INVARIANT, "maybe")
     with pytest.raises(
         ValueError, match="TPFUSE_BATCH_INVARIANT='maybe' is not valid; valid values are true and false"
     ):
-        invariant.batch_invariant()
+        settings.batch_invariant()
 
 
 def test_a_call_that_no_kernel_takes_is_refused_in_a_group_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
-    from tpfuse.ops import dispatch
+    from tpfuse.ops import prepare
 
-    path = plane.GroupPath("library", "pretended", plane.Settings(batch_invariant=True))
-    monkeypatch.setattr(plane, "path_of", lambda name, device: path)
-    monkeypatch.setattr(dispatch.compat, "resolve_group", lambda name: _fresh_mode)  # anything that can be held weakly
-    monkeypatch.setattr(dispatch, "_prepared", {})
+    path = paths.GroupPath("library", "pretended", settings.Settings(batch_invariant=True))
+    monkeypatch.setattr(paths, "path_of", lambda name, device: path)
+    monkeypatch.setattr(prepare.compat, "resolve_group", lambda name: _fresh_mode)  # anything that can be held weakly
+    monkeypatch.setattr(prepare, "PREPARED", {})
     arguments = (None, None, 1.0, str(LLAMA), False, "tp")
     x, weight = torch.ones(2, 12), torch.ones(12)
     with pytest.raises(
         RuntimeError, match=r"batch_invariant is on.*H = 12 is not a multiple of 8.*switch batch_invariant"
     ):
-        dispatch._prepare(("refused",), x, None, weight, *arguments[1:])
-    assert dispatch._prepare(("taken",), torch.ones(2, 16), None, torch.ones(16), *arguments[1:]).constants is not None
+        prepare.prepare(("refused",), x, None, weight, *arguments[1:])
+    assert prepare.prepare(("taken",), torch.ones(2, 16), None, torch.ones(16), *arguments[1:]).constants is not None
 
 
 def test_the_mode_cannot_change_under_a_group_that_has_made_calls(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,10 +157,10 @@ def test_the_mode_cannot_change_under_a_group_that_has_made_calls(monkeypatch: p
     invariant.set_batch_invariant(True)
     with pytest.raises(RuntimeError, match=r"cannot be switched off: groups \['tp'\] have made calls with it on"):
         invariant.set_batch_invariant(False)
-    assert invariant.batch_invariant()
+    assert settings.batch_invariant()
     invariant.forget("tp")
     invariant.set_batch_invariant(False)
-    assert not invariant.batch_invariant()
+    assert not settings.batch_invariant()
 
 
 def test_the_option_switches_the_mode_and_wins_over_its_environment_twin(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,8 +169,8 @@ def test_the_option_switches_the_mode_and_wins_over_its_environment_twin(monkeyp
     assert parse(None, {"TPFUSE_BATCH_INVARIANT": "1"}).batch_invariant is True
     with pytest.raises(OptionError, match=r"tpfuse\.batch_invariant is 'some'; valid values are true and false"):
         parse({"tpfuse.batch_invariant": "some"})
-    monkeypatch.setenv(invariant.VARIABLE, "true")
+    monkeypatch.setenv(settings.BATCH_INVARIANT, "true")
     options = {"tpfuse.inner": "aot_eager", "tpfuse.batch_invariant": False}
     assert torch.compile(torch.sin, backend="tpfuse", options=options)(torch.zeros(2)).tolist() == [0.0, 0.0]
-    assert not invariant.batch_invariant()
+    assert not settings.batch_invariant()
     torch._dynamo.reset()

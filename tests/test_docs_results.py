@@ -59,7 +59,8 @@ def test_stages_are_printed_in_microseconds_with_the_floor_beside_the_kernel() -
 def test_a_contender_has_one_colour_in_all_panels_of_a_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib", reason="plotting needs matplotlib: pip install tpfuse[bench]")
     from matplotlib.axes import Axes
-    from tpfuse.ops import bench
+
+    from tpfuse.measure import bench
 
     drawn: dict[str, set[str]] = {}
     plain = Axes.plot

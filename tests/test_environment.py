@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from test_cli import tpfuse_process
-from tpfuse.ops import environment
+from tpfuse.ops import settings
 
 from tpfuse import options
 from tpfuse.inspect import doctor
@@ -35,7 +35,7 @@ ENTRY = '[{"architecture": "sm_90", "world": 2, "one_shot_bytes": %s, "two_shot_
 )
 def test_a_value_that_cannot_be_read_is_told_with_what_is_valid(name, value, valid, monkeypatch):
     monkeypatch.setenv(name, value)
-    (sentence,) = environment.invalid()
+    (sentence,) = settings.invalid()
     assert name in sentence and value in sentence and valid in sentence
 
 
@@ -68,7 +68,7 @@ def test_a_table_that_is_none_is_told_with_the_file(text, said, tmp_path, monkey
     file = tmp_path / "table.json"
     file.write_bytes(text.encode("latin-1"))
     monkeypatch.setenv("TPFUSE_TABLE", str(file))
-    (sentence,) = environment.invalid()
+    (sentence,) = settings.invalid()
     assert f"TPFUSE_TABLE={file}" in sentence and said in sentence
 
 
@@ -76,15 +76,15 @@ def test_a_table_that_is_one_is_taken(tmp_path, monkeypatch):
     file = tmp_path / "table.json"
     file.write_text(ENTRY % "64")
     monkeypatch.setenv("TPFUSE_TABLE", str(file))
-    assert environment.invalid() == []
-    assert environment.REGISTRY["TPFUSE_TABLE"].value()[0].one_shot_bytes == 64
+    assert settings.invalid() == []
+    assert settings.REGISTRY["TPFUSE_TABLE"].value()[0].one_shot_bytes == 64
 
 
 def test_every_option_has_its_variable_with_its_own_default():
     for name in options.READERS:
-        assert environment.REGISTRY[options.twin(name)].meaning
+        assert settings.REGISTRY[options.twin(name)].meaning
     for name in options.MEANINGS:
-        assert environment.REGISTRY[options.twin(name)].value({}) == getattr(options.parse(None, {}), name)
+        assert settings.REGISTRY[options.twin(name)].value({}) == getattr(options.parse(None, {}), name)
 
 
 def test_a_misspelled_variable_warns_at_import_and_fails_the_doctor():
@@ -104,9 +104,9 @@ def test_a_misspelled_variable_warns_at_import_and_fails_the_doctor():
 
 
 def test_known_variables_say_nothing():
-    given = dict.fromkeys(environment.REGISTRY, "") | {"TPFUSE_TEST_SEED": "1", "PATH": ""}
-    assert environment.unknown(given) == environment.invalid(given) == []
-    (sentence,) = environment.unknown({"TPFUSE_BENCH_BULD": "/tmp"})
+    given = dict.fromkeys(settings.REGISTRY, "") | {"TPFUSE_TEST_SEED": "1", "PATH": ""}
+    assert settings.unknown(given) == settings.invalid(given) == []
+    (sentence,) = settings.unknown({"TPFUSE_BENCH_BULD": "/tmp"})
     assert "Did you mean 'TPFUSE_BENCH_BUILD'?" in sentence
 
 
@@ -115,13 +115,13 @@ def test_the_sources_read_no_variable_that_is_not_registered():
     for folder in ("tpfuse", "ops", "passes"):
         for path in (ROOT / folder).rglob("*.py"):
             read |= set(re.findall(r"TPFUSE_[A-Z_]+[A-Z]\b(?!_)", path.read_text()))
-    assert {name for name in read if not name.startswith(environment.OURS)} <= set(environment.REGISTRY)
+    assert {name for name in read if not name.startswith(settings.OURS)} <= set(settings.REGISTRY)
 
 
 def test_the_docs_list_every_variable_of_the_op_and_none_that_does_not_exist():
     text = "".join(path.read_text() for path in [*(ROOT / "docs").glob("*.md"), ROOT / "README.md"])
     named = set(re.findall(r"TPFUSE_[A-Z_]+[A-Z]", text))
-    assert {name for name in named if not name.startswith(environment.OURS)} <= set(environment.REGISTRY)
+    assert {name for name in named if not name.startswith(settings.OURS)} <= set(settings.REGISTRY)
     table = set(re.findall(r"^[|] (TPFUSE_[A-Z_]+) [|]", (ROOT / "docs" / "op.md").read_text(), re.MULTILINE))
     twins = {f"TPFUSE_{n}" for n in ("INNER", "POLICY", "NUMERICS", "DUMP", "VERIFY", "FUEL", "MODE")}
-    assert table == set(environment.REGISTRY) - twins
+    assert table == set(settings.REGISTRY) - twins

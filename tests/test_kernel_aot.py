@@ -11,12 +11,12 @@ import pytest
 import torch
 import triton
 from tpfuse.ops.flavour import GEMMA, LLAMA, OLMO2, Flavour
+from tpfuse.ops.geometry import Part, Room, geometry, register_bound
 from tpfuse.ops.kernels.add_norm import add_norm_kernel
-from tpfuse.ops.kernels.constants import GROUP_LANES, Constants, Variant, constants, torch_dtype
 from tpfuse.ops.kernels.memory import NAN_WORD
 from tpfuse.ops.kernels.one_shot import one_shot_kernel
 from tpfuse.ops.kernels.two_shot import two_shot_kernel
-from tpfuse.ops.launch import Part, Room, geometry, register_bound
+from tpfuse.ops.kernels.variant import GROUP_LANES, Constants, Variant, constants, torch_dtype
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tpfuse.ops import dispatch
-from tpfuse.ops.launch import Room, geometry
-from tpfuse.ops.plane import Settings
+from tpfuse.ops import schedule
+from tpfuse.ops.geometry import Room, geometry
 from tpfuse.ops.select import select
+from tpfuse.ops.settings import Settings
 
 ROWS = 8192
 MULTIPROCESSORS = 132
@@ -38,8 +38,8 @@ def test_every_row_count_uses_only_kernels_that_were_loaded(world, links, settin
         rooms = {name: Room(name, world, MULTIPROCESSORS, world if shared else 1) for name in ("one_shot", "two_shot")}
         loaded = {
             (name, *variant)
-            for name, most in dispatch.largest_launches(architecture, world, dtype, hidden, settings).items()
-            for variant in dispatch.variants_needed(rooms[name], most, groups, "early")
+            for name, most in schedule.largest_launches(architecture, world, dtype, hidden, settings).items()
+            for variant in schedule.variants_needed(rooms[name], most, groups, "early")
         }
         assert len(loaded) <= 12, "each takes seconds to compile"
         seen = set()
@@ -60,5 +60,5 @@ def test_every_row_count_uses_only_kernels_that_were_loaded(world, links, settin
                     continue
                 seen.add((chosen.algorithm, n))
                 room = rooms[chosen.algorithm]
-                needed = (chosen.algorithm, *dispatch.variant_of(room, geometry(room, n, groups), "early"))
+                needed = (chosen.algorithm, *schedule.variant_of(room, geometry(room, n, groups), "early"))
                 assert needed in loaded, f"{rows} rows of {hidden}: {needed}"

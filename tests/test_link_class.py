@@ -8,10 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tpfuse.ops import plane, select, topology
-from tpfuse.ops.plane import Ballot, Settings, judge, only_library
+from tpfuse.ops import paths, plane, select, topology
 from tpfuse.ops.select import KIB, TABLE, Entry, key
+from tpfuse.ops.settings import Settings
 from tpfuse.ops.topology import NVLINK, PARTIAL, PCIE, UNKNOWN, Nvml, link_class, reach_of
+from tpfuse.ops.vote import Ballot, judge, only_library
 
 from tpfuse.inspect import doctor
 
@@ -201,19 +202,19 @@ def test_ranks_that_share_a_gpu_keep_their_own_class():
 
 def path(links, architecture="sm_90-pcie", **settings):
     own = SimpleNamespace(architecture=architecture, world=4)
-    return plane.GroupPath("fused", "", Settings(**settings), own, links)  # type: ignore[arg-type]
+    return paths.GroupPath("fused", "", Settings(**settings), own, links)  # type: ignore[arg-type]
 
 
 def test_the_warning_and_the_doctor_say_what_the_links_cost():
     links = link_class(Machine(4).group(*range(4)))
-    said = plane._warning(path(links))
+    said = paths._warning(path(links))
     assert said is not None and "more than 32 KiB of x: PCIe (no NVLink between ranks 0 and 1)" in said
     check = doctor._taken(path(links))
     assert check.status == doctor.WARN and check.found.endswith("up to 32 KiB of x") and "PCIe" in check.found
     measured = (Entry("sm_90-pcie", 4, 1 << 20, 1 << 20, 1 << 20, "here"), *TABLE)
-    assert plane._warning(path(links, table=measured)) is None
+    assert paths._warning(path(links, table=measured)) is None
     nvlink = link_class(Machine(4, switched=True).group(*range(4)))
-    assert plane._warning(path(nvlink, "sm_90")) is None
+    assert paths._warning(path(nvlink, "sm_90")) is None
     assert doctor._taken(path(nvlink, "sm_90")) == doctor.Check(
         "path", doctor.OK, "fused, over NVLink between all GPUs"
     )
@@ -240,8 +241,8 @@ def test_a_group_over_pcie_warns_once_at_its_vote(monkeypatch):
 
     group = Group()
     found = path(link_class(Machine(4).group(*range(4))))
-    monkeypatch.setattr(plane, "_paths", {})
-    monkeypatch.setattr(plane, "_vote", lambda *_: found)
+    monkeypatch.setattr(paths, "_paths", {})
+    monkeypatch.setattr(paths, "_vote", lambda *_: found)
     monkeypatch.setattr(plane.compat, "resolve_group", lambda _: group)
     monkeypatch.setattr(plane.compat, "is_group", lambda *_: True)
     monkeypatch.setattr(plane.dist, "get_process_group_ranks", lambda _: [0, 1, 2, 3])
@@ -249,7 +250,7 @@ def test_a_group_over_pcie_warns_once_at_its_vote(monkeypatch):
     with pytest.warns(
         UserWarning, match=r"group 'g' \(ranks \[0, 1, 2, 3\]\) takes the library path for more than 32 KiB"
     ):
-        plane.path_of("g", torch.device("cpu"))
+        paths.path_of("g", torch.device("cpu"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert plane.path_of("g", torch.device("cpu")) is found
+        assert paths.path_of("g", torch.device("cpu")) is found

@@ -99,7 +99,7 @@ import torch, torch.distributed as dist
 import tpfuse
 from tpfuse.ops import plane
 from tpfuse.ops.flavour import LLAMA
-from tpfuse.ops.kernels.constants import supports
+from tpfuse.ops.kernels.variant import supports
 
 dist.init_process_group("gloo", store=dist.FileStore(sys.argv[1], 2), rank=int(sys.argv[2]), world_size=2)
 torch.manual_seed(0)
@@ -150,15 +150,15 @@ def test_everything_but_the_kernels_works_without_triton(tmp_path):
 
 
 def test_triton_still_starts_a_compiled_kernel_as_the_direct_launch_does():
-    """A canary: where it fails, the public launch is used, which costs time on the CPU; adapt ops/launch.py."""
-    from tpfuse.ops import launch
+    """A canary: where it fails, the public launch is used, which costs time on the CPU; adapt ops/kernel.py."""
+    from tpfuse.ops import kernel
 
-    assert launch.direct_launch_is_known()
+    assert kernel.direct_launch_is_known()
 
 
 @pytest.mark.parametrize("loads", ["as before", "with other arguments"])
 def test_a_kernel_of_the_public_launch_is_loaded_before_a_peer_waits_for_it(loads, monkeypatch):
-    from tpfuse.ops import launch
+    from tpfuse.ops import kernel
 
     loaded = []
 
@@ -176,18 +176,18 @@ def test_a_kernel_of_the_public_launch_is_loaded_before_a_peer_waits_for_it(load
             return lambda *args, **options: launched.append(grid)
 
     launched = []
-    monkeypatch.setattr(launch, "direct_launch_is_known", lambda: False)
-    launch._warn_of_public_launch.cache_clear()
-    kernel = launch.Kernel(Function(), 256, ())
+    monkeypatch.setattr(kernel, "direct_launch_is_known", lambda: False)
+    kernel._warn_of_public_launch.cache_clear()
+    ours = kernel.Kernel(Function(), 256, ())
     with pytest.warns(RuntimeWarning, match="public launch"):
-        kernel.compile(torch.ones(1))
+        ours.compile(torch.ones(1))
     assert len(loaded) == (loads == "as before")
-    kernel(3, 0, "x")
+    ours(3, 0, "x")
     assert launched == [(3,)]
 
 
 def test_another_private_launch_interface_is_noticed_and_the_public_one_used(monkeypatch):
-    from tpfuse.ops import launch
+    from tpfuse.ops import kernel
 
     launched = []
 
@@ -198,11 +198,11 @@ def test_another_private_launch_interface_is_noticed_and_the_public_one_used(mon
         def __getitem__(self, grid):
             return lambda *args, **options: launched.append((grid, args, options))
 
-    launch._warn_of_public_launch.cache_clear()
-    kernel = launch.Kernel(Function(), 256, ("constant",), maxnreg=64)
+    kernel._warn_of_public_launch.cache_clear()
+    ours = kernel.Kernel(Function(), 256, ("constant",), maxnreg=64)
     with pytest.warns(RuntimeWarning, match="public launch"):
-        kernel.compile(torch.ones(1), 3)
-    kernel(7, 0, "x", 3)
+        ours.compile(torch.ones(1), 3)
+    ours(7, 0, "x", 3)
     assert launched == [((7,), ("x", 3, "constant"), {"num_warps": 8, "enable_fp_fusion": False, "maxnreg": 64})]
 
 
@@ -210,11 +210,11 @@ def test_another_private_launch_interface_is_noticed_and_the_public_one_used(mon
 
 
 def test_a_built_library_is_loaded_from_a_folder_of_this_user_alone(tmp_path, monkeypatch):
-    from tpfuse.ops import peers
+    from tpfuse.measure import contenders
 
     monkeypatch.delenv("TPFUSE_BENCH_BUILD", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    folder = peers.private_folder()
+    folder = contenders.private_folder()
     assert folder == tmp_path / "tpfuse" / "build" and folder.stat().st_mode & 0o777 == 0o700
     shared = tmp_path / "shared"
     shared.mkdir(mode=0o777)
@@ -223,25 +223,25 @@ def test_a_built_library_is_loaded_from_a_folder_of_this_user_alone(tmp_path, mo
     link.symlink_to(folder)
     for other in (shared, link):
         monkeypatch.setenv("TPFUSE_BENCH_BUILD", str(other))
-        with pytest.raises(peers.Unavailable, match="not a folder of this user alone"):
-            peers.private_folder()
+        with pytest.raises(contenders.Unavailable, match="not a folder of this user alone"):
+            contenders.private_folder()
 
 
 def test_a_user_without_a_home_is_told_what_to_set(monkeypatch):
-    from tpfuse.ops import peers
+    from tpfuse.measure import contenders
 
     def nobody():
         raise RuntimeError("Could not determine home directory.")
 
     for name in ("TPFUSE_BENCH_BUILD", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(peers.Path, "home", nobody)
-    with pytest.raises(peers.Unavailable, match="name another with TPFUSE_BENCH_BUILD"):
-        peers.private_folder()
+    monkeypatch.setattr(contenders.Path, "home", nobody)
+    with pytest.raises(contenders.Unavailable, match="name another with TPFUSE_BENCH_BUILD"):
+        contenders.private_folder()
 
 
 def test_a_built_library_has_another_name_for_another_source_version_and_architecture():
-    from tpfuse.ops.peers import library_name
+    from tpfuse.measure.contenders import library_name
 
     names = {
         library_name(*parts) for parts in (("a", "1", "90a"), ("b", "1", "90a"), ("a", "2", "90a"), ("a", "1", "80"))

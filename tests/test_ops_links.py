@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 from interpreted_links import ROUNDS, bulk_push, measure, play
-from tpfuse.ops import links
-from tpfuse.ops.bench import Result
-from tpfuse.ops.links import Links, beside_floor, crossing, describe, floor, kind_of
 from tpfuse.ops.select import TABLE, Entry
+
+from tpfuse.measure import links
+from tpfuse.measure.bench import Result
+from tpfuse.measure.links import Links, beside_floor, crossing, describe, floor, kind_of
 
 # 400 GB/s each way, L = 1.25 us, t0 = 1 us.
 NVLINK = Links(4, "GPU", "sm_90", False, 1.0, 1.25, (1.2, 1.25, 1.3), 400e3, 300e3)
@@ -148,7 +149,7 @@ def _compile(function: Any, kinds: tuple[str, ...], constexprs: dict[str, Any], 
 
 
 def test_the_kernels_compile_for_sm_90_with_accesses_of_16_bytes() -> None:
-    from tpfuse.ops.link_kernels import bulk_push_kernel, empty_kernel, ping_pong_kernel
+    from tpfuse.measure.link_kernels import bulk_push_kernel, empty_kernel, ping_pong_kernel
 
     ptx = _compile(ping_pong_kernel, ("*i64", "*i32", "i32", "i32", "i32", "i64"), {"PTX": True}, 1)
     loads = len(re.findall(r"ld\.relaxed\.sys\.global\.v4\.u32", ptx))

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tpfuse.ops import plane, select
-from tpfuse.ops.launch import Part, Room, geometry, register_bound
-from tpfuse.ops.plane import Ballot, Settings, judge
+from tpfuse.ops import paths, plane, select
+from tpfuse.ops.geometry import Part, Room, geometry, register_bound
 from tpfuse.ops.select import TABLE, Entry, entry, load_table, phase_bytes, save_table, two_shot_rows
+from tpfuse.ops.settings import Settings
 from tpfuse.ops.topology import Reach
+from tpfuse.ops.vote import Ballot, judge
 
 
 def _ballot(**changes: object) -> Ballot:
@@ -27,7 +28,7 @@ def test_small_calls_take_one_shot_medium_ones_two_shot_and_large_ones_the_libra
 
 
 def test_the_choice_is_nowhere_slower_than_the_library_in_what_was_measured() -> None:
-    from tpfuse.ops import bench
+    from tpfuse.measure import bench
 
     results = bench.load(Path(__file__).parents[1] / "benchmarks" / "results" / "h100-nvlink-w2.json")
     times = {(r.contender, r.hidden, r.rows): r.median for r in results if r.median}
@@ -47,7 +48,7 @@ def test_the_choice_is_nowhere_slower_than_the_library_in_what_was_measured() ->
 def test_thresholds_that_were_not_measured_follow_from_what_was_measured_between_two_gpus() -> None:
     from statistics import median
 
-    from tpfuse.ops import bench, links
+    from tpfuse.measure import bench, links
 
     path = Path(__file__).parents[1] / "benchmarks" / "results" / "h100-nvlink-w2.json"
     times = {(r.contender, r.hidden, r.rows): r.median for r in bench.load(path) if r.median and r.rows <= 8}
@@ -230,13 +231,13 @@ def test_a_failure_record_names_group_rank_phase_and_row() -> None:
 def test_without_a_gpu_the_path_is_the_library_and_says_so() -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    path = plane.describe_path()
+    path = paths.describe_path()
     assert (path.kind, path.cause, path.plane) == ("library", "no CUDA device", None)
 
 
 @pytest.mark.parametrize("name", ("one-shot:128x2", "two-shot:512x1:full", "tpfuse", "floor"))
 def test_a_benchmark_takes_contenders_and_geometries_by_name(name: str) -> None:
-    from tpfuse.ops import bench
+    from tpfuse.measure import bench
 
     assert callable(bench.contender(name))
 
@@ -254,7 +255,7 @@ def test_a_benchmark_takes_contenders_and_geometries_by_name(name: str) -> None:
     ),
 )
 def test_a_contender_that_does_not_exist_is_named_with_the_valid_ones(name: str) -> None:
-    from tpfuse.ops import bench
+    from tpfuse.measure import bench
 
     with pytest.raises(ValueError, match="is no contender") as raised:
         bench.run(bench.Plan(contenders=("tpfuse", name)))
@@ -262,7 +263,7 @@ def test_a_contender_that_does_not_exist_is_named_with_the_valid_ones(name: str)
 
 
 def test_a_forced_geometry_covers_every_group_and_fits() -> None:
-    from tpfuse.ops.launch import forced_geometry
+    from tpfuse.ops.geometry import forced_geometry
 
     for groups in range(1, 17):
         for part in (Part(lanes, steps) for lanes in (128, 512) for steps in range(1, 17)):

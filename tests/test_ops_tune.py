@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tpfuse.ops import one_gpu, tune
 from tpfuse.ops.select import KIB, MIB, TABLE, UNBOUNDED, Entry, entry, load_table, phase_bytes, save_table, select
-from tpfuse.ops.tune import Measured, Plan, Timing, derive, generous, mean_regret, shapes
+
+from tpfuse.measure import ranks, tune
+from tpfuse.measure.tune import Measured, Plan, Timing, derive, generous, mean_regret, shapes
 
 PLAN = Plan()
 LAUNCH = 8 * MIB
@@ -180,7 +181,7 @@ def no_ranks(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
         facts = {"gpu": "NVIDIA H200", "torch": "2.11.0", "triton": "3.6.0", "cuda": "13.0"}
         return [Measured("sm_90", tuple(made_up(world)), facts)] * world
 
-    monkeypatch.setattr(one_gpu, "run_ranks", run_ranks)
+    monkeypatch.setattr(ranks, "run_ranks", run_ranks)
     return seen
 
 
@@ -193,7 +194,7 @@ def test_the_table_is_read_through_tpfuse_table(
     said = tune.to_files(Plan(worlds=(2, 4)), out, timings)
     assert f"TPFUSE_TABLE={out}" in said
     monkeypatch.setenv("TPFUSE_TABLE", str(out))
-    from tpfuse.ops.plane import Settings
+    from tpfuse.ops.settings import Settings
 
     table = Settings.from_environment().table
     for world in (2, 4):
@@ -215,16 +216,16 @@ def test_the_table_is_read_through_tpfuse_table(
 def test_what_was_found_before_a_failure_is_kept(
     no_ranks: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answer = one_gpu.run_ranks
+    answer = ranks.run_ranks
 
     def run_ranks(fn, world, plan, timeout, env):
         if world == 4:
-            raise one_gpu.RankFailed("rank 3 of 4: died")
+            raise ranks.RankFailed("rank 3 of 4: died")
         return answer(fn, world, plan, timeout, env)  # type: ignore[call-arg]
 
-    monkeypatch.setattr(one_gpu, "run_ranks", run_ranks)
+    monkeypatch.setattr(ranks, "run_ranks", run_ranks)
     out = tmp_path / "table.json"
-    with pytest.raises(one_gpu.RankFailed):
+    with pytest.raises(ranks.RankFailed):
         tune.to_files(Plan(worlds=(2, 4)), out, None)
     assert [(e.architecture, e.world) for e in tune.kept_entries(out)] == [("sm_90", 2)]
 
@@ -279,23 +280,25 @@ def test_the_command_refuses_in_one_line(tmp_path: Path, monkeypatch: pytest.Mon
 def measured_on_a_cpu(rank: int, world: int, plan: Plan, one_shot_bits: float) -> tuple[Measured, list[str]]:
     """``tune.measure`` with contenders that say what they were asked for; rank 1's clock is 3 us slow."""
     import torch.distributed as dist
-    from tpfuse.ops import bench, dispatch, plane
-    from tpfuse.ops.peers import Unavailable
+    from tpfuse.ops import paths, plane, settings
+
+    from tpfuse.measure import bench
+    from tpfuse.measure.contenders import Unavailable
 
     name = dist.group.WORLD.group_name  # type: ignore[union-attr]
     cpu = torch.device("cpu")
-    settings = plane.Settings(table=tuple(generous(plan, world)))
+    found = settings.Settings(table=tuple(generous(plan, world)))
     key = (name, cpu.index, "")
     none = (torch.zeros(1),) * 4
     own = plane.Plane(name, rank, world, cpu, "", "sm_90-shared", 2, 1 << 20, *none, seen=None, handle=None)  # type: ignore[arg-type]
-    plane._paths[key] = (plane.GroupPath("fused", "", settings, own), None)
+    paths._paths[key] = (paths.GroupPath("fused", "", found, own), None)
     asked = []
 
     def contender(algorithm: str):
         def make(p):
             if algorithm == "library":
                 raise Unavailable("NCCL refuses two ranks on one GPU")
-            launch = entry("sm_90-shared", world, plane._paths[key][0].settings.table).launch_bytes
+            launch = entry("sm_90-shared", world, paths._paths[key][0].settings.table).launch_bytes
             asked.append(f"{algorithm} {p.rows} x {p.hidden} launch {launch // KIB}")
             bits = torch.full((1,), one_shot_bits if algorithm == "one_shot" else 1.0)
 
@@ -308,14 +311,14 @@ def measured_on_a_cpu(rank: int, world: int, plan: Plan, one_shot_bits: float) -
         return make
 
     patch = pytest.MonkeyPatch()
-    patch.setattr(plane, "describe_path", lambda group: plane._paths[key][0])
+    patch.setattr(paths, "describe_path", lambda group: paths._paths[key][0])
     patch.setattr(
         bench,
         "CONTENDERS",
         {"one-shot": contender("one_shot"), "two-shot": contender("two_shot"), "library": contender("library")},
     )
     patch.setattr(bench, "time_call", lambda call, calls: [call.microseconds + 3 * rank] * 5)
-    patch.setattr(dispatch, "raise_if_failed", lambda group: None)
+    patch.setattr(paths, "raise_if_failed", lambda group: None)
     patch.setattr(torch.cuda, "synchronize", lambda: None)
     patch.setattr(torch.cuda, "device_count", lambda: 1)
     patch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
@@ -323,7 +326,7 @@ def measured_on_a_cpu(rank: int, world: int, plan: Plan, one_shot_bits: float) -
         return tune.measure(rank, world, plan), asked
     finally:
         patch.undo()
-        assert plane._paths.pop(key)[0].settings == settings  # launches of other sizes were for one call only
+        assert paths._paths.pop(key)[0].settings == found  # launches of other sizes were for one call only
 
 
 SMALL = Plan(worlds=(2,), hiddens=(64,), sizes=(8 * KIB, 64 * KIB), launches=(16 * KIB, 32 * KIB, 128 * KIB))

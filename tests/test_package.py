@@ -67,7 +67,7 @@ def test_sdist_can_build_again(built):
     (sdist,) = built.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {n.partition("/")[2] for n in archive.getnames()}
-    assert {"pyproject.toml", "LICENSE", "README.md", "tpfuse/backend.py", "passes/fuse.py", "ops/op.py"} <= names
+    assert {"pyproject.toml", "LICENSE", "README.md", "tpfuse/backend.py", "passes/fusion.py", "ops/op.py"} <= names
 
 
 def test_repository_root_gives_the_same_names():

@@ -12,11 +12,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
-from tpfuse.ops import dispatch, plane
+from tpfuse.ops import cuda, paths, plane, prepare, schedule, settings, vote
 from tpfuse.ops.select import TABLE
 
 H = 16
-VERDICT = plane.Verdict(None, "sm_90", 1)
+VERDICT = vote.Verdict(None, "sm_90", 1)
 
 
 def call(group):
@@ -49,10 +49,10 @@ def many_lives(rank, world_size, store):
             patch.setattr(
                 plane,
                 "_vote",
-                lambda name, g, *_: plane.GroupPath("library", str(dist.get_process_group_ranks(g)), None),
+                lambda name, g, *_: paths.GroupPath("library", str(dist.get_process_group_ranks(g)), None),
             )
             patch.setattr(warnings, "warn", lambda *_, **__: None)
-            path = plane.path_of(group.group_name, torch.device("cpu"))
+            path = paths.path_of(group.group_name, torch.device("cpu"))
         seen.append((group.group_name, path.cause, call(group)))
     return seen
 
@@ -85,15 +85,15 @@ def failing_at(rank, world_size, step):
             raise RuntimeError("no peer access")
         return SimpleNamespace()
 
-    settings = plane.Settings(table=TABLE)
+    found = settings.Settings(table=TABLE)
     group = dist.group.WORLD
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plane.Settings, "from_environment", classmethod(lambda cls: settings))
-        patch.setattr(plane, "_ballot", lambda *_: None)
-        patch.setattr(plane, "judge", lambda _: VERDICT)
-        patch.setattr(plane, "_allocate", allocate)
-        patch.setattr(plane, "_connect", connect)
-        path = plane._vote(group.group_name, group, torch.device("cpu"), "")
+        patch.setattr(settings.Settings, "from_environment", classmethod(lambda cls: found))
+        patch.setattr(paths, "ballot_of", lambda *_: None)
+        patch.setattr(paths, "judge", lambda _: VERDICT)
+        patch.setattr(paths, "allocate", allocate)
+        patch.setattr(paths, "connect", connect)
+        path = paths._vote(group.group_name, group, torch.device("cpu"), "")
     return path.kind, path.cause, bool(met)
 
 
@@ -117,14 +117,14 @@ def test_two_threads_vote_once(monkeypatch):
     def vote(*_):
         votes.append(threading.get_ident())
         threading.Event().wait(0.2)
-        return plane.GroupPath("fused", "", None)
+        return paths.GroupPath("fused", "", None)
 
     class Group:
         pass
 
     group = Group()
-    monkeypatch.setattr(plane, "_paths", {})
-    monkeypatch.setattr(plane, "_vote", vote)
+    monkeypatch.setattr(paths, "_paths", {})
+    monkeypatch.setattr(paths, "_vote", vote)
     monkeypatch.setattr(plane.compat, "resolve_group", lambda _: group)
     monkeypatch.setattr(plane.compat, "is_group", lambda *_: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -132,7 +132,7 @@ def test_two_threads_vote_once(monkeypatch):
 
     def ask():
         started.wait()
-        found.append(plane.path_of("g", torch.device("cpu")))
+        found.append(paths.path_of("g", torch.device("cpu")))
 
     threads = [threading.Thread(target=ask) for _ in range(2)]
     for thread in threads:
@@ -144,25 +144,23 @@ def test_two_threads_vote_once(monkeypatch):
 
 
 def test_what_was_prepared_for_destroyed_groups_is_forgotten_and_nothing_else(monkeypatch):
-    assert plane.is_current("g", None)
+    assert paths.is_current("g", None)
     there = {"g": object(), "h": object()}
     monkeypatch.setattr(plane.compat, "is_group", lambda name, held: there.get(name) is held())
     forgotten = []
     monkeypatch.setattr(plane.compat, "forget_symmetric_memory", forgotten.append)
-    library = plane.GroupPath("library", "", None)
+    library = paths.GroupPath("library", "", None)
     old, new, gone = (lambda: None), (lambda: there["g"]), (lambda: "destroyed")
     # The group has a plane of its own again for one class, and one of the group before it for the other.
-    paths = {("g", 0, ""): (library, new), ("g", 0, "side"): (library, old), ("x", 0, ""): (library, gone)}
-    monkeypatch.setattr(plane, "_paths", paths)
-    monkeypatch.setattr(
-        dispatch, "_prepared", {("g", 1): SimpleNamespace(held=old), ("g", 2): SimpleNamespace(held=new)}
-    )
-    plane.forget_the_gone()
-    dispatch._forget_the_gone()
-    assert list(paths) == [("g", 0, "")] and list(dispatch._prepared) == [("g", 2)]
+    known = {("g", 0, ""): (library, new), ("g", 0, "side"): (library, old), ("x", 0, ""): (library, gone)}
+    monkeypatch.setattr(paths, "_paths", known)
+    monkeypatch.setattr(prepare, "PREPARED", {("g", 1): SimpleNamespace(held=old), ("g", 2): SimpleNamespace(held=new)})
+    paths.forget_the_gone()
+    prepare.forget_the_gone()
+    assert list(known) == [("g", 0, "")] and list(prepare.PREPARED) == [("g", 2)]
     assert forgotten == ["g", "x"]
-    dispatch.forget("g")
-    assert not paths and not dispatch._prepared
+    prepare.forget("g")
+    assert not known and not prepare.PREPARED
 
 
 def a_path_asked_for_before_the_call(rank, world_size, store):
@@ -174,15 +172,15 @@ def a_path_asked_for_before_the_call(rank, world_size, store):
     def vote(name, group, *_):
         votes.append(ranks_of(group))
         dist.barrier(group)
-        return plane.GroupPath("library", ranks_of(group), plane.Settings(table=TABLE))
+        return paths.GroupPath("library", ranks_of(group), settings.Settings(table=TABLE))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plane, "_vote", vote)
+        patch.setattr(paths, "_vote", vote)
         patch.setattr(warnings, "warn", lambda *_, **__: None)
         # The CUDA implementation without a GPU.
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         patch.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)
-        patch.setattr(dispatch.library_path, "add_norm", lambda x, r, w, b, normed, out, *_: out.copy_(x))
+        patch.setattr(cuda.library, "add_norm", lambda x, r, w, b, normed, out, *_: out.copy_(x))
         sums = []
         for life, members in enumerate(([0, 1], [0, 2])):
             dist.barrier()
@@ -198,11 +196,11 @@ def a_path_asked_for_before_the_call(rank, world_size, store):
             if rank not in members:
                 continue
             name = group.group_name
-            plane.path_of(name, torch.device("cpu"))
+            paths.path_of(name, torch.device("cpu"))
             for rows in (2, 3):
                 x, w = torch.full((rows, H), float(rank + 1)), torch.ones(H)
-                sums.append(dispatch._cuda(x, None, w, None, 1e-6, 1.0, str(LLAMA), False, name)[1][0, 0].item())
-    return votes, sums, [prepared.path.cause for prepared in dispatch._prepared.values()]
+                sums.append(cuda.run(x, None, w, None, 1e-6, 1.0, str(LLAMA), False, name)[1][0, 0].item())
+    return votes, sums, [prepared.path.cause for prepared in prepare.PREPARED.values()]
 
 
 @pytest.mark.ranks
@@ -240,7 +238,7 @@ def test_a_group_that_is_gone_is_named_with_what_to_do(monkeypatch):
     with pytest.raises(
         RuntimeError, match=r"no process group 'gone': it was destroyed, or never made\..*compile again"
     ):
-        plane.path_of("gone", torch.device("cpu"))
+        paths.path_of("gone", torch.device("cpu"))
 
 
 def failing_before_the_vote(rank, world_size, where):
@@ -253,13 +251,13 @@ def failing_before_the_vote(rank, world_size, where):
     def ballot(world, device, settings, klass):
         if rank == 1 and where == "driver":
             raise OSError("driver gone")
-        return plane.Ballot(None, "host", f"gpu-{rank}", "sm_90", plane._versions(), settings.fingerprint(), klass)
+        return vote.Ballot(None, "host", f"gpu-{rank}", "sm_90", vote.versions(), settings.fingerprint(), klass)
 
     group = dist.group.WORLD
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plane, "_ballot", ballot)
+        patch.setattr(paths, "ballot_of", ballot)
         try:
-            path = plane._vote(group.group_name, group, torch.device("cpu"), "")
+            path = paths._vote(group.group_name, group, torch.device("cpu"), "")
         except (RuntimeError, ValueError) as error:
             return f"{type(error).__name__}: {error}"
     return f"{path.kind}: {path.cause}"
@@ -280,15 +278,15 @@ def test_a_rank_that_fails_before_the_vote_still_votes(where, said):
 
 
 def test_ranks_that_vote_on_different_stream_classes_are_told():
-    ballots = [plane.Ballot(None, "h", f"gpu-{i}", "sm_90", "v", "s", stream_class=name) for i, name in enumerate("ab")]
+    ballots = [vote.Ballot(None, "h", f"gpu-{i}", "sm_90", "v", "s", stream_class=name) for i, name in enumerate("ab")]
     with pytest.raises(RuntimeError, match=r"different stream classes \(rank 0: a; rank 1: b\)"):
-        plane.judge(ballots)
+        vote.judge(ballots)
 
 
 def test_two_threads_that_want_one_kernel_get_one(monkeypatch):
     pytest.importorskip("triton")
     from tpfuse.ops.flavour import LLAMA
-    from tpfuse.ops.kernels.constants import Variant, constants
+    from tpfuse.ops.kernels.variant import Variant, constants
 
     made = threading.Barrier(2)
 
@@ -296,14 +294,14 @@ def test_two_threads_that_want_one_kernel_get_one(monkeypatch):
         def __init__(self, *_, **__):
             made.wait(20)  # both threads have found none
 
-    monkeypatch.setattr(dispatch, "_kernels", {})
-    monkeypatch.setattr(dispatch, "Kernel", Kernel)
+    monkeypatch.setattr(schedule, "_kernels", {})
+    monkeypatch.setattr(schedule, "Kernel", Kernel)
     bf16 = torch.bfloat16
     c = constants(bf16, bf16, 4096, LLAMA, bias="none", scaled=False, has_residual=True, post_norm=False)
     found = []
     variant = Variant(2, 128, 1, 1)
     threads = [
-        threading.Thread(target=lambda: found.append(dispatch.kernel_of("one_shot", c, variant))) for _ in range(2)
+        threading.Thread(target=lambda: found.append(schedule.kernel_of("one_shot", c, variant))) for _ in range(2)
     ]
     for thread in threads:
         thread.start()

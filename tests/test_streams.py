@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tpfuse.ops import dispatch, plane, streams
+from tpfuse.ops import cuda, paths, plane, prepare, schedule, settings, streams
 from tpfuse.ops.flavour import LLAMA
 
 MAIN, SIDE, OTHER = 0, 11, 12
@@ -127,14 +127,15 @@ def _without_a_gpu(monkeypatch: pytest.MonkeyPatch, launch: Callable[..., None])
     """The CUDA implementation with everything that needs a GPU replaced; ``launch`` stands for a launch."""
     pytest.importorskip("triton")
     own = _plane()
-    path = plane.GroupPath("fused", "", plane.Settings(), own)
-    monkeypatch.setattr(plane, "path_of", lambda name, device: path)
-    monkeypatch.setattr(dispatch.compat, "resolve_group", lambda name: _plane)
-    monkeypatch.setattr(plane, "is_current", lambda name, held: True)
-    monkeypatch.setattr(dispatch, "_prepared", {})
-    monkeypatch.setattr(dispatch, "_load_kernels", lambda *_: None)
-    monkeypatch.setattr(dispatch, "plan_of", lambda *_: dispatch.Plan(None, (SimpleNamespace(),)))  # type: ignore[arg-type]
-    monkeypatch.setattr(dispatch, "_launch", launch)
+    path = paths.GroupPath("fused", "", settings.Settings(), own)
+    monkeypatch.setattr(paths, "path_of", lambda name, device: path)
+    monkeypatch.setattr(prepare.compat, "resolve_group", lambda name: _plane)
+    monkeypatch.setattr(paths, "is_current", lambda name, held: True)
+    monkeypatch.setattr(cuda, "PREPARED", {})
+    monkeypatch.setattr(prepare, "PREPARED", cuda.PREPARED)
+    monkeypatch.setattr(prepare, "_load_kernels", lambda *_: None)
+    monkeypatch.setattr(cuda, "schedule_of", lambda *_: schedule.Schedule(None, (SimpleNamespace(),)))  # type: ignore[arg-type]
+    monkeypatch.setattr(cuda, "_launch", launch)
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: MAIN, raising=False)
     monkeypatch.setattr(streams, "capture_of", lambda stream: 0)
@@ -150,7 +151,7 @@ def test_the_op_orders_its_calls_on_two_streams(monkeypatch: pytest.MonkeyPatch)
     x, weight = torch.ones(2, 64), torch.ones(64)
     for stream in (MAIN, MAIN, SIDE, SIDE, MAIN):
         now[0] = stream
-        dispatch._cuda(x, None, weight, None, 1e-6, 1.0, str(LLAMA), False, "tp")
+        cuda.run(x, None, weight, None, 1e-6, 1.0, str(LLAMA), False, "tp")
     assert launched == [MAIN, MAIN, SIDE, SIDE, MAIN]
     assert waits == [(MAIN, SIDE), (SIDE, MAIN)]
 
@@ -170,5 +171,5 @@ def test_a_call_on_a_device_that_is_not_current_makes_it_current(monkeypatch: py
     monkeypatch.setattr(torch.cuda, "device", device)
     x, weight = torch.ones(2, 64), torch.ones(64)  # on the device without a number, for that is what a CPU has
     for _ in range(2):
-        dispatch._cuda(x, None, weight, None, 1e-6, 1.0, str(LLAMA), False, "tp")
+        cuda.run(x, None, weight, None, 1e-6, 1.0, str(LLAMA), False, "tp")
     assert launched_on == [None, None] and current == [1]

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tpfuse import compat
-from tpfuse.ops import environment as variables
-from tpfuse.ops.environment import hint
+from tpfuse.ops import settings as variables
+from tpfuse.ops.settings import hint
 from tpfuse.passes.options import NUMERICS, POLICIES, PassOptions
 
 PREFIX = "tpfuse."

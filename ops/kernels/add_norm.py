@@ -12,7 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .epilogue import accept, finish, lane_elements, load_words, prefetch
+from .epilogue import accept, finish, prefetch
+from .rows import lane_elements, load_words
 
 
 @triton.jit(do_not_specialize=["rows"])

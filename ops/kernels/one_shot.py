@@ -13,48 +13,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .epilogue import (
-    EPOCHS,
-    MAX_PROGRAMS,
-    RECORD_BYTES,
-    STAMPS,
-    accept,
-    failed,
-    finish,
-    lane_elements,
-    poison,
-    prefetch,
-)
-from .memory import clear, load16, marked, poll, push
-from .words import pack, plus, plus_words, positive_zeros, unpack
+from . import state as at
+from .call import begin, end, failed, let_next_kernel_start, poison, wait_for_previous_kernel
+from .epilogue import accept, finish, prefetch
+from .memory import clear, marked, poll, push
+from .reduction import sum_over_ranks
+from .rows import lane_elements, own_part
+from .stamps import keep_stamps, now
 
-
-@triton.jit
-def sum_over_ranks(words, C: tl.constexpr, S: tl.constexpr):
-    """Words of the fp32 sum in rank order, rounded once to the dtype; a zero is +0.0, whatever signs it was made of."""
-    WORLD: tl.constexpr = S.world
-    total = (words[0], words[1], words[2], words[3])
-    if WORLD == 2:
-        total = plus_words(total, (words[4], words[5], words[6], words[7]), C.dtype, S.ptx)
-    else:
-        values = unpack(total, C.dtype)
-        for r in tl.static_range(1, WORLD):
-            values = plus(values, unpack((words[4 * r], words[4 * r + 1], words[4 * r + 2], words[4 * r + 3]), C.dtype))
-        total = pack(values, C.dtype, S.ptx)
-    return positive_zeros(total, C.dtype, S.ptx)
-
-
-@triton.jit
-def own_part(x, item, allowed, C: tl.constexpr, S: tl.constexpr):
-    """This rank's words of an item, one tuple a step. All loads are in flight before any push."""
-    STEPS: tl.constexpr = S.steps
-    row = item // S.split
-    held = ()
-    for i in tl.static_range(STEPS):
-        element, active = lane_elements(item % S.split, i, C, S)
-        source = x.to(tl.int64) + (row.to(tl.int64) * C.hidden + element) * C.item_bytes
-        held = held + (load16(source, active & allowed, S.ptx),)
-    return held
+RECORD_BYTES: tl.constexpr = tl.constexpr(at.RECORD_BYTES)
 
 
 @triton.jit
@@ -69,67 +36,6 @@ def push_to_peers(held, item, allowed, bases, offset, rank, C: tl.constexpr, S: 
         slot = offset + (row.to(tl.int64) * S.world + rank) * C.row_bytes + element * C.item_bytes
         for r in tl.static_range(WORLD):
             push(bases[r] + slot, words, active & allowed & (r != rank).to(tl.int32), S.ptx)
-
-
-@triton.jit
-def wait_for_previous_kernel(PDL: tl.constexpr):
-    """With programmatic dependent launch: until the previous kernel in the stream has ended and its writes are visible.
-
-    ``"early"`` lets the next kernel be launched at once. It waits here in its turn, so it reads nothing too soon; its
-    programs only sit beside ours, for which ``dispatch.plan_of`` leaves room.
-    """
-    if PDL != "off":
-        tl.extra.cuda.gdc_wait()
-    if PDL == "early":
-        tl.extra.cuda.gdc_launch_dependents()
-
-
-@triton.jit
-def let_next_kernel_start(PDL: tl.constexpr):
-    """After the last store: the next kernel may be launched while this one drains."""
-    if PDL == "end":
-        tl.extra.cuda.gdc_launch_dependents()
-
-
-@triton.jit
-def begin(state):
-    """This call's phase."""
-    return tl.load(state + EPOCHS + tl.program_id(0))
-
-
-@triton.jit
-def end(state, phase):
-    """Flip the phase for the next call. Program 0 also flips the words of programs that this grid does not have.
-
-    A word a program instead of one for all: no program may flip a word that another has yet to read, and waiting for the
-    last program would cost an atomic at the end of every call.
-    """
-    tl.store(state + EPOCHS + tl.program_id(0), phase ^ 1)
-    if tl.program_id(0) == 0:
-        others = tl.arange(0, MAX_PROGRAMS)
-        tl.store(
-            state + EPOCHS + others,
-            tl.zeros((MAX_PROGRAMS,), tl.int32) + (phase ^ 1),
-            mask=others >= tl.num_programs(0),
-        )
-
-
-@triton.jit
-def now(S: tl.constexpr):
-    """Nanoseconds of the GPU's clock, as the first warp sees it; 0 unless the variant keeps stamps."""
-    if S.stamps:
-        return tl.extra.cuda.globaltimer()
-    else:
-        return tl.full((), 0, tl.int64)
-
-
-@triton.jit
-def keep_stamps(state, phase, times, S: tl.constexpr):
-    """Leave ``times``, see ``epilogue.STAMP_NAMES``, behind the state."""
-    if S.stamps:
-        place = state.to(tl.pointer_type(tl.int64)) + STAMPS + (phase * MAX_PROGRAMS + tl.program_id(0)) * 8
-        for i in tl.static_range(len(times)):
-            tl.store(place + i, times[i])
 
 
 @triton.jit(do_not_specialize=["rank", "rows", "phase_bytes", "limit"])

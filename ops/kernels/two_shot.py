@@ -12,19 +12,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .epilogue import RECORD_BYTES, accept, failed, finish, lane_elements, poison, prefetch
+from . import state as at
+from .call import begin, end, failed, let_next_kernel_start, poison, wait_for_previous_kernel
+from .epilogue import accept, finish, prefetch
 from .memory import clear, marked, poll, push
-from .one_shot import (
-    begin,
-    end,
-    keep_stamps,
-    let_next_kernel_start,
-    now,
-    own_part,
-    sum_over_ranks,
-    wait_for_previous_kernel,
-)
-from .words import positive_zeros
+from .packing import positive_zeros
+from .reduction import sum_over_ranks
+from .rows import lane_elements, own_part
+from .stamps import keep_stamps, now
+
+RECORD_BYTES: tl.constexpr = tl.constexpr(at.RECORD_BYTES)
 
 
 @triton.jit

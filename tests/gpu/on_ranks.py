@@ -19,10 +19,12 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import interpreted_ranks
 from interpreted_ranks import Call, expected, ulps_apart
-from tpfuse.ops import all_reduce_add_rms_norm, bench, dispatch, launch, plane, raise_if_failed, reset
+from tpfuse.ops import all_reduce_add_rms_norm, cuda, geometry, paths, prepare, raise_if_failed, reset, schedule
 from tpfuse.ops.flavour import NAMED
-from tpfuse.ops.kernels.constants import constants, supports
-from tpfuse.ops.launch import Part
+from tpfuse.ops.geometry import Part
+from tpfuse.ops.kernels.variant import constants, supports
+
+from tpfuse.measure import bench
 
 inputs = lru_cache(maxsize=None)(interpreted_ranks.inputs)  # the same calls are made by every algorithm
 
@@ -48,12 +50,12 @@ def make_call(call: Call, rank: int, world: int, group: Any = None) -> tuple[Ten
 
 def force(algorithm: str) -> None:
     """Make every further call of every group take this algorithm, as ``TPFUSE_ALGORITHM`` would."""
-    for key, (path, group) in list(plane._paths.items()):
-        plane._paths[key] = (replace(path, settings=replace(path.settings, algorithm=algorithm)), group)
-    dispatch._prepared.clear()
+    for key, (path, group) in list(paths._paths.items()):
+        paths._paths[key] = (replace(path, settings=replace(path.settings, algorithm=algorithm)), group)
+    prepare.PREPARED.clear()
 
 
-_OWN = launch.parts
+_OWN = geometry.parts
 SPLITTING = {  # other ways than the op's own to share rows out: rows of so many groups -> parts, best first
     "narrow": lambda groups: (Part(128, groups),),
     "wide": lambda groups: (Part(1024, -(-groups // 8)),),
@@ -64,8 +66,8 @@ SPLITTING = {  # other ways than the op's own to share rows out: rows of so many
 
 def share_rows(how: str = "") -> None:
     """Share rows out over programs in one of the ways of ``SPLITTING``, or in the op's own."""
-    launch.parts = (lambda room, rows, groups: SPLITTING[how](groups)) if how else _OWN
-    dispatch._prepared.clear()
+    geometry.parts = (lambda room, rows, groups: SPLITTING[how](groups)) if how else _OWN
+    prepare.PREPARED.clear()
 
 
 def same_on_all_ranks(*tensors: Tensor) -> bool:
@@ -78,13 +80,13 @@ def leftovers() -> int:
     """Words that a finished call left in any plane of this rank."""
     torch.cuda.synchronize()
     dist.barrier()
-    from tpfuse.ops.kernels.epilogue import PARTIALS, RECORD
+    from tpfuse.ops.kernels.state import PARTIALS, RECORD
 
     total = 0
-    for path, _ in plane._paths.values():
+    for path, _ in paths._paths.values():
         if path.plane is not None:
             total += int((path.plane.memory != 0).sum())
-            total += int((path.plane.state[PARTIALS.value :] != 0).sum()) + int(path.plane.state[RECORD.value] != 0)
+            total += int((path.plane.state[PARTIALS:] != 0).sum()) + int(path.plane.state[RECORD] != 0)
     return total
 
 
@@ -119,7 +121,7 @@ def kinds() -> list[Call]:
 
 def warm(calls: list[Call], rank: int, world: int, group: Any = None) -> None:
     """Compile what the calls need, each rank its share; then every rank loads everything, before anything runs."""
-    path = plane.describe_path(group)
+    path = paths.describe_path(group)
     assert path.plane is not None, path.cause
     found: dict[int, Any] = {}
     for call in calls:
@@ -137,12 +139,12 @@ def warm(calls: list[Call], rank: int, world: int, group: Any = None) -> None:
             has_residual=call.residual,
             post_norm=call.post_norm,
         )
-        for one in dispatch.plan_of(path.plane, path.settings, c, call.dtype, call.rows).launches:
+        for one in schedule.schedule_of(path.plane, path.settings, c, call.dtype, call.rows).launches:
             found.setdefault(id(one.kernel), (one.kernel, c))
     for mine in (True, False):
         for number, (kernel, c) in enumerate(found.values()):
             if (number % world == rank) == mine and not kernel.ready:
-                kernel.compile(*dispatch.samples(c, path.plane))
+                kernel.compile(*prepare.samples(c, path.plane))
         dist.barrier()
 
 
@@ -151,7 +153,7 @@ def correctness(rank: int, world: int) -> list[str]:
     complaints = []
     first: dict[int, str] = {}
     make_call(Call(1, 64), rank, world)  # builds the plane
-    dispatch.LOAD_AHEAD = False
+    prepare.LOAD_AHEAD = False
     modes = ["one_shot", "two_shot", *(f"{name} {how}" for name in ("one_shot", "two_shot") for how in SPLITTING)]
     for mode in modes:
         share_rows(mode.partition(" ")[2])
@@ -286,10 +288,10 @@ def random_calls(rank: int, world: int, count: int, seed: int, replays: bool = T
         if s.group is None:
             sums.add_(normed.view(torch.int16).sum(dtype=torch.int64)).mul_(31)
 
-    dispatch.LOAD_AHEAD = False
+    prepare.LOAD_AHEAD = False
     for name in ("one_shot", "two_shot"):  # every plane and kernel before the first graph
         for group in groups[:2]:
-            plane.describe_path(group[1])
+            paths.describe_path(group[1])
             force(name)
             warm([Call(r, h) for r in row_counts for h in hiddens], rank, world, group[1])
     force("auto")
@@ -309,10 +311,10 @@ def random_calls(rank: int, world: int, count: int, seed: int, replays: bool = T
         while made < count:
             if made % 500 == 0:
                 # The same sequence of choices on every rank.
-                for key, (path, group) in list(plane._paths.items()):
+                for key, (path, group) in list(paths._paths.items()):
                     settings = replace(path.settings, algorithm=algorithms[made // 500 % 3])
-                    plane._paths[key] = (replace(path, settings=settings), group)
-                dispatch._prepared.clear()
+                    paths._paths[key] = (replace(path, settings=settings), group)
+                prepare.PREPARED.clear()
                 for group in groups:
                     for hidden in hiddens:
                         _Site(2, hidden, 0, pools, group[0], rank, group[1])()
@@ -376,7 +378,7 @@ def two_streams(rank: int, world: int, count: int) -> list[str]:
     wrong = [torch.zeros((), dtype=torch.int64, device="cuda") for _ in streams]
     grow_the_cache()
     for name in ("", "a", "b"):
-        with plane.stream_class(name):
+        with paths.stream_class(name):
             for hidden in (4096, 1024):
                 s = _Site(1, hidden, 0, pools, list(range(world)), rank, None)
                 s.wrong(*s())
@@ -384,7 +386,7 @@ def two_streams(rank: int, world: int, count: int) -> list[str]:
     dist.barrier()
     for n in range(count):
         for name, stream, bad in zip(("a", "b"), streams, wrong, strict=True):
-            with torch.cuda.stream(stream), plane.stream_class(name):
+            with torch.cuda.stream(stream), paths.stream_class(name):
                 s = _Site(1 + n % 9, 4096 if n % 3 else 1024, 8 * n, pools, list(range(world)), rank, None)
                 bad.add_(s.wrong(*s()))
     torch.cuda.synchronize()
@@ -394,10 +396,10 @@ def two_streams(rank: int, world: int, count: int) -> list[str]:
 
 def link_class_found(rank: int, world: int) -> list[str]:
     """What the vote found out about the links, and which algorithms follow."""
-    path = plane.describe_path()
+    path = paths.describe_path()
     assert path.plane is not None, path.cause
     sizes = {
-        rows: dispatch.select(path.plane.architecture, world, torch.bfloat16, 4096, rows).algorithm for rows in (1, 64)
+        rows: cuda.select(path.plane.architecture, world, torch.bfloat16, 4096, rows).algorithm for rows in (1, 64)
     }
     return [str(path.links), path.plane.architecture, *sizes.values()]
 
@@ -509,7 +511,7 @@ def killed_during_replay(rank: int, world: int) -> list[str]:
             outs.append(site())
         return outs
 
-    dispatch.LOAD_AHEAD = False
+    prepare.LOAD_AHEAD = False
     calls()
     for (site, _), outs in zip(sites, calls(), strict=True):
         site.wrong(*outs)
@@ -559,7 +561,7 @@ def killed_during_replay(rank: int, world: int) -> list[str]:
 def batch_invariance(rank: int, world: int, vote: str) -> list[str]:
     """Rows among others against the same rows alone, in a group that takes the kernels or one that votes for the library."""
     if vote == "library":
-        plane._problem = lambda *anything: "pretended"  # type: ignore[assignment]
+        vote._problem = lambda *anything: "pretended"  # type: ignore[assignment]
     hidden, rows = 4096, 2500  # 20 MiB: above the sizes that would go to the library for more than two ranks
     g = torch.Generator(device="cuda").manual_seed(3)
     values = torch.tensor([2.0**24, 1.0, -(2.0**24), 3.0], device="cuda")
@@ -567,7 +569,7 @@ def batch_invariance(rank: int, world: int, vote: str) -> list[str]:
     x = values[choice].bfloat16()
     residual = torch.randn(rows, hidden, device="cuda", generator=g).bfloat16()
     weight = torch.randn(hidden, device="cuda", generator=g).bfloat16()
-    kind = plane.describe_path().kind
+    kind = paths.describe_path().kind
     complaints = [] if kind == ("fused" if vote == "fused" else "library") else [f"the group is {kind}"]
     whole = all_reduce_add_rms_norm(x, residual, weight)
     for count in (1, 2, 7, 64, 300, 2100):
@@ -623,7 +625,7 @@ def host_cost(rank: int, world: int) -> dict[str, float]:
     residual, weight = torch.randn_like(x), torch.randn(4096, device="cuda").bfloat16()
     name = dist.group.WORLD.group_name  # type: ignore[union-attr]
     all_reduce_add_rms_norm(x, residual, weight)
-    prepared = next(iter(dispatch._prepared.values()))
+    prepared = next(iter(prepare.PREPARED.values()))
     p = prepared.path.plane
     assert p is not None
     one = prepared.plans[8].launches[0]
@@ -730,7 +732,7 @@ def many_lives(rank: int, world: int, store: str) -> list[str]:
             wanted = world * (world + 1) / 2
             if not bool((total == wanted).all()):
                 complaints.append(f"life {life}: sum is {total[0, 0].item()}, expected {wanted}")
-            path = plane.describe_path(one)
+            path = paths.describe_path(one)
             if path.kind != "fused":
                 complaints.append(f"life {life}, group {one and one.group_name}: {path.kind}: {path.cause}")
         print(f"life {life}: group {group.group_name}", flush=True)

@@ -15,11 +15,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from interpreted_ranks import Call, expected, inputs, ulps_apart
-from tpfuse.ops import dispatch
+from tpfuse.ops import schedule
 from tpfuse.ops.flavour import NAMED
-from tpfuse.ops.kernels.constants import GROUP_LANES, Variant, constants
-from tpfuse.ops.kernels.epilogue import STATE_WORDS
-from tpfuse.ops.launch import Part
+from tpfuse.ops.geometry import Part
+from tpfuse.ops.kernels.state import STATE_WORDS
+from tpfuse.ops.kernels.variant import GROUP_LANES, Variant, constants
 
 
 def _marked(t: torch.Tensor) -> torch.Tensor:
@@ -69,7 +69,7 @@ def play(call: Call, world: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]
     normed, h = torch.empty_like(x), torch.empty_like(x)
     part = Part(call.lanes, call.steps or -(-c.groups * GROUP_LANES // call.lanes))
     split = -(-c.groups // part.groups)
-    kernel = dispatch.kernel_of(call.algorithm, c, Variant(world, part.lanes, part.steps, split))
+    kernel = schedule.kernel_of(call.algorithm, c, Variant(world, part.lanes, part.steps, split))
     args = (x, residual, weight, x, normed, h, peers, state, rank, call.rows, capacity * 4, 2_000_000_000, 1e-6, 1.0)
     kernel.compile(*args)
     kernel(call.rows * split, torch.cuda.current_stream().cuda_stream, *args)

@@ -11,7 +11,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import on_ranks
-from tpfuse.ops.one_gpu import gpu_count, run_ranks, why_not
+
+from tpfuse.measure.ranks import gpu_count, run_ranks, why_not
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 WORLDS = (2, 4, 8)

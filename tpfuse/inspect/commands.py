@@ -159,14 +159,14 @@ def bench(
     """Measure the fused op against other ways of doing the same, on the GPUs of this machine."""
     import torch
 
-    from tpfuse.ops import bench as benching
+    from tpfuse.measure import bench as benching
 
     if out is not None and not tune:
         fail("bench", "--out names the table that --tune derives; give --tune too, or --json for the results")
     if not torch.cuda.is_available():
         fail("bench", "no GPU is visible; the figures of a CPU say nothing about the kernels")
     if tune:
-        from tpfuse.ops import tune as tuning
+        from tpfuse.measure import tune as tuning
 
         typer.echo(tuning.to_files(tuning.Plan(worlds=_counts(worlds), hiddens=_counts(hidden)), out, json))
         return

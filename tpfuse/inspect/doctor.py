@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from tpfuse import compat
-from tpfuse.ops import environment, plane
+from tpfuse.ops import settings, vote
 
 OK, NOTE, WARN, FAIL = "ok", "note", "warn", "fail"
 OLDEST, BEYOND = (2, 11), (2, 16)
@@ -107,7 +107,7 @@ def versions() -> Iterator[Check]:
         yield Check(
             "torch", status, f"{torch.__version__}, tested from 2.11 to 2.15", "pip install 'torch>=2.11,<2.16'"
         )
-    triton = plane.triton_version()
+    triton = vote.triton_version()
     if triton is None:
         status = WARN if torch.cuda.is_available() else NOTE
         missing = "not installed" if _version("triton") is None else "installed, but it cannot be imported"
@@ -133,17 +133,17 @@ def entry_point() -> Iterator[Check]:
 
 def variables() -> Iterator[Check]:
     """Whether the environment's TPFUSE_ variables are known and would be accepted."""
-    given = {name: value for name, value in os.environ.items() if name.startswith(environment.PREFIX)}
+    given = {name: value for name, value in os.environ.items() if name.startswith(settings.PREFIX)}
     if not given:
         return
     shown = ", ".join(f"{name}={value}" for name, value in sorted(given.items()))
-    wrong = environment.invalid()
+    wrong = settings.invalid()
     if not wrong:
         try:  # each is valid alone; what contradicts another is told when all are read together
-            plane.Settings.from_environment()
+            settings.Settings.from_environment()
         except ValueError as error:
             wrong = [str(error)]
-    wrong += environment.unknown()
+    wrong += settings.unknown()
     if wrong:
         yield Check("environment", FAIL, shown, "; ".join(wrong))
     else:
@@ -256,13 +256,13 @@ def path() -> Iterator[Check]:
 
 def _taken(path: Any) -> Check:
     """What there is to say of a group's path (``ops.GroupPath``)."""
-    from tpfuse.ops import plane
+    from tpfuse.ops import paths
 
     if path.kind != "fused":
         fix = "the group's own all-reduce and one add+norm kernel run instead; remove the cause to fuse all"
         return Check("path", WARN, f"{path.kind}: {path.cause}", fix)
     found = f"fused, over {path.links}" if path.links else "fused"
-    most = plane.small_calls_only(path)
+    most = paths.small_calls_only(path)
     if most is None:
         return Check("path", OK, found)
     fix = "nothing was measured for these links: larger calls take the library path until `tpfuse bench --tune` has measured them"
@@ -336,7 +336,7 @@ def facts() -> dict[str, str]:
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": plane.triton_version() or "none",
+        "triton": vote.triton_version() or "none",
         "tpfuse": _version("tpfuse") or "none",
         "transformers": _version("transformers") or "none",
         "nccl": _nccl(),

@@ -6,7 +6,7 @@ the order of additions within a lane is written in the code.
 
 # Triton's language, not Python: tuples grow while they are traced, and have no unpacking.
 # mypy: ignore-errors
-# ruff: noqa: RUF005, SIM300, PLR0124
+# ruff: noqa: RUF005, PLR0124
 from __future__ import annotations
 
 import triton
@@ -19,9 +19,9 @@ def unpack(words, DTYPE: tl.constexpr):
     values = ()
     for i in tl.static_range(4):
         w = words[i]
-        if DTYPE == tl.float32:
+        if tl.float32 == DTYPE:
             values = values + (w.to(tl.float32, bitcast=True),)
-        elif DTYPE == tl.bfloat16:
+        elif tl.bfloat16 == DTYPE:
             # The low half is the first value: little endian. bf16 is the upper half of an fp32.
             values = values + ((w << 16).to(tl.float32, bitcast=True), (w & -65536).to(tl.float32, bitcast=True))
         else:
@@ -34,7 +34,7 @@ def unpack(words, DTYPE: tl.constexpr):
 @triton.jit
 def half_bits(value, DTYPE: tl.constexpr):
     """The 16 bits of ``value`` rounded to nearest even, as the low half of an int32 whose upper half is zero."""
-    if DTYPE == tl.bfloat16:
+    if tl.bfloat16 == DTYPE:
         # Written out: the interpreter rounds fp32 to bf16 half away from zero.
         bits = value.to(tl.int32, bitcast=True)
         bits = tl.where(value != value, 0x7FFF0000, bits + 0x7FFF + ((bits >> 16) & 1))
@@ -48,13 +48,13 @@ def pack(values, DTYPE: tl.constexpr, PTX: tl.constexpr):
     """Round fp32 values to ``DTYPE`` (nearest even) and pack them into four words."""
     words = ()
     for i in tl.static_range(4):
-        if DTYPE == tl.float32:
+        if tl.float32 == DTYPE:
             words = words + (values[i].to(tl.int32, bitcast=True),)
         elif PTX:
             # Left to itself LLVM converts most values one by one, at a quarter of the rate of pairs.
             words = words + (
                 tl.inline_asm_elementwise(
-                    "cvt.rn.bf16x2.f32 $0, $2, $1;" if DTYPE == tl.bfloat16 else "cvt.rn.f16x2.f32 $0, $2, $1;",
+                    "cvt.rn.bf16x2.f32 $0, $2, $1;" if tl.bfloat16 == DTYPE else "cvt.rn.f16x2.f32 $0, $2, $1;",
                     "=r,f,f",
                     [values[2 * i], values[2 * i + 1]],
                     dtype=tl.int32,
@@ -70,7 +70,7 @@ def pack(values, DTYPE: tl.constexpr, PTX: tl.constexpr):
 @triton.jit
 def rounded(values, DTYPE: tl.constexpr, PTX: tl.constexpr):
     """fp32 values after rounding to ``DTYPE``."""
-    if DTYPE == tl.float32:
+    if tl.float32 == DTYPE:
         return values
     else:
         return unpack(pack(values, DTYPE, PTX), DTYPE)
@@ -107,7 +107,7 @@ def plus_words(a, b, DTYPE: tl.constexpr, PTX: tl.constexpr):
     same bits: rounding twice is harmless where the first format has at least two bits more than twice the precision of the second
     (Figueroa, "When is double rounding innocuous?", 1995), and fp32 has 24 where bf16 has 8 and fp16 has 11.
     """
-    if PTX and DTYPE != tl.float32:
+    if PTX and tl.float32 != DTYPE:
         return pairwise(a, b, "plus", DTYPE)
     else:
         return pack(plus(unpack(a, DTYPE), unpack(b, DTYPE)), DTYPE, PTX)
@@ -116,7 +116,7 @@ def plus_words(a, b, DTYPE: tl.constexpr, PTX: tl.constexpr):
 @triton.jit
 def times_words(a, b, DTYPE: tl.constexpr, PTX: tl.constexpr):
     """Words of ``a * b`` rounded to ``DTYPE``, from words; see :func:`plus_words`."""
-    if PTX and DTYPE != tl.float32:
+    if PTX and tl.float32 != DTYPE:
         return pairwise(a, b, "times", DTYPE)
     else:
         return pack(times(unpack(a, DTYPE), unpack(b, DTYPE)), DTYPE, PTX)
@@ -170,87 +170,3 @@ def over_scalar(a, s):
     for i in tl.static_range(len(a)):
         out = out + (tl.math.div_rn(a[i], s),)
     return out
-
-
-@triton.jit
-def lane_sums_of_squares(values):
-    """Sum of squares of the values of each lane, in pairs."""
-    s = times(values, values)
-    if len(s) == 8:
-        return ((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7]))
-    else:
-        return (s[0] + s[1]) + (s[2] + s[3])
-
-
-@triton.constexpr_function
-def over_lanes_asm(steps, groups_a_step, whole):
-    """PTX that sums ``steps`` values a thread over groups of 128 threads; ``whole``: and the groups in fp64.
-
-    Every thread gets the sum over all groups, or, without ``whole``, thread ``t`` that of group ``t`` modulo
-    :func:`over_lanes_period`. One tree a warp, the sums of all warps through shared memory, four of them a group. Triton's own
-    reduction goes through shared memory three times, with six barriers.
-    """
-    groups, period = steps * groups_a_step, over_lanes_period(steps, groups_a_step)
-    lines = ["{", f".shared .align 16 .b32 sums[{4 * groups}];", ".reg .pred %p;", ".reg .b64 %d, %e;"]
-    lines += [".reg .b32 %v, %o, %a, %b, %c, %t, %s, %r, %lo, %hi;"]
-    lines += [
-        "mov.u32 %t, %tid.x;",
-        "mov.u32 %s, sums;",
-        "shr.u32 %r, %t, 5;",
-        "shl.b32 %r, %r, 2;",
-        "add.u32 %r, %r, %s;",
-    ]
-    lines += ["and.b32 %o, %t, 31;", "setp.eq.u32 %p, %o, 0;"]
-    lines += ["bar.sync 0;"]  # all warps have read what a previous row left
-    for step in range(steps):
-        lines += [f"mov.b32 %v, ${step + 1};"]
-        for distance in (16, 8, 4, 2, 1):
-            lines += [f"shfl.sync.bfly.b32 %o, %v, {distance}, 31, 0xffffffff;", "add.rn.f32 %v, %v, %o;"]
-        lines += [f"@%p st.shared.b32 [%r+{16 * groups_a_step * step}], %v;"]
-    lines += ["bar.sync 0;", f"and.b32 %o, %t, {period - 1};", f"setp.lt.u32 %p, %o, {groups};"]
-    lines += ["shl.b32 %o, %o, 4;", "add.u32 %s, %s, %o;"]
-    lines += [f"mov.b32 {one}, 0;" for one in ("%v", "%a", "%b", "%c")]
-    lines += ["@%p ld.shared.v4.b32 {%v, %a, %b, %c}, [%s];"]
-    lines += ["add.rn.f32 %v, %v, %b;", "add.rn.f32 %a, %a, %c;", "add.rn.f32 %v, %v, %a;"]
-    if whole and groups > 1:
-        lines += ["cvt.f64.f32 %d, %v;"]
-        for distance in (8, 4, 2, 1):
-            if distance < period:
-                lines += ["mov.b64 {%lo, %hi}, %d;"]
-                lines += [f"shfl.sync.bfly.b32 {half}, {half}, {distance}, 31, 0xffffffff;" for half in ("%lo", "%hi")]
-                lines += ["mov.b64 %e, {%lo, %hi};", "add.rn.f64 %d, %d, %e;"]
-        lines += ["cvt.rn.f32.f64 %v, %d;"]
-    return "\n".join([*lines, "mov.b32 $0, %v;", "}"])
-
-
-@triton.constexpr_function
-def over_lanes_period(steps, groups_a_step):
-    """The power of two that is not below the number of groups."""
-    return 1 << (steps * groups_a_step - 1).bit_length()
-
-
-@triton.constexpr_function
-def over_lanes_constraints(steps):
-    return "=f" + ",f" * steps
-
-
-@triton.jit
-def over_lanes(values, GROUPS_A_STEP: tl.constexpr, WHOLE: tl.constexpr):
-    """See :func:`over_lanes_asm`: a tensor over lanes. ``values``: one fp32 tensor over lanes a step."""
-    return tl.inline_asm_elementwise(
-        over_lanes_asm(len(values), GROUPS_A_STEP, WHOLE),
-        over_lanes_constraints(len(values)),
-        values,
-        dtype=tl.float32,
-        is_pure=False,  # all threads meet in it
-        pack=1,
-    )
-
-
-@triton.jit
-def sums_over_lanes(values, GROUPS: tl.constexpr):
-    """The portable body for one step: the sums of ``GROUPS`` groups of 128 lanes, a scalar for one group."""
-    if GROUPS == 1:
-        return tl.sum(values, axis=0)
-    else:
-        return tl.sum(tl.reshape(values, (GROUPS, 128)), axis=1)

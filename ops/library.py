@@ -13,8 +13,8 @@ from torch import Tensor
 
 from . import reference
 from .flavour import Flavour
-from .kernels.constants import GROUP_LANES, Constants, Variant
-from .launch import Kernel
+from .kernel import Kernel
+from .kernels.variant import GROUP_LANES, Constants, Variant
 
 
 def all_reduce(x: Tensor, group_name: str) -> Tensor:
@@ -73,7 +73,7 @@ def exact(
     post_norm: bool,
     group_name: str,
 ) -> tuple[Tensor, Tensor]:
-    """The group's all-reduce and the exact reference, for calls that no kernel takes."""
+    """The group's all-reduce and the exact reference: on a CPU, and for calls that no kernel takes."""
     reduced = all_reduce(x.contiguous(), group_name)
     normed, residual_out = reference.add_rms_norm(reduced, residual, weight, bias, eps, scale, flavour, post_norm)
     return normed.contiguous(), residual_out.contiguous()

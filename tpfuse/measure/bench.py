@@ -27,11 +27,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import launch as launch_module
-from . import peers
-from .kernels.constants import MAX_GROUPS
-from .peers import Call, Problem, Unavailable
-from .plane import Plane
+from tpfuse.ops import geometry as launch_module
+from tpfuse.ops.kernels.variant import MAX_GROUPS
+from tpfuse.ops.plane import Plane
+
+from . import contenders
+from .contenders import Call, Problem, Unavailable
 
 CALLS_A_GRAPH = 20
 REPLAYS = 15
@@ -86,17 +87,17 @@ def _forced(
 
     Args:
         wait: False is the floor.
-        part: what a program holds of a row; None leaves the geometry to :mod:`tpfuse.ops.launch`.
+        part: what a program holds of a row; None leaves the geometry to :mod:`tpfuse.ops.geometry`.
         share: with ``part``, the kernel takes one part in ``share`` of what its ranks may have in flight on a GPU.
     """
 
     def make(p: Problem) -> Call:
-        from . import dispatch, op, plane
-        from .flavour import LLAMA
+        from tpfuse.ops import cuda, op, paths, prepare, schedule
+        from tpfuse.ops.flavour import LLAMA
 
         # The op itself prepares the group, and loads what auto needs.
         op.all_reduce_add_rms_norm(p.x, p.residual, p.weight, eps=p.eps, group=p.group_name)
-        path = plane.path_of(p.group_name, p.x.device)
+        path = paths.path_of(p.group_name, p.x.device)
         ours = path.plane
         if ours is None:
             raise Unavailable(path.cause)
@@ -108,7 +109,7 @@ def _forced(
         )
         prepared = next(
             q
-            for k, q in dispatch._prepared.items()
+            for k, q in prepare.PREPARED.items()
             if k[0] == p.group_name and k[2] == p.hidden and q.flavour == LLAMA and k[1] == p.x.dtype and not k[5]
         )
         assert prepared.constants is not None
@@ -123,11 +124,11 @@ def _forced(
             return found
 
         shapes = None if part is None else shape_of
-        plan = dispatch.plan_of(ours, settings, prepared.constants, p.x.dtype, p.rows, wait, shapes)
+        plan = schedule.schedule_of(ours, settings, prepared.constants, p.x.dtype, p.rows, wait, shapes)
         if not plan.launches:
             raise Unavailable("selection takes the library path here")
-        dispatch.load_together(
-            [launch.kernel for launch in plan.launches], ours, dispatch.samples(prepared.constants, ours)
+        prepare.load_together(
+            [launch.kernel for launch in plan.launches], ours, prepare.samples(prepared.constants, ours)
         )
 
         def call() -> tuple[Tensor, Tensor]:
@@ -135,7 +136,7 @@ def _forced(
             stream = torch.cuda.current_stream().cuda_stream
             for launch in plan.launches:
                 part = slice(launch.start, launch.start + launch.rows)
-                dispatch._launch(
+                cuda._launch(
                     launch,
                     stream,
                     ours,
@@ -195,9 +196,9 @@ def contender(name: str) -> Callable[[Problem], Call]:
 
 def _library(p: Problem) -> Call:
     """The library path at any size: the group's NCCL all-reduce, then our add+norm kernel."""
-    from . import library_path
-    from .flavour import LLAMA
-    from .kernels.constants import constants
+    from tpfuse.ops import library
+    from tpfuse.ops.flavour import LLAMA
+    from tpfuse.ops.kernels.variant import constants
 
     if p.shared:
         raise Unavailable("NCCL refuses two ranks on one GPU, and gloo cannot be captured")
@@ -205,15 +206,15 @@ def _library(p: Problem) -> Call:
 
     def call() -> tuple[Tensor, Tensor]:
         normed, h = torch.empty_like(p.x), torch.empty_like(p.x)
-        reduced = library_path.all_reduce(p.x, p.group_name)
-        library_path.add_norm(reduced, p.residual, p.weight, None, normed, h, p.eps, 1.0, c)
+        reduced = library.all_reduce(p.x, p.group_name)
+        library.add_norm(reduced, p.residual, p.weight, None, normed, h, p.eps, 1.0, c)
         return normed, h
 
     return call
 
 
 def _op(p: Problem) -> Call:
-    from . import op
+    from tpfuse.ops import op
 
     def call() -> tuple[Tensor, Tensor]:
         return op.all_reduce_add_rms_norm(p.x, p.residual, p.weight, eps=p.eps, group=p.group_name)
@@ -229,11 +230,11 @@ CONTENDERS: dict[str, Callable[[Problem], Call]] = {
     "two-shot": _forced("two_shot"),
     "library": _library,
     "floor": _forced(None, wait=False),
-    "symm one-shot": peers.symm_one_shot,
-    "symm two-shot": peers.symm_two_shot,
-    "flashinfer": peers.flashinfer(pdl=False),
-    "flashinfer pdl": peers.flashinfer(pdl=True),
-    "nccl": peers.nccl,
+    "symm one-shot": contenders.symm_one_shot,
+    "symm two-shot": contenders.symm_two_shot,
+    "flashinfer": contenders.flashinfer(pdl=False),
+    "flashinfer pdl": contenders.flashinfer(pdl=True),
+    "nccl": contenders.nccl,
 }
 LEAVES_WORDS = ("floor",)  # pushes that nobody waits for: the plane must be reset afterwards
 
@@ -315,8 +316,8 @@ def time_call(call: Call, calls: int = CALLS_A_GRAPH, replays: int = REPLAYS) ->
 
 
 def measure(rank: int, world: int, plan: Plan) -> list[Result]:
-    """Run on every rank (see :mod:`tpfuse.ops.one_gpu`): all shapes of the plan at this world size."""
-    from . import plane
+    """Run on every rank (see :mod:`tpfuse.measure.ranks`): all shapes of the plan at this world size."""
+    from tpfuse.ops import paths
 
     torch._inductor.config.compile_threads = 1  # type: ignore[attr-defined]
     group_name = dist.group.WORLD.group_name  # type: ignore[union-attr]
@@ -326,7 +327,7 @@ def measure(rank: int, world: int, plan: Plan) -> list[Result]:
     began = time.monotonic()
     if any(name.startswith("symm") for name in plan.contenders):
         largest = max(plan.rows) * max(plan.hiddens)
-        peers.reserve(group_name, largest, torch.bfloat16, device)
+        contenders.reserve(group_name, largest, torch.bfloat16, device)
     for rows in sorted(plan.rows):
         for hidden in plan.hiddens:
             given, xs = problem(rank, world, rows, hidden, group_name, shared, device)
@@ -337,7 +338,7 @@ def measure(rank: int, world: int, plan: Plan) -> list[Result]:
                 dist.barrier()
                 results.append(_measure_one(name, given, want, rows, hidden, world))
                 if name in LEAVES_WORDS:
-                    plane.reset(group_name)
+                    paths.reset(group_name)
                 if plan.partial and rank == 0:
                     save(results, Path(plan.partial), last=f"{time.monotonic() - began:.1f} s")
     return results
@@ -374,7 +375,7 @@ def run(plan: Plan, env: dict[str, str] | None = None) -> list[Result]:
     The ranks run nothing but one contender at a time, so on a shared GPU the kernels may fill it (see ``SHARED_GPU`` in
     :mod:`tpfuse.ops.plane`); ``env`` is set in the ranks and wins.
     """
-    from .one_gpu import RankFailed, run_ranks
+    from .ranks import RankFailed, run_ranks
 
     for name in plan.contenders:
         contender(name)

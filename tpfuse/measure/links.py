@@ -1,7 +1,7 @@
 """Measure what bounds an all-reduce between the GPUs of a group, and the floor that follows.
 
     from tpfuse.ops import links
-    from tpfuse.ops.one_gpu import run_ranks
+    from tpfuse.measure.ranks import run_ranks
     measured = run_ranks(links.measure_links, 4)[0]
     links.floor(measured, "one_shot", 4, 65536)        # microseconds
 
@@ -29,9 +29,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tpfuse.ops.plane import peer_addresses
+from tpfuse.ops.select import TABLE, Entry, select
+
 from .bench import Result
-from .plane import peer_addresses
-from .select import TABLE, Entry, select
 
 ROUNDS = 1000
 MIB = 1 << 20
@@ -223,7 +224,7 @@ def _bandwidth(call: Callable[[], Any], size: int, repeats: int) -> float:
 def measure_links(
     rank: int, world: int, rounds: int = ROUNDS, size: int = SIZE, repeats: int = REPEATS, limit: int = LIMIT_NS
 ) -> Links:
-    """Measure on the ranks of the default group; every rank gets the same answer. See :func:`tpfuse.ops.one_gpu.run_ranks`.
+    """Measure on the ranks of the default group; every rank gets the same answer. See :func:`tpfuse.measure.ranks.run_ranks`.
 
     Args:
         rounds: round trips of one ping-pong.
@@ -315,7 +316,7 @@ def beside_floor(results: Sequence[Result], measured: Sequence[Links], table: Se
     """A table of measured time, floor and their ratio for the shapes whose links were measured, as text.
 
     Args:
-        results: of :func:`tpfuse.ops.bench.run`, bf16.
+        results: of :func:`tpfuse.measure.bench.run`, bf16.
         measured: at most one for each world size; those of a shared GPU give no floor.
         table: the selection table that was in force.
     """

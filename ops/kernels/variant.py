@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from .. import reference
 from ..flavour import Flavour
+from .state import GROUP_LANES, MAX_GROUPS
 
 try:
     import triton.language as tl
@@ -15,8 +17,6 @@ except ImportError:  # a torch for CPUs, or for macOS: the op's exact path needs
 else:
     _TL = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 _TORCH = {ours: theirs for theirs, ours in _TL.items()}
-GROUP_LANES = 128
-MAX_GROUPS = 16
 
 
 def torch_dtype(dtype: tl.dtype) -> torch.dtype:
@@ -123,7 +123,7 @@ def constants(
     gain = {"own": own, "float32": torch.float32, "input": dtype}[flavour.gain_dtype]
     product = torch.promote_types(normed, gain) if weight_dtype is not None else normed
     out = {"input": dtype, "float32": torch.float32, "promoted": product}[flavour.out]
-    residual = torch.promote_types(dtype, out) if post_norm else dtype
+    residual = reference.residual_dtype(dtype, out, post_norm)
     return Constants(
         hidden=hidden,
         dtype=_TL[dtype],

@@ -1,4 +1,4 @@
-"""Kernels that measure links between GPUs with the primitives of the op's own kernels; see :mod:`tpfuse.ops.links`."""
+"""Kernels that measure links between GPUs with the primitives of the op's own kernels; see :mod:`tpfuse.measure.links`."""
 
 # Triton's language, not Python: tuples grow while they are traced, and have no unpacking.
 # mypy: ignore-errors
@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .kernels.memory import load16, poll, push
+from tpfuse.ops.kernels.memory import load16, poll, push
 
 LANES: tl.constexpr = tl.constexpr(128)  # one element a thread of four warps
 SLOT_BYTES = 16  # of a ping-pong round: one push

@@ -4,7 +4,7 @@ With fewer GPUs than ranks the processes share GPU 0 through NVIDIA MPS, so that
 the group is gloo: NCCL refuses two ranks on one GPU. With a GPU for every rank the group is NCCL. Kernels, planes and
 selection are the same in both. Figures from a shared GPU compare kernels with each other; they are not NVLink latencies.
 
-    from tpfuse.ops.one_gpu import run_ranks
+    from tpfuse.measure.ranks import run_ranks
 
     def step(rank, world):          # at the top of a module: the child imports it by name
         ...

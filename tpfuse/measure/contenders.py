@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import environment
+from tpfuse.ops import settings
 
 Call = Callable[[], tuple[Tensor, Tensor]]
 
@@ -172,7 +172,7 @@ def private_folder() -> Path:
     """
     try:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        folder = environment.BENCH_BUILD.value() or cache / "tpfuse" / "build"
+        folder = settings.BENCH_BUILD.value() or cache / "tpfuse" / "build"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = folder.lstat()
     except (OSError, RuntimeError) as error:  # RuntimeError: nobody knows this user's home

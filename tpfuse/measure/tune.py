@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .select import ALGORITHMS, KIB, MIB, TABLE, UNBOUNDED, Entry, entry, load_table, save_table
+from tpfuse.ops.select import ALGORITHMS, KIB, MIB, TABLE, UNBOUNDED, Entry, entry, load_table, save_table
 
 ITEM_BYTES = 2  # bf16
 GROWTH = 1.02  # how much slower a smaller launch may be on average: it needs a smaller plane
@@ -294,16 +294,16 @@ def shapes(plan: Plan) -> list[tuple[int, int]]:
 @contextlib.contextmanager
 def _launches_of(launch_bytes: int, group_name: str, device: torch.device) -> Iterator[None]:
     """Inside, calls that are prepared are cut into launches of this many bytes. The plane stays as it is."""
-    from . import plane
+    from tpfuse.ops import paths
 
-    key = (group_name, device.index, plane.current_stream_class())
-    path, group = plane._paths[key]
+    key = (group_name, device.index, paths.current_stream_class())
+    path, group = paths._paths[key]
     table = tuple(replace(e, launch_bytes=launch_bytes) for e in path.settings.table)
-    plane._paths[key] = (replace(path, settings=replace(path.settings, table=table)), group)
+    paths._paths[key] = (replace(path, settings=replace(path.settings, table=table)), group)
     try:
         yield
     finally:
-        plane._paths[key] = (path, group)
+        paths._paths[key] = (path, group)
 
 
 def measure(rank: int, world: int, plan: Plan) -> Measured:
@@ -313,12 +313,14 @@ def measure(rank: int, world: int, plan: Plan) -> Measured:
         RuntimeError: the group cannot use the kernels (the message says why), a poll gave up, or one-shot and two-shot gave
             different bits.
     """
-    from . import bench, plane
-    from .dispatch import raise_if_failed
-    from .peers import Unavailable
+    from tpfuse.ops import paths
+    from tpfuse.ops.paths import raise_if_failed
+
+    from . import bench
+    from .contenders import Unavailable
 
     group_name = dist.group.WORLD.group_name  # type: ignore[union-attr]
-    path = plane.describe_path(group_name)
+    path = paths.describe_path(group_name)
     if path.plane is None:
         raise RuntimeError(f"nothing to tune: the group takes the library path ({path.cause})")
     device = path.plane.device
@@ -370,10 +372,10 @@ def run(plan: Plan, keep: Callable[[Tuned], None] = lambda tuned: None) -> list[
     Args:
         keep: called with each world size's result as soon as it is there, so that a later failure loses nothing.
     Raises:
-        RuntimeError: ranks failed; see :class:`tpfuse.ops.one_gpu.RankFailed`.
+        RuntimeError: ranks failed; see :class:`tpfuse.measure.ranks.RankFailed`.
         ValueError: a plan without shapes.
     """
-    from .one_gpu import run_ranks
+    from .ranks import run_ranks
 
     if not shapes(plan):
         raise ValueError(f"no size of {list(plan.sizes)} is a whole number of rows of {list(plan.hiddens)}")

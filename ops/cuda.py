@@ -1,0 +1,152 @@
+"""The hot path: one call of the op on a CUDA device, as cheaply as Python can.
+
+Everything that does not change between calls of one site is worked out once and kept in a :class:`.prepare.Prepared`: the path of
+the group, compile-time constants, compiled kernels. A call then costs one dictionary lookup, the shape checks, two
+allocations and the launch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import invariant, library, paths
+from .arguments import check, refuse_gradients
+from .plane import Plane
+from .prepare import PREPARED, Prepared, forget_the_gone, prepare
+from .schedule import Launch, schedule_of
+
+
+def _aligned(t: Tensor | None) -> Tensor | None:
+    """``t`` contiguous and 16-byte aligned: what 16-byte accesses need."""
+    if t is None:
+        return None
+    if not t.is_contiguous():
+        t = t.contiguous()
+    return t if t.data_ptr() % 16 == 0 else t.clone()
+
+
+def run(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    scale: float,
+    flavour: str,
+    post_norm: bool,
+    group_name: str,
+) -> tuple[Tensor, Tensor]:
+    refuse_gradients(x, residual, weight, bias)
+    index = x.device.index
+    if torch._C._cuda_getDevice() != index:
+        with torch.cuda.device(index):  # launches and the vote go to the current device
+            return run(x, residual, weight, bias, eps, scale, flavour, post_norm, group_name)
+    key = (
+        group_name,
+        x.dtype,
+        x.shape[-1] if x.dim() else 0,
+        flavour,
+        scale != 1.0,
+        residual is None,
+        None if weight is None else weight.dtype,
+        0 if bias is None else bias.dim(),
+        x.dim(),
+        post_norm,
+        index,
+        paths.current_stream_class(),
+    )
+    prepared = PREPARED.get(key)
+    if prepared is None or not paths.is_current(group_name, prepared.held):
+        with paths.lock_of(group_name):
+            prepared = PREPARED.get(key)
+            if prepared is None or not paths.is_current(group_name, prepared.held):
+                forget_the_gone()
+                prepared = prepare(key, x, residual, weight, bias, scale, flavour, post_norm, group_name)
+    else:
+        check(x, residual, weight, bias, prepared.flavour, post_norm)
+    normed = torch.empty_like(x, dtype=prepared.normed_dtype, memory_format=torch.contiguous_format)
+    residual_out = torch.empty_like(x, dtype=prepared.residual_dtype, memory_format=torch.contiguous_format)
+    rows = x.numel() // x.shape[-1] if x.numel() else 0
+    if rows == 0:
+        return normed, residual_out  # every rank of the group has zero rows: nothing to exchange
+    c = prepared.constants
+    if c is None:
+        return library.exact(x, residual, weight, bias, eps, scale, prepared.flavour, post_norm, group_name)
+    x, residual, weight, bias = _aligned(x), _aligned(residual), _aligned(weight), _aligned(bias)  # type: ignore[assignment]
+    p = prepared.path.plane
+    if p is not None:
+        if p.seen[0]:
+            p.raise_if_failed()
+        schedule = prepared.schedules.get(rows)
+        if schedule is None:
+            schedule = prepared.schedules.setdefault(rows, schedule_of(p, prepared.path.settings, c, x.dtype, rows))
+        if schedule.launches:
+            stream = torch._C._cuda_getCurrentRawStream(index)
+            if stream != p.streams.last:
+                p.on_another_stream(stream)
+            if len(schedule.launches) == 1:
+                _launch(
+                    schedule.launches[0],
+                    stream,
+                    p,
+                    prepared,
+                    x,
+                    residual,
+                    weight,
+                    bias,
+                    normed,
+                    residual_out,
+                    eps,
+                    scale,
+                )
+            else:
+                flat = [None if t is None else t.view(rows, -1) for t in (x, residual, normed, residual_out)]
+                full_bias = bias is not None and c.bias == "full"
+                for launch in schedule.launches:
+                    part = slice(launch.start, launch.start + launch.rows)
+                    xs, rs, ns, hs = (None if t is None else t[part] for t in flat)
+                    bs = bias.view(rows, -1)[part] if full_bias else bias  # type: ignore[union-attr]
+                    _launch(launch, stream, p, prepared, xs, rs, weight, bs, ns, hs, eps, scale)  # type: ignore[arg-type]
+            return normed, residual_out
+    # The add and norm behind it take one program a row, with the sums of the other kernels: no row sees another.
+    summed = invariant.sum_in_rank_order if prepared.path.settings.batch_invariant else library.all_reduce
+    reduced = summed(x, group_name)
+    library.add_norm(reduced, residual, weight, bias, normed, residual_out, eps, scale, c)
+    return normed, residual_out
+
+
+def _launch(
+    launch: Launch,
+    stream: int,
+    p: Plane,
+    prepared: Prepared,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    normed: Tensor,
+    residual_out: Tensor,
+    eps: float,
+    scale: float,
+) -> None:
+    kernel = launch.kernel
+    args = (
+        x,
+        x if residual is None else residual,
+        x if weight is None else weight,
+        x if bias is None else bias,
+        normed,
+        residual_out,
+        p.peers,
+        p.state,
+        p.rank,
+        launch.rows,
+        p.phase_bytes,
+        prepared.limit,
+        eps,
+        scale,
+    )
+    if not kernel.ready:
+        kernel.compile(*args)
+    kernel(launch.programs, stream, *args)

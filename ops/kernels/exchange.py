@@ -1,0 +1,146 @@
+"""What the programs of a split row tell each other: the sums of squares of their groups."""
+
+# Triton's language, not Python: tuples grow while they are traced, and have no unpacking.
+# mypy: ignore-errors
+# ruff: noqa: RUF005
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from . import state as at
+from .memory import clear, poll
+from .packing import unpack
+from .reduction import lane_sums_of_squares, over_lanes, over_lanes_period, sums_over_lanes
+
+MAX_GROUPS: tl.constexpr = tl.constexpr(at.MAX_GROUPS)
+PARTIALS: tl.constexpr = tl.constexpr(at.PARTIALS)
+RECORD_BYTES: tl.constexpr = tl.constexpr(at.RECORD_BYTES)
+
+
+@triton.jit
+def announce(sums, part, state, S: tl.constexpr):
+    """Write the sums of squares of this program's groups into the area of every program of its row.
+
+    A sum is not negative, so its sign bit marks it as written: each word carries its own flag, as in a push. Relaxed stores
+    of GPU scope, read by relaxed loads: both are strong, so they do not race, and a reader sees either zero or the word. Its
+    value is all that the reader needs, so no order with other memory is asked for, which would make every announcement wait
+    for the stores of ``residual_out``. Only a NaN may vouch for something else, the record of a sibling that gave up: a
+    fence here and one in :func:`spoil` order that, on a path that finite rows never take.
+
+    One element a thread: with fewer, inline PTX would store again from the replicas, perhaps after the reader restored its
+    zeros.
+    """
+    GROUPS: tl.constexpr = S.groups_a_step
+    first = tl.program_id(0) - part
+    if S.ptx:
+        PERIOD: tl.constexpr = over_lanes_period(S.steps, S.groups_a_step)
+        word = over_lanes(sums, GROUPS, False).to(tl.int32, bitcast=True) | (-2147483648)
+        lane = tl.arange(0, S.lanes)
+        place = state + PARTIALS + (first + lane // PERIOD) * MAX_GROUPS + part * S.groups + lane % PERIOD
+        active = ((lane // PERIOD < S.split) & (lane % PERIOD < S.groups)).to(tl.int32)
+        tl.inline_asm_elementwise(
+            """
+            {
+            .reg .pred %p;
+            setp.gt.u32 %p, $2, 0xFF800000;
+            @%p fence.acq_rel.gpu;
+            setp.ne.u32 %p, $3, 0;
+            @%p st.relaxed.gpu.global.u32 [$1], $2;
+            mov.u32 $0, 0;
+            }
+            """,
+            "=r,l,r,r",
+            [place.to(tl.int64), word, active],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        STEPS: tl.constexpr = S.steps
+        readers = tl.arange(0, MAX_GROUPS)
+        for i in tl.static_range(STEPS):
+            word = sums_over_lanes(sums[i], GROUPS).to(tl.int32, bitcast=True) | (-2147483648)
+            areas = state + PARTIALS + (first + readers) * MAX_GROUPS + (part * S.steps + i) * GROUPS
+            if GROUPS == 1:
+                words = tl.zeros((MAX_GROUPS,), tl.int32) + word
+                tl.atomic_xchg(areas, words, mask=readers < S.split, sem="release", scope="gpu")
+            else:
+                places = areas[None, :] + tl.arange(0, GROUPS)[:, None]
+                words = tl.zeros((GROUPS, MAX_GROUPS), tl.int32) + word[:, None]
+                tl.atomic_xchg(places, words, mask=(readers < S.split)[None, :], sem="release", scope="gpu")
+
+
+@triton.jit
+def exchange(sums, part, row, state, phase, watch, C: tl.constexpr, S: tl.constexpr):
+    """The sum of squares, fp32, of a row whose groups are held by ``S.split`` neighbouring programs, one item each.
+
+    Push and poll again, within one GPU: every program announces its sums, polls its own area, and restores its zeros when
+    it has nothing else to do (:func:`restore`). The kernel boundary orders them before the next call's writes: one phase
+    is enough. It waits longer than the poll of a slot: a sibling that waits for a peer gives up first, announces NaN, and
+    the record names the peer.
+    """
+    WORDS: tl.constexpr = S.split * S.groups
+    announce(sums, part, state, S)
+    mine = state + PARTIALS + tl.program_id(0) * MAX_GROUPS
+    words = poll(
+        mine.to(tl.int64),
+        mine.to(tl.int64),
+        -1,
+        1,
+        row,
+        phase + 2,
+        (watch[0], watch[1], watch[2] * 8),
+        SLOTS=(WORDS + 3) // 4,
+        STRIDE=16,
+        WORDS=WORDS,
+        WAIT=S.wait,
+        PTX=S.ptx,
+        HEED=False,
+        RECORD_AT=RECORD_BYTES,
+        HOST_AT=8 * S.world,
+    )
+    totals = ()
+    for i in tl.static_range(WORDS):
+        totals = totals + ((words[i] & 0x7FFFFFFF).to(tl.float32, bitcast=True).to(tl.float64),)
+    # In pairs: exact as any other order, and the fewest additions in a row.
+    for _ in tl.static_range(4):
+        pairs = ()
+        for i in tl.static_range(len(totals) // 2):
+            pairs = pairs + (totals[2 * i] + totals[2 * i + 1],)
+        if len(totals) % 2 == 1:
+            pairs = pairs + (totals[len(totals) - 1],)
+        totals = pairs
+    return totals[0].to(tl.float32)
+
+
+@triton.jit
+def restore(state, S: tl.constexpr):
+    """The zeros of what :func:`exchange` polled; strong stores, as those of :func:`announce` to the same words."""
+    tl.debug_barrier()  # every warp polled the same words: none may restore them before all have seen them
+    lane = tl.arange(0, S.lanes)
+    place = (state + PARTIALS + tl.program_id(0) * MAX_GROUPS).to(tl.int64) + lane * 16
+    clear(place, (lane < MAX_GROUPS // 4).to(tl.int32), S.ptx)
+
+
+@triton.jit
+def mean_of_squares(held, part, row, state, phase, watch, C: tl.constexpr, S: tl.constexpr):
+    """Mean of squares of a row from the words of the groups that this program holds."""
+    STEPS: tl.constexpr = S.steps
+    GROUPS: tl.constexpr = S.groups_a_step
+    sums = ()
+    for i in tl.static_range(STEPS):
+        sums = sums + (lane_sums_of_squares(unpack(held[i], C.dtype)),)
+    if S.split > 1:
+        total = exchange(sums, part, row, state, phase, watch, C, S)
+    elif S.ptx:
+        total = over_lanes(sums, GROUPS, True)
+    else:
+        groups = sums_over_lanes(sums[0], GROUPS).to(tl.float64)
+        for i in tl.static_range(1, STEPS):
+            groups += sums_over_lanes(sums[i], GROUPS).to(tl.float64)
+        total = (tl.sum(groups, axis=0) if GROUPS > 1 else groups).to(tl.float32)
+    if C.hidden & (C.hidden - 1) == 0:
+        return total * (1.0 / C.hidden)  # the same bits as the division
+    else:
+        return tl.math.div_rn(total, C.hidden * 1.0)

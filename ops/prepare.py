@@ -1,0 +1,148 @@
+"""The first call of a kind: the path of its group, compile-time constants, and every kernel that a later call may need."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tpfuse import compat
+
+from . import invariant, paths, reference, vote
+from .arguments import check
+from .flavour import Flavour
+from .kernel import Kernel
+from .kernels.variant import Constants, constants, supports, torch_dtype
+from .paths import GroupPath
+from .plane import Plane
+from .schedule import Schedule, kernels_needed
+
+LOAD_AHEAD = True  # tests that load what they need by themselves switch it off
+
+
+@dataclass
+class Prepared:
+    """Everything about calls of one kind (dtype, H, flavour, optional arguments, group, stream class)."""
+
+    path: GroupPath
+    flavour: Flavour
+    constants: Constants | None  # None: no kernel takes this kind of call
+    why_not: str | None
+    normed_dtype: torch.dtype
+    residual_dtype: torch.dtype
+    limit: int  # of the watchdog, nanoseconds
+    held: paths.Held = None
+    schedules: dict[int, Schedule] = field(default_factory=dict)
+
+
+PREPARED: dict[tuple[Any, ...], Prepared] = {}
+
+
+def prepare(
+    key: tuple[Any, ...],
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+    flavour: str,
+    post_norm: bool,
+    group_name: str,
+) -> Prepared:
+    parsed = Flavour.parse(flavour)
+    check(x, residual, weight, bias, parsed, post_norm)
+    weight_dtype = None if weight is None else weight.dtype
+    hidden = x.shape[-1]
+    path = paths.path_of(group_name, x.device)
+    why_not = supports(x.dtype, weight_dtype, hidden, parsed)
+    if why_not and path.settings.batch_invariant:
+        raise RuntimeError(
+            f"tpfuse: batch_invariant is on, and no kernel takes this call: {why_not}. The group's own all-reduce and torch's "
+            "norm would give bits that depend on the number of rows. Use a dtype, H and norm that the kernels take "
+            "(docs/op.md), or switch batch_invariant off on all ranks"
+        )
+    invariant.remember(group_name)
+    normed_dtype = reference.output_dtype(x.dtype, weight_dtype, parsed)
+    prepared = Prepared(
+        path=path,
+        flavour=parsed,
+        constants=None
+        if why_not
+        else constants(
+            x.dtype,
+            weight_dtype,
+            hidden,
+            parsed,
+            bias="none" if bias is None else "full" if bias.shape == x.shape and x.dim() > 1 else "row",
+            scaled=scale != 1.0,
+            has_residual=residual is not None,
+            post_norm=post_norm,
+        ),
+        why_not=why_not,
+        normed_dtype=normed_dtype,
+        residual_dtype=reference.residual_dtype(x.dtype, normed_dtype, post_norm),
+        limit=int(path.settings.watchdog_seconds * 1e9),
+        held=compat.group_reference(compat.resolve_group(group_name)),
+    )
+    if prepared.constants is not None and path.plane is not None:
+        _load_kernels(prepared, path.plane, x.dtype)
+    PREPARED[key] = prepared
+    return prepared
+
+
+def _load_kernels(prepared: Prepared, p: Plane, dtype: torch.dtype) -> None:
+    """Compile and load the kernels for every row count before any of them runs.
+
+    Loading a kernel may wait for the device, and the device may be busy with a kernel that waits for this rank. So all
+    ranks load first and meet before the first launch. Inside CUDA-graph capture nobody runs, and nobody can meet.
+    """
+    assert prepared.constants is not None
+    if LOAD_AHEAD:
+        # In one order on all ranks: each compiles its share.
+        needed = sorted(
+            kernels_needed(p, prepared.path.settings, prepared.constants, dtype), key=lambda k: repr(k.constexprs)
+        )
+        load_together(needed, p, samples(prepared.constants, p))
+
+
+def load_together(kernels: list[Kernel], p: Plane, args: tuple[Any, ...]) -> None:
+    """Compile and load kernels on all ranks: each compiles its share, then all load everything from Triton's cache."""
+    if torch.cuda.is_current_stream_capturing():
+        for kernel in kernels:
+            kernel.compile(*args)
+        return
+    group = dist.distributed_c10d._resolve_process_group(p.group_name)  # type: ignore[arg-type]
+    for mine in (True, False):
+        for number, kernel in enumerate(kernels):
+            if (number % p.world == p.rank) == mine and not kernel.ready:
+                kernel.compile(*args)
+        vote.everyone(None, group, p.world)
+
+
+def samples(c: Constants, p: Plane) -> tuple[Any, ...]:
+    """Arguments of the right types to compile a kernel with; Triton takes a dtype for a pointer to aligned memory.
+
+    No tensors: nothing has to be allocated for them.
+    """
+    x, weight, normed, residual_out = (torch_dtype(d) for d in (c.dtype, c.weight_dtype, c.out_dtype, c.residual_dtype))
+    tables = (torch.int64, torch.int32)
+    return (x, x, weight, x, normed, residual_out, *tables, p.rank, 1, p.phase_bytes, 1 << 40, 1e-6, 1.0)
+
+
+def forget(group: dist.ProcessGroup | str) -> None:
+    """Drop planes and plans of a group that is about to be destroyed."""
+    name = paths.group_name_of(group)
+    paths.forget(name)
+    invariant.forget(name)
+    for key in [k for k in list(PREPARED) if k[0] == name]:
+        PREPARED.pop(key, None)
+
+
+def forget_the_gone() -> None:
+    """Drop what was prepared for groups that were destroyed, and for no other."""
+    for key, prepared in list(PREPARED.items()):
+        if not paths.is_current(key[0], prepared.held):
+            PREPARED.pop(key, None)
