@@ -20,13 +20,14 @@ from typing import Any
 
 import torch
 from arguments import add_shapes
-from tpfuse.ops import geometry, prepare, schedule
+from tpfuse.ops import experiment, geometry, prepare, schedule
 from tpfuse.ops.flavour import LLAMA
 from tpfuse.ops.kernel import Kernel
 from tpfuse.ops.kernels.variant import Constants, constants
 from tpfuse.ops.settings import Settings
 
 from tpfuse.measure import bench
+from tpfuse.measure.contenders import named_geometry
 from tpfuse.measure.ranks import gpu_count
 
 
@@ -49,7 +50,7 @@ def kernels(
     found: dict[int, tuple[Kernel, Constants, Stand]] = {}
     modes = [Settings(shared_gpu="packed"), Settings(shared_gpu="packed", dependent_launch="off")]
     modes += [Settings(shared_gpu="packed", algorithm=name) for name in ("one_shot", "two_shot")]
-    forced = [found for found in map(bench.named_geometry, contenders) if found]
+    forced = [found for found in map(named_geometry, contenders) if found]
     device = torch.device("cuda", 0)
     major, minor = torch.cuda.get_device_capability(device)
     for world in worlds:
@@ -68,7 +69,7 @@ def kernels(
                 post_norm=False,
             )
             for algorithm, part, share in forced:
-                most = bench.resident(algorithm, part, stand) // share  # type: ignore[arg-type]
+                most = experiment.resident(algorithm, part, stand) // share  # type: ignore[arg-type]
 
                 def shape_of(
                     n: int, c: Constants = c, part: geometry.Part = part, most: int = most
@@ -108,7 +109,7 @@ def compile_share(number: int, of: int, worlds: Any, hiddens: Any, rows: Any, co
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_shapes(parser, bench.Plan())
+    add_shapes(parser, bench.Survey())
     parser.add_argument(
         "--contenders", default="", help="geometries such as one-shot:512x2, beside what is always compiled"
     )

@@ -16,11 +16,11 @@ from pathlib import Path
 from arguments import add_shapes
 from tpfuse.ops.settings import Settings
 
-from tpfuse.measure import bench, links
+from tpfuse.measure import bench, contenders, links, tables
 from tpfuse.measure.ranks import gpu_count, run_ranks
 
 
-def measure_links(plan: bench.Plan, out: Path) -> list[links.Links]:
+def measure_links(plan: bench.Survey, out: Path) -> list[links.Links]:
     """Latency and bandwidth at each world size of the plan, printed and kept in ``out``."""
     measured = []
     for world in plan.worlds:
@@ -35,10 +35,10 @@ def measure_links(plan: bench.Plan, out: Path) -> list[links.Links]:
 
 
 def main() -> None:
-    default = bench.Plan()
+    default = bench.Survey()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_shapes(parser, default)
-    parser.add_argument("--contenders", default=",".join(default.contenders), help=", ".join(bench.CONTENDERS))
+    parser.add_argument("--contenders", default=",".join(default.contenders), help=", ".join(contenders.CONTENDERS))
     parser.add_argument("--timeout", type=float, default=default.timeout, help="seconds for one world size")
     parser.add_argument("--out", type=Path, default=Path("."))
     parser.add_argument("--name", default="kernel")
@@ -49,7 +49,7 @@ def main() -> None:
     args = parser.parse_args()
     if gpu_count() == 0:
         parser.exit(2, "kernel.py: no GPU is visible\n")
-    plan = bench.Plan(args.worlds, args.hidden, args.rows, tuple(args.contenders.split(",")), args.timeout)
+    plan = bench.Survey(args.worlds, args.hidden, args.rows, tuple(args.contenders.split(",")), args.timeout)
     results = []
     args.out.mkdir(parents=True, exist_ok=True)
     measured = measure_links(plan, args.out / f"{args.name}-links.json") if args.links or args.only_links else []
@@ -58,7 +58,7 @@ def main() -> None:
     failed = False
     for world in plan.worlds:
         partial = args.out / f"{args.name}-W{world}.part.json"
-        one = bench.Plan((world,), plan.hiddens, plan.rows, plan.contenders, plan.timeout, str(partial))
+        one = bench.Survey((world,), plan.hiddens, plan.rows, plan.contenders, plan.timeout, str(partial))
         try:
             found = bench.run(one)
             failed |= len(found) < len(plan.hiddens) * len(plan.rows) * len(plan.contenders)  # cut short
@@ -66,12 +66,12 @@ def main() -> None:
         except Exception as error:  # a world size that fails leaves the others their figures
             failed = True
             print(f"W={world}: {type(error).__name__}: {error}", flush=True)
-        bench.save(results, args.out / f"{args.name}.json")
+        tables.save(results, args.out / f"{args.name}.json")
         partial.unlink(missing_ok=True)
-    bench.save(results, args.out / f"{args.name}.json", **bench.facts())
+    tables.save(results, args.out / f"{args.name}.json", **tables.facts())
     if results:
-        bench.plot(results, args.out / f"{args.name}.svg")
-        text = bench.table(results)
+        tables.plot(results, args.out / f"{args.name}.svg")
+        text = tables.table(results)
         (args.out / f"{args.name}.txt").write_text(text + "\n")
         print(text)
         if measured:

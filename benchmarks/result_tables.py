@@ -20,7 +20,7 @@ from typing import Any
 
 from stages import STAGES
 
-from tpfuse.measure import bench, links
+from tpfuse.measure import links, tables
 
 RESULTS = Path(__file__).parent / "results"
 RANGES = ((1, 64), (8, 64), (65, 1 << 30))  # of rows
@@ -36,10 +36,10 @@ def head(cells: Sequence[object]) -> Iterator[str]:
     yield "|" + "---|" * len(cells)
 
 
-def summary(results: Sequence[bench.Result], names: Sequence[str], measured: Sequence[links.Links]) -> Iterator[str]:
+def summary(results: Sequence[tables.Result], names: Sequence[str], measured: Sequence[links.Links]) -> Iterator[str]:
     """``tpfuse`` against every contender, and against the floor of the links if those were measured, by ranges of rows."""
     yield from head(("tpfuse against", "W", "rows", "shapes", "geometric mean", "least", "largest", "second largest"))
-    against = {name: bench.ratios(results, "tpfuse", name) for name in names if name != "tpfuse"}
+    against = {name: tables.ratios(results, "tpfuse", name) for name in names if name != "tpfuse"}
     for one in measured:
         against["t0 + L + B / bandwidth"] = {
             (r.world, r.rows, r.hidden): r.median / links.floor(one, "one_shot", r.world, r.rows * r.hidden * 2)
@@ -52,13 +52,13 @@ def summary(results: Sequence[bench.Result], names: Sequence[str], measured: Seq
             if ordered:
                 rows = f"{min(n for _, n, _ in ordered)} to {max(n for _, n, _ in ordered)}"
                 largest = [f"{ratio:.3f} ({n} rows of {h})" for ratio, n, h in reversed(ordered[-2:])]
-                mean = bench.geometric_mean([ratio for ratio, _, _ in ordered])
+                mean = tables.geometric_mean([ratio for ratio, _, _ in ordered])
                 yield row((name, world, rows, len(ordered), f"{mean:.3f}", f"{ordered[0][0]:.3f}", *(*largest, "")[:2]))
     yield ""
 
 
 def kernel_tables(
-    results: Sequence[bench.Result], contenders: Sequence[str], measured: Sequence[links.Links] = ()
+    results: Sequence[tables.Result], contenders: Sequence[str], measured: Sequence[links.Links] = ()
 ) -> Iterator[str]:
     """How ``tpfuse``, where it takes part, compares with every contender, then microseconds a call at every shape."""
     present = list(dict.fromkeys(r.contender for r in results if r.median))
@@ -104,7 +104,7 @@ def stage_tables(found: Sequence[dict[str, Any]]) -> Iterator[str]:
         yield row((one["world"], one["hidden"], one["rows"], kernel + waits, one["pdl"], *times))
 
 
-def tables(path: Path, contenders: Sequence[str] = ()) -> str:
+def tables_of(path: Path, contenders: Sequence[str] = ()) -> str:
     """The Markdown of one file of results."""
     stored = json.loads(path.read_text())
     if "lines" in stored:
@@ -112,7 +112,7 @@ def tables(path: Path, contenders: Sequence[str] = ()) -> str:
     if "stages" in stored:
         return "\n".join(stage_tables(stored["stages"]))
     measured = [links.Links(**one) for one in stored.get("links", ())]
-    return "\n".join(kernel_tables(bench.load(path), contenders, measured))
+    return "\n".join(kernel_tables(tables.load(path), contenders, measured))
 
 
 def renewed(text: str) -> str:
@@ -121,7 +121,7 @@ def renewed(text: str) -> str:
     def replace(match: re.Match[str]) -> str:
         contenders = [c.strip() for c in match["contenders"].split(",") if c.strip()]
         mark = match[0].split("\n", 1)[0]
-        return f"{mark}\n{tables(RESULTS / (match['name'] + '.json'), contenders)}\n<!-- end -->"
+        return f"{mark}\n{tables_of(RESULTS / (match['name'] + '.json'), contenders)}\n<!-- end -->"
 
     return MARK.sub(replace, text)
 
@@ -135,10 +135,10 @@ def main() -> None:
     if args.plot is not None:
         if len(args.files) != 1:
             parser.error(f"--plot draws one file of results, not {len(args.files)}")
-        bench.plot(bench.load(args.files[0]), args.plot)
+        tables.plot(tables.load(args.files[0]), args.plot)
         return
     for path in args.files:
-        print(tables(path))
+        print(tables_of(path))
     if args.write is not None:
         args.write.write_text(renewed(args.write.read_text()))
 

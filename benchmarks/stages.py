@@ -14,17 +14,16 @@ import argparse
 import itertools
 import json
 import statistics
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from arguments import add_shapes
-from tpfuse.ops import cuda, op, paths, prepare, schedule
-from tpfuse.ops.kernels.state import STAMP_NAMES, STAMP_WORDS, STATE_WORDS
+from tpfuse.ops import experiment, reset
+from tpfuse.ops.kernels.state import STAMP_NAMES, STATE_WORDS
 
-from tpfuse.measure import bench, ranks
+from tpfuse.measure import bench, ranks, tables
 
 CALLS, REPLAYS = 20, 15
 BETWEEN = tuple(f"{a} to {b}" for a, b in itertools.pairwise(STAMP_NAMES))
@@ -50,37 +49,18 @@ def stages(rank: int, world: int, rows: int, hidden: int, algorithm: str, wait: 
     """The stages of one shape in nanoseconds: medians, the same on all ranks.
 
     Raises:
-        RuntimeError: selection takes the library path, or more than one launch, for this shape.
+        Unavailable: selection takes the library path, or more than one launch, for this shape.
     """
     group_name = dist.group.WORLD.group_name  # type: ignore[union-attr]
     device = torch.device("cuda", torch.cuda.current_device())
     shared = torch.cuda.device_count() < world
     p, _ = bench.problem(rank, world, rows, hidden, group_name, shared, device)
-    op.all_reduce_add_rms_norm(p.x, p.residual, p.weight, eps=p.eps, group=group_name)
-    path = paths.path_of(group_name, device)
-    prepared = next(q for key, q in prepare.PREPARED.items() if key[0] == group_name and key[2] == hidden)
-    c = prepared.constants
-    if path.plane is None or c is None:
-        raise RuntimeError(f"no kernel to look into: {path.cause or prepared.why_not}")
-    plan = schedule.schedule_of(path.plane, replace(path.settings, algorithm=algorithm), c, p.x.dtype, rows, wait)
-    if len(plan.launches) != 1:
-        raise RuntimeError(f"{rows} rows of {hidden} take {len(plan.launches)} launches; choose a shape that takes one")
-    one = plan.launches[0]
-    variant = one.kernel.constexprs[1]
-    kernel = schedule.kernel_of(
-        plan.selection.algorithm, c, replace(variant, stamps=True), bool(one.kernel.options.get("launch_pdl"))
+    made = experiment.prepared_call(
+        p.x, p.residual, p.weight, p.eps, group_name, algorithm=algorithm, wait=wait, stamps=True
     )
-    # A state of its own, with room for the stamps; every rank begins it at phase 0, and the plane is empty between calls.
-    state = torch.zeros(STATE_WORDS + STAMP_WORDS, dtype=torch.int32, device=device)
-    stamped = replace(path.plane, state=state)
-    prepare.load_together([kernel], stamped, prepare.samples(c, stamped))
-    normed, h = torch.empty_like(p.x), torch.empty_like(p.x)
-    stamped_launch = replace(one, kernel=kernel)
-
-    def call() -> None:
-        stream = torch.cuda.current_stream().cuda_stream
-        cuda._launch(stamped_launch, stream, stamped, prepared, p.x, p.residual, p.weight, None, normed, h, p.eps, 1.0)
-
+    call, state, one = made.call, made.state, made.launches[0]
+    assert state is not None
+    variant = one.kernel.constexprs[1]
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         call()
@@ -113,9 +93,9 @@ def stages(rank: int, world: int, rows: int, hidden: int, algorithm: str, wait: 
             begun = [min(program[1] for program in last) for _, last in everyone]
             found["skew"].append(max(begun) - min(begun))
     if not wait:
-        paths.reset(group_name)
+        reset(group_name)
     facts = {
-        "algorithm": plan.selection.algorithm,
+        "algorithm": made.algorithm,
         "part": f"{variant.lanes}x{variant.steps}",
         "programs": one.programs,
         "split": variant.split,
@@ -136,7 +116,7 @@ def text(found: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_shapes(parser, bench.Plan(worlds=(2,), hiddens=(4096,), rows=(1, 32)))
+    add_shapes(parser, bench.Survey(worlds=(2,), hiddens=(4096,), rows=(1, 32)))
     parser.add_argument("--algorithm", default="auto", help="auto, one_shot or two_shot")
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds for one world size")
     parser.add_argument("--out", type=Path, help="JSON of all stages")
@@ -149,7 +129,7 @@ def main() -> None:
         env = {"TPFUSE_SHARED_GPU": "packed"}
         found += ranks.run_ranks(all_stages, world, shapes, args.algorithm, timeout=args.timeout, env=env)[0]
         if args.out is not None:
-            args.out.write_text(json.dumps({"facts": bench.facts(), "stages": found}, indent=1) + "\n")
+            args.out.write_text(json.dumps({"facts": tables.facts(), "stages": found}, indent=1) + "\n")
     print(text(found))
 
 

@@ -17,7 +17,7 @@ from tpfuse.measure.ranks import gpu_count
 
 
 def main() -> None:
-    default = tune.Plan()
+    default = tune.Sweep()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--worlds", type=numbers, default=default.worlds)
     parser.add_argument("--hidden", type=numbers, default=default.hiddens)
@@ -29,7 +29,7 @@ def main() -> None:
     args = parser.parse_args()
     if gpu_count() == 0:
         parser.exit(2, "tune.py: no GPU is visible\n")
-    plan = tune.Plan(args.worlds, args.hidden, args.sizes, args.launches, args.timeout)
+    plan = tune.Sweep(args.worlds, args.hidden, args.sizes, args.launches, args.timeout)
     try:
         print(tune.to_files(plan, args.out, args.timings))
     except (ValueError, RuntimeError, OSError) as error:

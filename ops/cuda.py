@@ -86,7 +86,7 @@ def run(
             if stream != p.streams.last:
                 p.on_another_stream(stream)
             if len(schedule.launches) == 1:
-                _launch(
+                start(
                     schedule.launches[0],
                     stream,
                     p,
@@ -107,7 +107,7 @@ def run(
                     part = slice(launch.start, launch.start + launch.rows)
                     xs, rs, ns, hs = (None if t is None else t[part] for t in flat)
                     bs = bias.view(rows, -1)[part] if full_bias else bias  # type: ignore[union-attr]
-                    _launch(launch, stream, p, prepared, xs, rs, weight, bs, ns, hs, eps, scale)  # type: ignore[arg-type]
+                    start(launch, stream, p, prepared, xs, rs, weight, bs, ns, hs, eps, scale)  # type: ignore[arg-type]
             return normed, residual_out
     # The add and norm behind it take one program a row, with the sums of the other kernels: no row sees another.
     summed = invariant.sum_in_rank_order if prepared.path.settings.batch_invariant else library.all_reduce
@@ -116,7 +116,7 @@ def run(
     return normed, residual_out
 
 
-def _launch(
+def start(
     launch: Launch,
     stream: int,
     p: Plane,
@@ -130,6 +130,7 @@ def _launch(
     eps: float,
     scale: float,
 ) -> None:
+    """One launch, compiled first where it is not. Tensors are contiguous and 16-byte aligned."""
     kernel = launch.kernel
     args = (
         x,

@@ -130,6 +130,18 @@ def path_of(group_name: str, device: torch.device) -> GroupPath:
         return path
 
 
+@contextlib.contextmanager
+def another(group_name: str, device: torch.device, path: GroupPath) -> Iterator[None]:
+    """Inside, the group takes this path; for experiments."""
+    key = (group_name, device.index, current_stream_class())
+    before = _paths[key]
+    _paths[key] = (path, before[1])
+    try:
+        yield
+    finally:
+        _paths[key] = before
+
+
 def _warning(path: GroupPath) -> str | None:
     """What a user should know of a group's path: the library, or links that leave small calls only to the kernels."""
     if path.kind == "library":

@@ -60,7 +60,7 @@ def test_a_contender_has_one_colour_in_all_panels_of_a_plot(tmp_path: Path, monk
     pytest.importorskip("matplotlib", reason="plotting needs matplotlib: pip install tpfuse[bench]")
     from matplotlib.axes import Axes
 
-    from tpfuse.measure import bench
+    from tpfuse.measure import tables
 
     drawn: dict[str, set[str]] = {}
     plain = Axes.plot
@@ -70,7 +70,7 @@ def test_a_contender_has_one_colour_in_all_panels_of_a_plot(tmp_path: Path, monk
         return plain(axis, *args, **options)
 
     monkeypatch.setattr(Axes, "plot", plot)
-    bench.plot(bench.load(ROOT / "benchmarks" / "results" / "h200-shared.json"), tmp_path / "plot.svg")
+    tables.plot(tables.load(ROOT / "benchmarks" / "results" / "h200-shared.json"), tmp_path / "plot.svg")
     assert set(drawn) == {"tpfuse", "floor", "symm one-shot", "symm two-shot", "flashinfer pdl"}
     assert all(len(colours) == 1 for colours in drawn.values()) and len(set(map(min, drawn.values()))) == 5
     assert "symm two-shot" in (tmp_path / "plot.svg").read_text()  # words, not outlines

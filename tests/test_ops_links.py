@@ -12,8 +12,8 @@ from interpreted_links import ROUNDS, bulk_push, measure, play
 from tpfuse.ops.select import TABLE, Entry
 
 from tpfuse.measure import links
-from tpfuse.measure.bench import Result
 from tpfuse.measure.links import Links, beside_floor, crossing, describe, floor, kind_of
+from tpfuse.measure.tables import Result
 
 # 400 GB/s each way, L = 1.25 us, t0 = 1 us.
 NVLINK = Links(4, "GPU", "sm_90", False, 1.0, 1.25, (1.2, 1.25, 1.3), 400e3, 300e3)

@@ -28,9 +28,9 @@ def test_small_calls_take_one_shot_medium_ones_two_shot_and_large_ones_the_libra
 
 
 def test_the_choice_is_nowhere_slower_than_the_library_in_what_was_measured() -> None:
-    from tpfuse.measure import bench
+    from tpfuse.measure import tables
 
-    results = bench.load(Path(__file__).parents[1] / "benchmarks" / "results" / "h100-nvlink-w2.json")
+    results = tables.load(Path(__file__).parents[1] / "benchmarks" / "results" / "h100-nvlink-w2.json")
     times = {(r.contender, r.hidden, r.rows): r.median for r in results if r.median}
     name = {"one_shot": "one-shot", "two_shot": "two-shot", "library": "library"}
     chosen = set()
@@ -48,10 +48,10 @@ def test_the_choice_is_nowhere_slower_than_the_library_in_what_was_measured() ->
 def test_thresholds_that_were_not_measured_follow_from_what_was_measured_between_two_gpus() -> None:
     from statistics import median
 
-    from tpfuse.measure import bench, links
+    from tpfuse.measure import links, tables
 
     path = Path(__file__).parents[1] / "benchmarks" / "results" / "h100-nvlink-w2.json"
-    times = {(r.contender, r.hidden, r.rows): r.median for r in bench.load(path) if r.median and r.rows <= 8}
+    times = {(r.contender, r.hidden, r.rows): r.median for r in tables.load(path) if r.median and r.rows <= 8}
     second_round = median(
         times["two-shot", hidden, rows] - t for (name, hidden, rows), t in times.items() if name == "one-shot"
     )
@@ -237,9 +237,9 @@ def test_without_a_gpu_the_path_is_the_library_and_says_so() -> None:
 
 @pytest.mark.parametrize("name", ("one-shot:128x2", "two-shot:512x1:full", "tpfuse", "floor"))
 def test_a_benchmark_takes_contenders_and_geometries_by_name(name: str) -> None:
-    from tpfuse.measure import bench
+    from tpfuse.measure import contenders
 
-    assert callable(bench.contender(name))
+    assert callable(contenders.contender(name))
 
 
 @pytest.mark.parametrize(
@@ -258,7 +258,7 @@ def test_a_contender_that_does_not_exist_is_named_with_the_valid_ones(name: str)
     from tpfuse.measure import bench
 
     with pytest.raises(ValueError, match="is no contender") as raised:
-        bench.run(bench.Plan(contenders=("tpfuse", name)))
+        bench.run(bench.Survey(contenders=("tpfuse", name)))
     assert name in str(raised.value) and "flashinfer" in str(raised.value)
 
 

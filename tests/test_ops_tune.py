@@ -13,9 +13,9 @@ import torch
 from tpfuse.ops.select import KIB, MIB, TABLE, UNBOUNDED, Entry, entry, load_table, phase_bytes, save_table, select
 
 from tpfuse.measure import ranks, tune
-from tpfuse.measure.tune import Measured, Plan, Timing, derive, generous, mean_regret, shapes
+from tpfuse.measure.tune import Measured, Sweep, Timing, derive, generous, mean_regret, shapes
 
-PLAN = Plan()
+PLAN = Sweep()
 LAUNCH = 8 * MIB
 
 
@@ -29,7 +29,7 @@ def model(world: int, algorithm: str, size: int) -> float:
     return 20 + 2 * (world - 1) / world * size / 500e3
 
 
-def made_up(world: int, noise: float = 0.0, seed: int = 0, library: bool = True, plan: Plan = PLAN) -> list[Timing]:
+def made_up(world: int, noise: float = 0.0, seed: int = 0, library: bool = True, plan: Sweep = PLAN) -> list[Timing]:
     rng = random.Random(seed)
     found = []
     for hidden, rows in shapes(plan):
@@ -159,7 +159,7 @@ def test_the_generous_table_takes_every_shape_in_one_launch_on_any_architecture(
 
 
 def test_the_plan_has_whole_rows_of_every_hidden_size_with_the_largest_first() -> None:
-    assert shapes(Plan(hiddens=(4096, 7168), sizes=(8 * KIB, 14 * KIB, 56 * KIB))) == [
+    assert shapes(Sweep(hiddens=(4096, 7168), sizes=(8 * KIB, 14 * KIB, 56 * KIB))) == [
         (4096, 7),
         (4096, 1),
         (7168, 4),
@@ -191,7 +191,7 @@ def test_the_table_is_read_through_tpfuse_table(
     out, timings = tmp_path / "table.json", tmp_path / "timings.json"
     kept = Entry("sm_80", 4, 1, 2, MIB, "from another machine")
     save_table(out, [kept, Entry("sm_90", 4, 3, 4, MIB, "old")])
-    said = tune.to_files(Plan(worlds=(2, 4)), out, timings)
+    said = tune.to_files(Sweep(worlds=(2, 4)), out, timings)
     assert f"TPFUSE_TABLE={out}" in said
     monkeypatch.setenv("TPFUSE_TABLE", str(out))
     from tpfuse.ops.settings import Settings
@@ -226,7 +226,7 @@ def test_what_was_found_before_a_failure_is_kept(
     monkeypatch.setattr(ranks, "run_ranks", run_ranks)
     out = tmp_path / "table.json"
     with pytest.raises(ranks.RankFailed):
-        tune.to_files(Plan(worlds=(2, 4)), out, None)
+        tune.to_files(Sweep(worlds=(2, 4)), out, None)
     assert [(e.architecture, e.world) for e in tune.kept_entries(out)] == [("sm_90", 2)]
 
 
@@ -234,12 +234,12 @@ def test_files_are_judged_before_anything_is_measured(no_ranks: list, tmp_path: 
     broken = tmp_path / "broken.json"
     broken.write_text("{")
     with pytest.raises(ValueError, match=r"broken\.json"):
-        tune.to_files(Plan(), broken, None)
+        tune.to_files(Sweep(), broken, None)
     for out, timings in ((tmp_path / "absent" / "table.json", None), (None, tmp_path)):
         with pytest.raises(ValueError, match="cannot be written"):
-            tune.to_files(Plan(), out, timings)
+            tune.to_files(Sweep(), out, timings)
     with pytest.raises(ValueError, match="whole number of rows"):
-        tune.to_files(Plan(hiddens=(4096,), sizes=(100,)), None, None)
+        tune.to_files(Sweep(hiddens=(4096,), sizes=(100,)), None, None)
     assert no_ranks == []
     assert sorted(p.name for p in tmp_path.iterdir()) == ["broken.json"]
 
@@ -277,13 +277,13 @@ def test_the_command_refuses_in_one_line(tmp_path: Path, monkeypatch: pytest.Mon
 # -- measuring, on gloo ranks with kernels that are made up ---------------------------------------------------------
 
 
-def measured_on_a_cpu(rank: int, world: int, plan: Plan, one_shot_bits: float) -> tuple[Measured, list[str]]:
+def measured_on_a_cpu(rank: int, world: int, plan: Sweep, one_shot_bits: float) -> tuple[Measured, list[str]]:
     """``tune.measure`` with contenders that say what they were asked for; rank 1's clock is 3 us slow."""
     import torch.distributed as dist
     from tpfuse.ops import paths, plane, settings
 
     from tpfuse.measure import bench
-    from tpfuse.measure.contenders import Unavailable
+    from tpfuse.measure.rivals import Unavailable
 
     name = dist.group.WORLD.group_name  # type: ignore[union-attr]
     cpu = torch.device("cpu")
@@ -329,7 +329,7 @@ def measured_on_a_cpu(rank: int, world: int, plan: Plan, one_shot_bits: float) -
         assert paths._paths.pop(key)[0].settings == found  # launches of other sizes were for one call only
 
 
-SMALL = Plan(worlds=(2,), hiddens=(64,), sizes=(8 * KIB, 64 * KIB), launches=(16 * KIB, 32 * KIB, 128 * KIB))
+SMALL = Sweep(worlds=(2,), hiddens=(64,), sizes=(8 * KIB, 64 * KIB), launches=(16 * KIB, 32 * KIB, 128 * KIB))
 
 
 @pytest.mark.ranks

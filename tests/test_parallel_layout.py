@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from simulate import simulate, unsharded
 
 from tpfuse.parallel import ConfigError, Op, ParallelConfig, Step, plan
-from tpfuse.parallel.simulate import simulate, unsharded
 
 
 def steps(config, layers):

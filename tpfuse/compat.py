@@ -14,8 +14,6 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 
-TORCH_VERSION = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2] if part.isdigit())
-
 
 def resolve_group(name: Any) -> dist.ProcessGroup:
     """The process group that a functional collective's ``group_name`` argument stands for.

@@ -160,6 +160,7 @@ def bench(
     import torch
 
     from tpfuse.measure import bench as benching
+    from tpfuse.measure import tables
 
     if out is not None and not tune:
         fail("bench", "--out names the table that --tune derives; give --tune too, or --json for the results")
@@ -168,13 +169,13 @@ def bench(
     if tune:
         from tpfuse.measure import tune as tuning
 
-        typer.echo(tuning.to_files(tuning.Plan(worlds=_counts(worlds), hiddens=_counts(hidden)), out, json))
+        typer.echo(tuning.to_files(tuning.Sweep(worlds=_counts(worlds), hiddens=_counts(hidden)), out, json))
         return
-    plan = benching.Plan(worlds=_counts(worlds), hiddens=_counts(hidden), rows=_counts(rows))
+    plan = benching.Survey(worlds=_counts(worlds), hiddens=_counts(hidden), rows=_counts(rows))
     results = benching.run(plan)
     if json is not None:
-        benching.save(results, json, **benching.facts())
-    typer.echo(benching.table(results))
+        tables.save(results, json, **tables.facts())
+    typer.echo(tables.table(results))
 
 
 @app.command()

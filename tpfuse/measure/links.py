@@ -1,6 +1,6 @@
 """Measure what bounds an all-reduce between the GPUs of a group, and the floor that follows.
 
-    from tpfuse.ops import links
+    from tpfuse.measure import links
     from tpfuse.measure.ranks import run_ranks
     measured = run_ranks(links.measure_links, 4)[0]
     links.floor(measured, "one_shot", 4, 65536)        # microseconds
@@ -32,7 +32,7 @@ from torch import Tensor
 from tpfuse.ops.plane import peer_addresses
 from tpfuse.ops.select import TABLE, Entry, select
 
-from .bench import Result
+from .tables import Result
 
 ROUNDS = 1000
 MIB = 1 << 20

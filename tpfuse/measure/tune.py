@@ -1,7 +1,7 @@
 """Measure one-shot, two-shot and the library on this machine and derive a selection table: ``tpfuse bench --tune``.
 
-    from tpfuse.ops import tune
-    tuned = tune.run(tune.Plan(worlds=(2, 4)))
+    from tpfuse.measure import tune
+    tuned = tune.run(tune.Sweep(worlds=(2, 4)))
     tune.save(Path("table.json"), [t.entry for t in tuned])      # then TPFUSE_TABLE=table.json
 
 Two steps that know nothing of each other: :func:`measure` runs on the ranks and returns timings, the same on every rank;
@@ -17,8 +17,8 @@ import json
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ CONTENDERS = {"one_shot": "one-shot", "two_shot": "two-shot", "library": "librar
 
 
 @dataclass(frozen=True)
-class Plan:
+class Sweep:
     """What to measure.
 
     Attributes:
@@ -273,7 +273,7 @@ def save_timings(path: Path, tuned: Sequence[Tuned]) -> None:
 # -- measuring ------------------------------------------------------------------------------------------------------
 
 
-def generous(plan: Plan, world: int, table: Sequence[Entry] = TABLE) -> list[Entry]:
+def generous(plan: Sweep, world: int, table: Sequence[Entry] = TABLE) -> list[Entry]:
     """A table under which the ranks' planes take everything that the plan measures, whatever their architecture."""
     most, launch = plan.one_shot_most(world), max(plan.launches)
     # An entry of an architecture goes before one for "any", so each that the built-in table knows is overridden too.
@@ -281,7 +281,7 @@ def generous(plan: Plan, world: int, table: Sequence[Entry] = TABLE) -> list[Ent
     return [Entry(name, world, most, UNBOUNDED, launch, "generous, for tuning") for name in names]
 
 
-def shapes(plan: Plan) -> list[tuple[int, int]]:
+def shapes(plan: Sweep) -> list[tuple[int, int]]:
     """(hidden, rows) of the plan, the largest of each hidden size first."""
     return [
         (hidden, size // (hidden * ITEM_BYTES))
@@ -291,33 +291,18 @@ def shapes(plan: Plan) -> list[tuple[int, int]]:
     ]
 
 
-@contextlib.contextmanager
-def _launches_of(launch_bytes: int, group_name: str, device: torch.device) -> Iterator[None]:
-    """Inside, calls that are prepared are cut into launches of this many bytes. The plane stays as it is."""
-    from tpfuse.ops import paths
-
-    key = (group_name, device.index, paths.current_stream_class())
-    path, group = paths._paths[key]
-    table = tuple(replace(e, launch_bytes=launch_bytes) for e in path.settings.table)
-    paths._paths[key] = (replace(path, settings=replace(path.settings, table=table)), group)
-    try:
-        yield
-    finally:
-        paths._paths[key] = (path, group)
-
-
-def measure(rank: int, world: int, plan: Plan) -> Measured:
+def measure(rank: int, world: int, plan: Sweep) -> Measured:
     """Run on every rank, started with :func:`generous` as ``TPFUSE_TABLE``: all shapes of the plan.
 
     Raises:
         RuntimeError: the group cannot use the kernels (the message says why), a poll gave up, or one-shot and two-shot gave
             different bits.
     """
-    from tpfuse.ops import paths
+    from tpfuse.ops import experiment, paths
     from tpfuse.ops.paths import raise_if_failed
 
-    from . import bench
-    from .contenders import Unavailable
+    from . import bench, contenders, tables
+    from .rivals import Unavailable
 
     group_name = dist.group.WORLD.group_name  # type: ignore[union-attr]
     path = paths.describe_path(group_name)
@@ -336,7 +321,7 @@ def measure(rank: int, world: int, plan: Plan) -> Measured:
             # Nothing starts while a rank has ordinary kernels to run: on a shared GPU one that waits could keep them out.
             torch.cuda.synchronize()
             dist.barrier()
-            call = bench.CONTENDERS[CONTENDERS[algorithm]](problem)
+            call = contenders.CONTENDERS[CONTENDERS[algorithm]](problem)
             outputs[algorithm] = call()[0].clone()
             # Every rank has the least over ranks; rank 0's list is the one that counts.
             said = [bench.time_call(call, calls)]
@@ -348,7 +333,7 @@ def measure(rank: int, world: int, plan: Plan) -> Measured:
         for number, launch in enumerate(sorted(plan.launches)):
             # Launches that take the whole call are all the same.
             if number == 0 or sorted(plan.launches)[number - 1] < size:
-                with _launches_of(launch, group_name, device):
+                with experiment.launches_of(launch, group_name, device):
                     taken = {algorithm: time(algorithm) for algorithm in algorithms}
             timings += [Timing(world, hidden, rows, algorithm, taken[algorithm], launch) for algorithm in algorithms]
         with contextlib.suppress(Unavailable):
@@ -362,11 +347,11 @@ def measure(rank: int, world: int, plan: Plan) -> Measured:
                 f"{t.algorithm} {t.microseconds:.2f}" for t in timings if (t.hidden, t.rows) == (hidden, rows)
             )
             print(f"tune W={world} H={hidden} rows={rows}: {last}", file=sys.stderr, flush=True)
-    facts = {**bench.facts(), "gpu": torch.cuda.get_device_name(device) + (" shared by the ranks" if shared else "")}
+    facts = {**tables.facts(), "gpu": torch.cuda.get_device_name(device) + (" shared by the ranks" if shared else "")}
     return Measured(path.plane.architecture, tuple(timings), facts)
 
 
-def run(plan: Plan, keep: Callable[[Tuned], None] = lambda tuned: None) -> list[Tuned]:
+def run(plan: Sweep, keep: Callable[[Tuned], None] = lambda tuned: None) -> list[Tuned]:
     """Start the ranks for each world size of the plan, measure and derive.
 
     Args:
@@ -392,7 +377,7 @@ def run(plan: Plan, keep: Callable[[Tuned], None] = lambda tuned: None) -> list[
     return found
 
 
-def to_files(plan: Plan, out: Path | None, timings: Path | None) -> str:
+def to_files(plan: Sweep, out: Path | None, timings: Path | None) -> str:
     """Tune, write the table to ``out`` and the timings to ``timings`` after every world size, and say what was found.
 
     Raises:

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from .config import ParallelConfig
-from .layout import Boundary, Op, Plan, Step, mlp_group
+from tpfuse.parallel.config import ParallelConfig
+from tpfuse.parallel.layout import Boundary, Op, Plan, Step, mlp_group
 
 PRIME = 10_007
 Values = list[int]  # one integer for each row
