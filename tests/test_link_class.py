@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tpfuse.ops import paths, plane, select, topology
+from tpfuse.ops import paths, select, topology
 from tpfuse.ops.select import KIB, TABLE, Entry, key
 from tpfuse.ops.settings import Settings
 from tpfuse.ops.topology import NVLINK, PARTIAL, PCIE, UNKNOWN, Nvml, link_class, reach_of
@@ -243,9 +243,9 @@ def test_a_group_over_pcie_warns_once_at_its_vote(monkeypatch):
     found = path(link_class(Machine(4).group(*range(4))))
     monkeypatch.setattr(paths, "_paths", {})
     monkeypatch.setattr(paths, "_vote", lambda *_: found)
-    monkeypatch.setattr(plane.compat, "resolve_group", lambda _: group)
-    monkeypatch.setattr(plane.compat, "is_group", lambda *_: True)
-    monkeypatch.setattr(plane.dist, "get_process_group_ranks", lambda _: [0, 1, 2, 3])
+    monkeypatch.setattr(paths.compat, "resolve_group", lambda _: group)
+    monkeypatch.setattr(paths.compat, "is_group", lambda *_: True)
+    monkeypatch.setattr(paths.dist, "get_process_group_ranks", lambda _: [0, 1, 2, 3])
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     with pytest.warns(
         UserWarning, match=r"group 'g' \(ranks \[0, 1, 2, 3\]\) takes the library path for more than 32 KiB"

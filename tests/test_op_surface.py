@@ -97,7 +97,7 @@ class Blocked(importlib.abc.MetaPathFinder):
 sys.meta_path.insert(0, Blocked())
 import torch, torch.distributed as dist
 import tpfuse
-from tpfuse.ops import plane
+from tpfuse.ops import vote
 from tpfuse.ops.flavour import LLAMA
 from tpfuse.ops.kernels.variant import supports
 
@@ -119,7 +119,7 @@ with torch.no_grad():
     assert all(torch.equal(a, b) for a, b in zip(compiled(x, r, w), f(x, r, w)))
 assert [site.fused for site in tpfuse.reports()[-1].sites] == [True]
 assert supports(torch.bfloat16, None, 4096, LLAMA) == "Triton is not installed"
-assert "Triton is not installed" in plane._problem(2, torch.device("cpu"))
+assert "Triton is not installed" in vote._problem(2, torch.device("cpu"))
 assert not any(name.partition(".")[0] == "triton" for name in sys.modules)
 from tpfuse.inspect import doctor
 (seen,) = (c for c in doctor.versions() if c.name == "triton")

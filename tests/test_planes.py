@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
-from tpfuse.ops import cuda, paths, plane, prepare, schedule, settings, vote
+from tpfuse.ops import cuda, paths, prepare, schedule, settings, vote
 from tpfuse.ops.select import TABLE
 
 H = 16
@@ -47,7 +47,7 @@ def many_lives(rank, world_size, store):
             # The vote without a GPU: what matters is that each group gets its own.
             patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
             patch.setattr(
-                plane,
+                paths,
                 "_vote",
                 lambda name, g, *_: paths.GroupPath("library", str(dist.get_process_group_ranks(g)), None),
             )
@@ -125,8 +125,8 @@ def test_two_threads_vote_once(monkeypatch):
     group = Group()
     monkeypatch.setattr(paths, "_paths", {})
     monkeypatch.setattr(paths, "_vote", vote)
-    monkeypatch.setattr(plane.compat, "resolve_group", lambda _: group)
-    monkeypatch.setattr(plane.compat, "is_group", lambda *_: True)
+    monkeypatch.setattr(paths.compat, "resolve_group", lambda _: group)
+    monkeypatch.setattr(paths.compat, "is_group", lambda *_: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     found = []
 
@@ -146,9 +146,9 @@ def test_two_threads_vote_once(monkeypatch):
 def test_what_was_prepared_for_destroyed_groups_is_forgotten_and_nothing_else(monkeypatch):
     assert paths.is_current("g", None)
     there = {"g": object(), "h": object()}
-    monkeypatch.setattr(plane.compat, "is_group", lambda name, held: there.get(name) is held())
+    monkeypatch.setattr(paths.compat, "is_group", lambda name, held: there.get(name) is held())
     forgotten = []
-    monkeypatch.setattr(plane.compat, "forget_symmetric_memory", forgotten.append)
+    monkeypatch.setattr(paths.compat, "forget_symmetric_memory", forgotten.append)
     library = paths.GroupPath("library", "", None)
     old, new, gone = (lambda: None), (lambda: there["g"]), (lambda: "destroyed")
     # The group has a plane of its own again for one class, and one of the group before it for the other.
