@@ -246,7 +246,7 @@ def test_environment_twins_and_their_errors(monkeypatch):
 
 
 def test_tensorrt_without_its_extra_names_the_extra():
-    pytest.importorskip("tpfuse.tensorrt")
+    pytest.importorskip("tpfuse.inner.tensorrt")
     try:
         import torch_tensorrt  # noqa: F401
     except ImportError:

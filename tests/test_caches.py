@@ -27,10 +27,10 @@ def compile_once(
     """Compile and run the decoder with this rank's cache folder; return counters, reports and the output."""
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = folders[rank]
     import tpfuse
-    from tpfuse import backend
+    from tpfuse.inner import inductor
 
     if digest:
-        backend.sources_digest = lambda: digest
+        inductor.sources_digest = lambda: digest
     counters = torch._dynamo.utils.counters
     torch._dynamo.reset()
     counters.clear()
@@ -146,9 +146,10 @@ def test_a_changed_source_misses(root, pool):
 
 
 def test_the_digest_reads_every_module_that_decides():
-    from tpfuse import backend, ops, passes
+    from tpfuse import ops, passes
+    from tpfuse.inner import inductor
 
-    backend.sources_digest.cache_clear()
+    inductor.sources_digest.cache_clear()
     read: list[Path] = []
     plain = Path.read_bytes
 
@@ -158,7 +159,7 @@ def test_the_digest_reads_every_module_that_decides():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Path, "read_bytes", spy)
-        backend.sources_digest()
+        inductor.sources_digest()
     names = {path.name for path in read}
     assert {"backend.py", "compat.py", "options.py", "norms.py", "collectives.py", "one_shot.py", "select.py"} <= names
     for part in (passes, ops):
@@ -189,11 +190,12 @@ def identities(rank: int, world_size: int) -> dict[str, Any]:
     import torch.distributed as dist
     from tpfuse.passes import unregister_collective
 
-    from tpfuse import backend, register_collective
+    from tpfuse import register_collective
+    from tpfuse.inner import inductor
     from tpfuse.options import Options
 
     def identity() -> str:
-        return backend._InductorPass(Options(), False, None).uuid()
+        return inductor.InductorPass(Options(), False, None).uuid()
 
     alone = identity()
     pairs = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3])]

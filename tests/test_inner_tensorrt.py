@@ -121,7 +121,7 @@ def use_the_stand_in() -> None:
 def run(rank: int, world_size: int, options: dict[str, Any], mocked: bool) -> dict[str, Any]:
     """Compile the decoder with TensorRT and with aot_eager; return counts, the report's note and both outputs."""
     import tpfuse
-    from tpfuse import tensorrt
+    from tpfuse.inner import tensorrt
 
     real = tensorrt.load
     if mocked:
@@ -184,7 +184,7 @@ def mock_fusion_of_collectives(graph: Any, settings: Any) -> Any:
 def test_mock_a_reduction_over_a_part_of_the_ranks_is_kept_out_of_engines(monkeypatch, part):
     """Torch-TensorRT's converters would reduce it over all ranks, whatever group it names."""
     import tpfuse
-    from tpfuse import tensorrt
+    from tpfuse.inner import tensorrt
 
     library = torch.library.Library("tensorrt", "FRAGMENT")
     library.define("fused_nccl_all_reduce(Tensor x, str reduce_op, str group_name) -> Tensor")
@@ -233,7 +233,7 @@ def test_an_unknown_setting_is_an_error(pool):
 
 def run_dynamic(rank: int, world_size: int) -> list[Any]:
     import tpfuse
-    from tpfuse import tensorrt
+    from tpfuse.inner import tensorrt
 
     real, tensorrt.load = tensorrt.load, mock_torch_tensorrt
     torch._dynamo.reset()

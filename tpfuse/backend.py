@@ -1,34 +1,26 @@
 """The ``torch.compile`` backend: options in, inner compiler out.
 
 ``torch.compile(model, backend="tpfuse")`` finds :func:`tpfuse` through the entry point group ``torch_dynamo_backends``. The
-pass is mounted where each inner compiler has a functional ATen graph in hand; one rewriter serves them all.
+pass is mounted where each inner compiler (:mod:`tpfuse.inner`) has a functional ATen graph in hand; one rewriter serves all.
 """
 
 from __future__ import annotations
 
-import hashlib
-import logging
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch.fx import Graph, GraphModule
+from torch.fx import GraphModule
 
 import tpfuse as package
 from tpfuse import compat, store, unfused
-from tpfuse.inspect import artifact, dump
-from tpfuse.options import OptionError, Options, parse, prefix_hint
+from tpfuse.inner import aot, inductor
+from tpfuse.inner.inductor import graph_pass, set_batch_invariant
+from tpfuse.options import OptionError, parse
 from tpfuse.parallel.agreement import agree_on
-from tpfuse.passes import GraphReport, collectives, fuse, next_graph_id
 
-log = logging.getLogger("tpfuse")
-
-PRE_PASS = "post_grad_custom_pre_pass"
-POST_GRAD = "use_post_grad_passes"
+__all__ = ["graph_pass", "tpfuse"]
 
 
 def tpfuse(
@@ -56,14 +48,14 @@ def tpfuse(
     parsed = parse(options)
     if unknown:
         raise OptionError(f"tpfuse takes mode= and options=; it was given {', '.join(sorted(unknown))}")
-    _set_batch_invariant(parsed)
+    set_batch_invariant(parsed)
     specialise_floats(gm)
     training = torch.is_grad_enabled() and any(
         isinstance(x, torch.Tensor) and x.requires_grad for x in (*example_inputs, *gm.parameters())
     )
     before = {id(report) for report in store.reports()}
     try:
-        compiled = _MOUNTS[parsed.inner](gm, example_inputs, parsed, mode or parsed.mode, training)
+        compiled = _INNERS[parsed.inner](gm, example_inputs, parsed, mode or parsed.mode, training)
     except TypeError as error:
         if UNHASHABLE not in str(error):
             raise
@@ -116,217 +108,15 @@ def specialise_floats(gm: GraphModule) -> None:
     gm.recompile()
 
 
-def _set_batch_invariant(parsed: Options) -> None:
-    """The mode belongs to the op and the process: whatever it is that calls the op, its bits must not change on the way."""
-    if parsed.batch_invariant is not None:
-        from tpfuse.ops import set_batch_invariant
+def _tensorrt(*args: Any) -> Callable[..., Any]:
+    from tpfuse.inner import tensorrt  # lazily: torch-tensorrt is an extra
 
-        set_batch_invariant(parsed.batch_invariant)
+    return tensorrt.compile(*args)
 
 
-# -- mounts ---------------------------------------------------------------------------------------------------------
-
-
-def _run_pass(
-    graph: GraphModule | Graph, parsed: Options, training: bool, log_to: list[GraphReport] | None = None
-) -> GraphReport:
-    """The pass with everything around it: fuel, dump, store."""
-    before = _copy_graph(_graph_of(graph)) if parsed.dump else None
-    scatters, gathers = unfused.count_row_collectives(_graph_of(graph))
-    report = fuse(graph, parsed.for_pass(store.fuel_left(parsed.fuel)), training=training, inner=parsed.inner)
-    report.reduce_scatters, report.all_gathers = scatters, gathers
-    artifact.record(report)
-    if before is not None and parsed.dump is not None:
-        dump.write(parsed.dump, report, before, _graph_of(graph))
-    if log_to is not None:
-        log_to.append(report)
-    store.add(report)
-    return report
-
-
-def _graph_of(graph: GraphModule | Graph) -> Graph:
-    return graph.graph if isinstance(graph, GraphModule) else graph
-
-
-def _copy_graph(graph: Graph) -> Graph:
-    new = Graph()
-    mapping: dict[Any, Any] = {}
-    output = new.graph_copy(graph, mapping)
-    new.output(output)
-    for old, copied in mapping.items():
-        copied.meta = dict(old.meta)
-    return new
-
-
-def _aot(
-    gm: GraphModule, inputs: Sequence[Any], parsed: Options, mode: str | None, training: bool
-) -> Callable[..., Any]:
-    """``aot_eager`` and ``eager``: the rewritten ATen graph runs as it is."""
-    if parsed.inner_options:
-        raise OptionError(
-            f"inner {parsed.inner!r} takes no options of its own; given {', '.join(sorted(parsed.inner_options))}"
-            f"{prefix_hint(parsed.inner_options)}"
-        )
-
-    def run(graph: GraphModule) -> Callable[..., Any]:
-        if parsed.inner == "eager":
-            # Node by node, so that an exception names the node it came from.
-            return compat.boxed(torch.fx.Interpreter(graph).run)
-        return compat.boxed(graph.forward)
-
-    def inference(graph: GraphModule, _: Any) -> Callable[..., Any]:
-        _run_pass(graph, parsed, training=False)
-        return run(graph)
-
-    def forward(graph: GraphModule, _: Any) -> Callable[..., Any]:
-        _run_pass(graph, parsed, training=True)
-        return run(graph)
-
-    def backward(graph: GraphModule, _: Any) -> Callable[..., Any]:
-        return run(graph)
-
-    compiler = compat.aot_autograd(fw_compiler=forward, bw_compiler=backward, inference_compiler=inference)
-    return compiler(gm, inputs)
-
-
-@lru_cache(maxsize=1)
-def sources_digest() -> str:
-    """A digest of tpfuse's own sources: a changed pass must not reuse what another version compiled."""
-    digest = hashlib.sha256(package.__version__.encode())
-    from tpfuse import ops, passes
-
-    files = sorted(Path(__file__).parent.glob("*.py"))
-    for part in (passes, ops):
-        files += sorted(Path(str(part.__file__)).parent.rglob("*.py"))
-    for path in files:
-        digest.update(path.name.encode())
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
-def group_shapes() -> list[tuple[int, int]]:
-    """(size, index of the first group with the same ranks) of this process's groups in creation order.
-
-    Enough to tell layouts apart that would be judged differently, without anything that differs between ranks: group names
-    and rank numbers do.
-    """
-    groups = compat.known_groups()
-    first: dict[tuple[int, ...], int] = {}
-    return [(len(ranks), first.setdefault(ranks, index)) for index, (_, ranks) in enumerate(groups)]
-
-
-def registered_spellings() -> list[str]:
-    """The all-reduces that users registered: with another set the pass finds other sites."""
-    found = collectives.registered()
-    names = [(str(s.op), s.input, s.group, s.reduce_op, getattr(s.ranks, "__qualname__", s.ranks)) for s in found]
-    return sorted(str(name) for name in names)
-
-
-class _InductorPass(compat.custom_graph_pass()):  # type: ignore[misc]
-    """Runs the user's own pre-passes, then ours, on Inductor's post-grad graph."""
-
-    def __init__(self, parsed: Options, training: bool, previous: Any) -> None:
-        super().__init__()
-        self.parsed, self.training = parsed, training
-        self.previous = compat.custom_passes(previous)
-        self.reports: list[GraphReport] = []
-        self.identity = self._identity()
-
-    def __call__(self, graph: Graph) -> None:
-        for run in self.previous:
-            run(graph, not self.training) if compat.wants_inference_flag(run) else run(graph)
-        _run_pass(graph, self.parsed, self.training, self.reports)
-
-    def uuid(self) -> Any:
-        return self.identity
-
-    def _identity(self) -> Any:
-        """Equal for equal work on every rank: sources, options, versions, group shapes; nothing rank-specific."""
-        theirs = [uuid() if (uuid := getattr(run, "uuid", None)) is not None else None for run in self.previous]
-        if None in theirs:
-            return None  # one of their passes has no identity: Inductor then does not cache, as without us
-        p = self.parsed
-        left = store.fuel_left(p.fuel)
-        parts = (sources_digest(), torch.__version__, p.policy, p.numerics, p.verify, left, self.training, theirs)
-        return store.key([*parts, *registered_spellings(), *group_shapes()])
-
-
-def graph_pass(options: dict[str, Any] | None = None) -> Any:
-    """The pass as an Inductor ``CustomGraphPass``, for engines that have a hook of their own for graph passes.
-
-    Args:
-        options: as for ``torch.compile``; ``tpfuse.inner`` is ignored, for the engine compiles.
-    Returns:
-        An object to call with a post-grad graph; its ``uuid()`` keeps compile caches usable, ``reports`` is what it did.
-    """
-    parsed = parse(options)
-    _set_batch_invariant(parsed)
-    return _InductorPass(parsed, training=False, previous=None)
-
-
-def _inductor(
-    gm: GraphModule, inputs: Sequence[Any], parsed: Options, mode: str | None, training: bool
-) -> Callable[..., Any]:
-    """Mounted as Inductor's ``post_grad_custom_pre_pass``, which runs before Inductor lowers the all-reduce itself."""
-    patches = dict(compat.inductor_mode_options(mode))
-    patches.update({key.replace("-", "_"): value for key, value in parsed.inner_options.items()})
-    known = compat.inductor_settings()
-    for name in patches:
-        if name not in known:
-            raise OptionError(
-                f"{name!r} is neither a tpfuse option (those start with 'tpfuse.') nor a setting of torch._inductor.config"
-                f"{prefix_hint([name])}"
-            )
-    if not patches.get(POST_GRAD, compat.inductor_config(POST_GRAD, True)):
-        raise OptionError(
-            f"{POST_GRAD} is off{f' in mode {mode!r}' if mode else ''}, so Inductor would never run tpfuse's pass; "
-            "use another mode, or options={'tpfuse.inner': 'aot_eager'}"
-        )
-    previous = patches.get(PRE_PASS, compat.inductor_config(PRE_PASS))
-    mounted = _InductorPass(parsed, training, previous)
-    patches[PRE_PASS] = mounted
-    digest = _report_key(gm, inputs, mounted.identity, patches)
-    compiled = compat.compile_fx(gm, inputs, patches)
-    if mounted.reports:
-        store.save(digest, mounted.reports)
-        return compiled
-    kept = store.load(digest)
-    if kept is not None:
-        for report in kept:
-            store.add(replace(report, graph_id=next_graph_id(), rank=compat.rank()))
-        return compiled
-    # A cache supplied the graph, but the report of the compile that filled it is gone: compile once more without caches.
-    log.info("compile cache hit without a kept report; compiling again to make one")
-    with compat.without_compile_caches():
-        compiled = compat.compile_fx(gm, inputs, patches)
-    store.save(digest, mounted.reports)
-    return compiled
-
-
-def _report_key(gm: GraphModule, inputs: Sequence[Any], identity: Any, patches: dict[str, Any]) -> str:
-    """What a report depends on: the graph, its inputs, our identity, and this rank's view of the groups.
-
-    The rank itself is left out: ranks of one group that share a cache folder then share the report too.
-    """
-    shapes = [
-        (tuple(str(n) for n in x.shape), str(x.dtype), str(x.device)) if isinstance(x, torch.Tensor) else str(type(x))
-        for x in inputs
-    ]
-    settings = sorted((k, str(v)) for k, v in patches.items() if k != PRE_PASS)
-    return store.key([gm.code, shapes, identity, settings, compat.known_groups()])
-
-
-def _tensorrt(
-    gm: GraphModule, inputs: Sequence[Any], parsed: Options, mode: str | None, training: bool
-) -> Callable[..., Any]:
-    from tpfuse import tensorrt  # lazily: torch-tensorrt is an extra
-
-    return tensorrt.compile(gm, inputs, parsed, _run_pass)
-
-
-_MOUNTS: dict[str, Callable[..., Callable[..., Any]]] = {
-    "inductor": _inductor,
-    "aot_eager": _aot,
-    "eager": _aot,
+_INNERS: dict[str, Callable[..., Callable[..., Any]]] = {
+    "inductor": inductor.compile,
+    "aot_eager": aot.compile,
+    "eager": aot.compile,
     "tensorrt": _tensorrt,
 }

@@ -19,8 +19,8 @@ import torch.distributed as dist
 from torch.fx import GraphModule, Node
 
 from tpfuse import compat
+from tpfuse.inner.run_pass import run_pass
 from tpfuse.options import OptionError, Options, prefix_hint
-from tpfuse.passes import GraphReport
 
 ENGINE = "_run_on_acc"  # Torch-TensorRT names the submodules so that become engines
 
@@ -55,14 +55,15 @@ def compile(
     gm: GraphModule,
     inputs: Sequence[Any],
     parsed: Options,
-    run_pass: Callable[..., GraphReport],
+    mode: str | None = None,
+    training: bool = False,
 ) -> Callable[..., Any]:
     """Compile one Dynamo graph with Torch-TensorRT.
 
     Args:
         gm, inputs: as a backend gets them.
         parsed: our options; ``parsed.inner_options`` are settings of Torch-TensorRT.
-        run_pass: the pass with all that surrounds it.
+        mode, training: not used: Torch-TensorRT has no modes, and AOTAutograd says which graphs train.
     Raises:
         ImportError: torch-tensorrt is not installed or does not load.
         OptionError: a setting that Torch-TensorRT does not have.

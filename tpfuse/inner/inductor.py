@@ -1,0 +1,161 @@
+"""Inductor as inner compiler: the pass is mounted in front of its own post-grad passes, with caches that stay right."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule
+
+import tpfuse as package
+from tpfuse import compat, report_cache, store
+from tpfuse.options import OptionError, Options, parse, prefix_hint
+from tpfuse.passes import GraphReport, collectives, next_graph_id
+
+from .run_pass import run_pass
+
+log = logging.getLogger("tpfuse")
+
+PRE_PASS = "post_grad_custom_pre_pass"
+POST_GRAD = "use_post_grad_passes"
+
+
+@lru_cache(maxsize=1)
+def sources_digest() -> str:
+    """A digest of tpfuse's own sources: a changed pass must not reuse what another version compiled."""
+    digest = hashlib.sha256(package.__version__.encode())
+    from tpfuse import inner, ops, passes
+
+    files = sorted(Path(str(package.__file__)).parent.glob("*.py"))
+    for part in (inner, passes, ops):
+        files += sorted(Path(str(part.__file__)).parent.rglob("*.py"))
+    for path in files:
+        digest.update(path.name.encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def group_shapes() -> list[tuple[int, int]]:
+    """(size, index of the first group with the same ranks) of this process's groups in creation order.
+
+    Enough to tell layouts apart that would be judged differently, without anything that differs between ranks: group names
+    and rank numbers do.
+    """
+    groups = compat.known_groups()
+    first: dict[tuple[int, ...], int] = {}
+    return [(len(ranks), first.setdefault(ranks, index)) for index, (_, ranks) in enumerate(groups)]
+
+
+def registered_spellings() -> list[str]:
+    """The all-reduces that users registered: with another set the pass finds other sites."""
+    found = collectives.registered()
+    names = [(str(s.op), s.input, s.group, s.reduce_op, getattr(s.ranks, "__qualname__", s.ranks)) for s in found]
+    return sorted(str(name) for name in names)
+
+
+class InductorPass(compat.custom_graph_pass()):  # type: ignore[misc]
+    """Runs the user's own pre-passes, then ours, on Inductor's post-grad graph."""
+
+    def __init__(self, parsed: Options, training: bool, previous: Any) -> None:
+        super().__init__()
+        self.parsed, self.training = parsed, training
+        self.previous = compat.custom_passes(previous)
+        self.reports: list[GraphReport] = []
+        self.identity = self._identity()
+
+    def __call__(self, graph: Graph) -> None:
+        for run in self.previous:
+            run(graph, not self.training) if compat.wants_inference_flag(run) else run(graph)
+        run_pass(graph, self.parsed, self.training, self.reports)
+
+    def uuid(self) -> Any:
+        return self.identity
+
+    def _identity(self) -> Any:
+        """Equal for equal work on every rank: sources, options, versions, group shapes; nothing rank-specific."""
+        theirs = [uuid() if (uuid := getattr(run, "uuid", None)) is not None else None for run in self.previous]
+        if None in theirs:
+            return None  # one of their passes has no identity: Inductor then does not cache, as without us
+        p = self.parsed
+        left = store.fuel_left(p.fuel)
+        parts = (sources_digest(), torch.__version__, p.policy, p.numerics, p.verify, left, self.training, theirs)
+        return report_cache.key([*parts, *registered_spellings(), *group_shapes()])
+
+
+def graph_pass(options: dict[str, Any] | None = None) -> Any:
+    """The pass as an Inductor ``CustomGraphPass``, for engines that have a hook of their own for graph passes.
+
+    Args:
+        options: as for ``torch.compile``; ``tpfuse.inner`` is ignored, for the engine compiles.
+    Returns:
+        An object to call with a post-grad graph; its ``uuid()`` keeps compile caches usable, ``reports`` is what it did.
+    """
+    parsed = parse(options)
+    set_batch_invariant(parsed)
+    return InductorPass(parsed, training=False, previous=None)
+
+
+def set_batch_invariant(parsed: Options) -> None:
+    """The mode belongs to the op and the process: whatever it is that calls the op, its bits must not change on the way."""
+    if parsed.batch_invariant is not None:
+        from tpfuse.ops import set_batch_invariant
+
+        set_batch_invariant(parsed.batch_invariant)
+
+
+def compile(
+    gm: GraphModule, inputs: Sequence[Any], parsed: Options, mode: str | None, training: bool
+) -> Callable[..., Any]:
+    """Mounted as Inductor's ``post_grad_custom_pre_pass``, which runs before Inductor lowers the all-reduce itself."""
+    patches = dict(compat.inductor_mode_options(mode))
+    patches.update({key.replace("-", "_"): value for key, value in parsed.inner_options.items()})
+    known = compat.inductor_settings()
+    for name in patches:
+        if name not in known:
+            raise OptionError(
+                f"{name!r} is neither a tpfuse option (those start with 'tpfuse.') nor a setting of torch._inductor.config"
+                f"{prefix_hint([name])}"
+            )
+    if not patches.get(POST_GRAD, compat.inductor_config(POST_GRAD, True)):
+        raise OptionError(
+            f"{POST_GRAD} is off{f' in mode {mode!r}' if mode else ''}, so Inductor would never run tpfuse's pass; "
+            "use another mode, or options={'tpfuse.inner': 'aot_eager'}"
+        )
+    previous = patches.get(PRE_PASS, compat.inductor_config(PRE_PASS))
+    mounted = InductorPass(parsed, training, previous)
+    patches[PRE_PASS] = mounted
+    digest = _report_key(gm, inputs, mounted.identity, patches)
+    compiled = compat.compile_fx(gm, inputs, patches)
+    if mounted.reports:
+        report_cache.save(digest, mounted.reports)
+        return compiled
+    kept = report_cache.load(digest)
+    if kept is not None:
+        for report in kept:
+            store.add(replace(report, graph_id=next_graph_id(), rank=compat.rank()))
+        return compiled
+    # A cache supplied the graph, but the report of the compile that filled it is gone: compile once more without caches.
+    log.info("compile cache hit without a kept report; compiling again to make one")
+    with compat.without_compile_caches():
+        compiled = compat.compile_fx(gm, inputs, patches)
+    report_cache.save(digest, mounted.reports)
+    return compiled
+
+
+def _report_key(gm: GraphModule, inputs: Sequence[Any], identity: Any, patches: dict[str, Any]) -> str:
+    """What a report depends on: the graph, its inputs, our identity, and this rank's view of the groups.
+
+    The rank itself is left out: ranks of one group that share a cache folder then share the report too.
+    """
+    shapes = [
+        (tuple(str(n) for n in x.shape), str(x.dtype), str(x.device)) if isinstance(x, torch.Tensor) else str(type(x))
+        for x in inputs
+    ]
+    settings = sorted((k, str(v)) for k, v in patches.items() if k != PRE_PASS)
+    return report_cache.key([gm.code, shapes, identity, settings, compat.known_groups()])

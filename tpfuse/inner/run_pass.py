@@ -1,0 +1,43 @@
+"""The pass with everything around it: fuel, dump, the reports of the process. Every inner compiler runs it through here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.fx import Graph, GraphModule
+
+from tpfuse import store, unfused
+from tpfuse.inspect import artifact, dump
+from tpfuse.options import Options
+from tpfuse.passes import GraphReport, fuse
+
+
+def run_pass(
+    graph: GraphModule | Graph, parsed: Options, training: bool, log_to: list[GraphReport] | None = None
+) -> GraphReport:
+    """The pass with everything around it: fuel, dump, store."""
+    before = _copy_graph(_graph_of(graph)) if parsed.dump else None
+    scatters, gathers = unfused.count_row_collectives(_graph_of(graph))
+    report = fuse(graph, parsed.for_pass(store.fuel_left(parsed.fuel)), training=training, inner=parsed.inner)
+    report.reduce_scatters, report.all_gathers = scatters, gathers
+    artifact.record(report)
+    if before is not None and parsed.dump is not None:
+        dump.write(parsed.dump, report, before, _graph_of(graph))
+    if log_to is not None:
+        log_to.append(report)
+    store.add(report)
+    return report
+
+
+def _graph_of(graph: GraphModule | Graph) -> Graph:
+    return graph.graph if isinstance(graph, GraphModule) else graph
+
+
+def _copy_graph(graph: Graph) -> Graph:
+    new = Graph()
+    mapping: dict[Any, Any] = {}
+    output = new.graph_copy(graph, mapping)
+    new.output(output)
+    for old, copied in mapping.items():
+        copied.meta = dict(old.meta)
+    return new
