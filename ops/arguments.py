@@ -1,10 +1,10 @@
-"""The op's arguments: what they may be, checked in one place for every backend."""
+"""The op's arguments: one record of them, and what they may be, checked in one place for every backend."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,41 @@ from tpfuse import compat
 from .flavour import Flavour
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Operands(NamedTuple):
+    """The arguments of one call in the schema's order, the flavour parsed."""
+
+    x: Tensor
+    residual: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+    scale: float
+    flavour: Flavour
+    post_norm: bool
+    group_name: str
+
+    @classmethod
+    def of(cls, *args: Any, same: Callable[[Any, Any], bool] = operator.eq, **kwargs: Any) -> Operands:
+        """From what the dispatcher gives, the flavour as text; checked.
+
+        Args:
+            same: as for :func:`check`.
+        Raises:
+            ValueError: a shape, dtype or flavour does not fit.
+            RuntimeError: autograd would have to record the op.
+        """
+        given = cls(*args, **kwargs)
+        given = given._replace(flavour=Flavour.parse(str(given.flavour)))
+        refuse_gradients(given.x, given.residual, given.weight, given.bias)
+        check(given.x, given.residual, given.weight, given.bias, given.flavour, given.post_norm, same)
+        return given
+
+    @property
+    def after_the_sum(self) -> tuple[Any, ...]:
+        """What :func:`tpfuse.ops.reference.add_rms_norm` takes besides the sum."""
+        return self.residual, self.weight, self.bias, self.eps, self.scale, self.flavour, self.post_norm
 
 
 def check(

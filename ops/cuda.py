@@ -10,8 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tpfuse import compat
+
 from . import invariant, library, paths
-from .arguments import check, refuse_gradients
+from .arguments import Operands, check, refuse_gradients
 from .plane import Plane
 from .prepare import PREPARED, Prepared, forget_the_gone, prepare
 from .schedule import Launch, schedule_of
@@ -39,7 +41,7 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     refuse_gradients(x, residual, weight, bias)
     index = x.device.index
-    if torch._C._cuda_getDevice() != index:
+    if compat.current_device() != index:
         with torch.cuda.device(index):  # launches and the vote go to the current device
             return run(x, residual, weight, bias, eps, scale, flavour, post_norm, group_name)
     key = (
@@ -72,7 +74,8 @@ def run(
         return normed, residual_out  # every rank of the group has zero rows: nothing to exchange
     c = prepared.constants
     if c is None:
-        return library.exact(x, residual, weight, bias, eps, scale, prepared.flavour, post_norm, group_name)
+        given = (x, residual, weight, bias, eps, scale, prepared.flavour, post_norm, group_name)
+        return library.exact(Operands(*given))
     x, residual, weight, bias = _aligned(x), _aligned(residual), _aligned(weight), _aligned(bias)  # type: ignore[assignment]
     p = prepared.path.plane
     if p is not None:
@@ -82,7 +85,7 @@ def run(
         if schedule is None:
             schedule = prepared.schedules.setdefault(rows, schedule_of(p, prepared.path.settings, c, x.dtype, rows))
         if schedule.launches:
-            stream = torch._C._cuda_getCurrentRawStream(index)
+            stream = compat.current_stream_handle(index)
             if stream != p.streams.last:
                 p.on_another_stream(stream)
             if len(schedule.launches) == 1:

@@ -1,4 +1,4 @@
-"""From a call to a launch: how many programs, what part of a row each, and a cheap way to start a kernel."""
+"""From the rows of a launch to its geometry: how many programs, and what part of a row each holds."""
 
 from __future__ import annotations
 

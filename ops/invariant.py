@@ -18,7 +18,7 @@ from torch import Tensor
 from tpfuse import compat
 
 from . import reference
-from .flavour import Flavour
+from .arguments import Operands
 from .settings import BATCH_INVARIANT, asked, batch_invariant
 
 GATHERED_BYTES = 8 << 20  # of one rank's rows: what is gathered at once
@@ -75,8 +75,8 @@ def agree(group_name: str) -> None:
         return
     from .settings import Settings
 
-    group = dist.distributed_c10d._resolve_process_group(group_name)  # type: ignore[arg-type]
-    store = dist.distributed_c10d._get_process_group_store(group)
+    group = compat.resolve_group(group_name)
+    store = compat.group_store(group)
     voted, vote = _votes.get(group_name, (None, 0))
     if voted is None or not compat.is_group(group_name, voted):
         vote = 0  # another group, with a store of its own: its ranks may not all know the old one
@@ -103,7 +103,7 @@ def sum_in_rank_order(x: Tensor, group_name: str) -> Tensor:
 
     Moves W - 1 times the bytes of ``x`` to every rank. fp64 is summed in fp64.
     """
-    world = dist.distributed_c10d._resolve_process_group(group_name).size()  # type: ignore[arg-type]
+    world = compat.resolve_group(group_name).size()
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     out = torch.empty_like(rows)
     step = max(1, GATHERED_BYTES // (rows.shape[1] * rows.element_size()))
@@ -119,37 +119,22 @@ def sum_in_rank_order(x: Tensor, group_name: str) -> Tensor:
     return out.view(x.shape)
 
 
-def add_rms_norm(
-    reduced: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    scale: float,
-    flavour: Flavour,
-    post_norm: bool,
-) -> tuple[Tensor, Tensor]:
+def add_rms_norm(reduced: Tensor, given: Operands) -> tuple[Tensor, Tensor]:
     """``reference.add_rms_norm``, one row at a time: each is computed exactly as if it were alone. Slow; for a CPU."""
     hidden = reduced.shape[-1]
 
     def by_row(t: Tensor | None) -> Tensor | None:
         return None if t is None else t.reshape(-1, hidden)
 
-    flat, residuals = by_row(reduced), by_row(residual)
+    flat, residuals, bias = by_row(reduced), by_row(given.residual), given.bias
     biases = by_row(bias) if bias is not None and bias.shape == reduced.shape and bias.dim() > 1 else None
     assert flat is not None
-    found = [
-        reference.add_rms_norm(
-            flat[row : row + 1],
-            None if residuals is None else residuals[row : row + 1],
-            weight,
-            bias if biases is None else biases[row : row + 1],
-            eps,
-            scale,
-            flavour,
-            post_norm,
+    found = []
+    for row in range(flat.shape[0]):
+        one = slice(row, row + 1)
+        alone = given._replace(
+            residual=None if residuals is None else residuals[one], bias=bias if biases is None else biases[one]
         )
-        for row in range(flat.shape[0])
-    ]
+        found.append(reference.add_rms_norm(flat[one], *alone.after_the_sum))
     normed, out = (torch.cat(parts).view(reduced.shape) for parts in zip(*found, strict=True))
     return normed, out

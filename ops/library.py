@@ -11,8 +11,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from tpfuse import compat
+
 from . import reference
-from .flavour import Flavour
+from .arguments import Operands
 from .kernel import Kernel
 from .kernels.variant import GROUP_LANES, Constants, Variant
 
@@ -58,22 +60,12 @@ def add_norm(
     )
     if not kernel.ready:
         kernel.compile(*args)
-    stream = torch._C._cuda_getCurrentRawStream(reduced.device.index)
+    stream = compat.current_stream_handle(reduced.device.index)
     kernel(min(rows, 1 << 16), stream, *args)
 
 
-def exact(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    scale: float,
-    flavour: Flavour,
-    post_norm: bool,
-    group_name: str,
-) -> tuple[Tensor, Tensor]:
+def exact(given: Operands) -> tuple[Tensor, Tensor]:
     """The group's all-reduce and the exact reference: on a CPU, and for calls that no kernel takes."""
-    reduced = all_reduce(x.contiguous(), group_name)
-    normed, residual_out = reference.add_rms_norm(reduced, residual, weight, bias, eps, scale, flavour, post_norm)
+    reduced = all_reduce(given.x.contiguous(), given.group_name)
+    normed, residual_out = reference.add_rms_norm(reduced, *given.after_the_sum)
     return normed.contiguous(), residual_out.contiguous()

@@ -6,11 +6,13 @@ it, so a compiled graph is the same whatever path the group takes.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from . import cuda, invariant, reference, settings
-from .arguments import check, refuse_gradients, same_sizes
+from .arguments import Operands, same_sizes
 from .flavour import LLAMA, Flavour
 from .library import exact
 
@@ -23,65 +25,24 @@ library = torch.library.Library("tpfuse", "DEF")
 library.define(SCHEMA, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
 
 
-def _cpu(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    scale: float,
-    flavour: str,
-    post_norm: bool,
-    group_name: str,
-) -> tuple[Tensor, Tensor]:
-    refuse_gradients(x, residual, weight, bias)
-    parsed = Flavour.parse(flavour)
-    check(x, residual, weight, bias, parsed, post_norm)
-    return reference_all_reduce_add_rms_norm(x, residual, weight, bias, eps, scale, parsed, post_norm, group_name)
-
-
-def reference_all_reduce_add_rms_norm(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    scale: float,
-    flavour: Flavour,
-    post_norm: bool,
-    group_name: str,
-) -> tuple[Tensor, Tensor]:
-    """The op on any device: the group's own all-reduce, then the exact reference."""
-    if x.numel() == 0:
+def _cpu(*args: Any) -> tuple[Tensor, Tensor]:
+    given = Operands.of(*args)
+    if given.x.numel() == 0:
         # Every rank of the group has the same (zero) number of rows, so all of them skip the collective.
-        reduced = x.clone()
-    elif settings.batch_invariant():
-        invariant.agree(group_name)
-        reduced = invariant.sum_in_rank_order(x, group_name)
-        return invariant.add_rms_norm(reduced, residual, weight, bias, eps, scale, flavour, post_norm)
-    else:
-        invariant.remember(group_name)
-        return exact(x, residual, weight, bias, eps, scale, flavour, post_norm, group_name)
-    normed, residual_out = reference.add_rms_norm(reduced, residual, weight, bias, eps, scale, flavour, post_norm)
-    return normed.contiguous(), residual_out.contiguous()
+        normed, residual_out = reference.add_rms_norm(given.x.clone(), *given.after_the_sum)
+        return normed.contiguous(), residual_out.contiguous()
+    if settings.batch_invariant():
+        invariant.agree(given.group_name)
+        return invariant.add_rms_norm(invariant.sum_in_rank_order(given.x, given.group_name), given)
+    invariant.remember(given.group_name)
+    return exact(given)
 
 
-def _fake(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    scale: float,
-    flavour: str,
-    post_norm: bool,
-    group_name: str,
-) -> tuple[Tensor, Tensor]:
-    refuse_gradients(x, residual, weight, bias)
-    parsed = Flavour.parse(flavour)
-    check(x, residual, weight, bias, parsed, post_norm, same_sizes)
-    normed_dtype = reference.output_dtype(x.dtype, None if weight is None else weight.dtype, parsed)
-    residual_dtype = reference.residual_dtype(x.dtype, normed_dtype, post_norm)
+def _fake(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    given = Operands.of(*args, same=same_sizes, **kwargs)
+    x, weight = given.x, given.weight
+    normed_dtype = reference.output_dtype(x.dtype, None if weight is None else weight.dtype, given.flavour)
+    residual_dtype = reference.residual_dtype(x.dtype, normed_dtype, given.post_norm)
     return x.new_empty(x.shape, dtype=normed_dtype), x.new_empty(x.shape, dtype=residual_dtype)
 
 

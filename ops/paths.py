@@ -269,7 +269,7 @@ def reset(group: dist.ProcessGroup | str | None = None) -> None:
     planes = [path.plane for (n, _, _), (path, _) in sorted(_paths.items()) if n == name and path.plane is not None]
     if not planes:
         return
-    owner = dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
+    owner = compat.resolve_group(name)
     for step in ("stop", "clear", "done"):
         for plane in planes:
             torch.cuda.synchronize(plane.device)

@@ -1,4 +1,4 @@
-"""Planes: the symmetric memory that a group's kernels talk through, and the vote that enables them.
+"""Planes: the symmetric memory that a group's kernels talk through.
 
 A plane belongs to one (group, device, stream class). It holds two *phases* of slots in symmetric memory, all zeros while
 nothing travels, and a local state: a phase word for each program, partial sums of split rows, and a failure record.
@@ -47,6 +47,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from tpfuse import compat
 
 from . import select as selection
 from . import streams
@@ -141,7 +143,7 @@ def _phase_bytes(world: int, verdict: Verdict, settings: Settings) -> int:
 
 def allocate(world: int, device: torch.device, verdict: Verdict, settings: Settings) -> Tensor:
     """This rank's symmetric memory: two phases, and behind them the local state."""
-    import torch.distributed._symmetric_memory as symm_mem
+    symm_mem = compat.symmetric_memory()
 
     from .kernels.state import STATE_WORDS
 
@@ -161,7 +163,7 @@ def connect(
     settings: Settings,
 ) -> Plane:
     """The rendezvous of the group, and the plane over what it gives."""
-    import torch.distributed._symmetric_memory as symm_mem
+    symm_mem = compat.symmetric_memory()
 
     world, rank = group.size(), group.rank()
     phase = _phase_bytes(world, verdict, settings)

@@ -114,7 +114,7 @@ def load_together(kernels: list[Kernel], p: Plane, args: tuple[Any, ...]) -> Non
         for kernel in kernels:
             kernel.compile(*args)
         return
-    group = dist.distributed_c10d._resolve_process_group(p.group_name)  # type: ignore[arg-type]
+    group = compat.resolve_group(p.group_name)
     for mine in (True, False):
         for number, kernel in enumerate(kernels):
             if (number % p.world == p.rank) == mine and not kernel.ready:

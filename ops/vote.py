@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from tpfuse import compat
+
 from . import select as selection
 from . import topology
 from .settings import Settings
@@ -101,11 +103,8 @@ def _problem(world: int, device: torch.device) -> str | None:
         return "ROCm: the kernels compile but have not been run there"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "the GPU is older than sm_80"
-    try:
-        import torch.distributed._symmetric_memory as _  # noqa: F401
-    except ImportError as error:
-        return f"torch has no symmetric memory ({error})"
-    return None
+    missing = compat.symmetric_memory_error()
+    return None if missing is None else f"torch has no symmetric memory ({missing})"
 
 
 def triton_version() -> str | None:

@@ -90,19 +90,25 @@ def load16(address, active, PTX: tl.constexpr):
     return words
 
 
-@triton.jit
-def store16(address, words, active, PTX: tl.constexpr):
-    """Store four words a lane where ``active`` is not 0. Weak: for memory that only this rank reads, later."""
-    if PTX:
-        tl.inline_asm_elementwise(
-            """
-            {
+@triton.constexpr_function
+def store_asm(instruction):
+    """Four words to an address, where the last operand is not 0."""
+    return f"""
+            {{
             .reg .pred %p;
             setp.ne.u32 %p, $6, 0;
-            @%p st.global.v4.u32 [$1], {$2, $3, $4, $5};
+            @%p {instruction} [$1], {{$2, $3, $4, $5}};
             mov.u32 $0, 0;
-            }
-            """,
+            }}
+            """
+
+
+@triton.jit
+def store_words_of_lanes(address, words, active, INSTRUCTION: tl.constexpr, PTX: tl.constexpr):
+    """Store four words a lane where ``active`` is not 0, by a PTX instruction or, in the portable body, a plain store."""
+    if PTX:
+        tl.inline_asm_elementwise(
+            store_asm(INSTRUCTION),
             "=r,l,r,r,r,r,r",
             [address, words[0], words[1], words[2], words[3], active],
             dtype=tl.int32,
@@ -113,6 +119,12 @@ def store16(address, words, active, PTX: tl.constexpr):
         pointer = address.to(tl.pointer_type(tl.int32))
         for i in tl.static_range(4):
             tl.store(pointer + i, words[i], mask=active != 0)
+
+
+@triton.jit
+def store16(address, words, active, PTX: tl.constexpr):
+    """Store four words a lane where ``active`` is not 0. Weak: for memory that only this rank reads, later."""
+    store_words_of_lanes(address, words, active, "st.global.v4.u32", PTX)
 
 
 @triton.jit
@@ -127,26 +139,7 @@ def marked(words, EMPTY_LOW: tl.constexpr):
 @triton.jit
 def push(address, words, active, PTX: tl.constexpr):
     """Store four marked words a lane into a slot of a plane. Relaxed, system scope."""
-    if PTX:
-        tl.inline_asm_elementwise(
-            """
-            {
-            .reg .pred %p;
-            setp.ne.u32 %p, $6, 0;
-            @%p st.relaxed.sys.global.v4.u32 [$1], {$2, $3, $4, $5};
-            mov.u32 $0, 0;
-            }
-            """,
-            "=r,l,r,r,r,r,r",
-            [address, words[0], words[1], words[2], words[3], active],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-    else:
-        pointer = address.to(tl.pointer_type(tl.int32))
-        for i in tl.static_range(4):
-            tl.store(pointer + i, words[i], mask=active != 0)
+    store_words_of_lanes(address, words, active, "st.relaxed.sys.global.v4.u32", PTX)
 
 
 @triton.jit

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tpfuse import compat
 from tpfuse.ops.experiment import Unavailable
 
 from . import rivals
@@ -136,7 +137,7 @@ def measure(rank: int, world: int, plan: Survey) -> list[Result]:
     """Run on every rank (see :mod:`tpfuse.measure.ranks`): all shapes of the plan at this world size."""
     from tpfuse.ops import paths
 
-    torch._inductor.config.compile_threads = 1  # type: ignore[attr-defined]
+    compat.compile_in_this_process()
     group_name = dist.group.WORLD.group_name  # type: ignore[union-attr]
     device = torch.device("cuda", torch.cuda.current_device())
     shared = torch.cuda.device_count() < world

@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tpfuse import compat
 from tpfuse.ops.plane import peer_addresses
 from tpfuse.ops.select import TABLE, Entry, select
 
@@ -139,7 +140,7 @@ def _device() -> torch.device:
 
 
 def _allocate(rank: int, world: int, rounds: int, size: int, device: torch.device) -> _Memory:
-    import torch.distributed._symmetric_memory as symm_mem
+    symm_mem = compat.symmetric_memory()
 
     from .link_kernels import SLOT_BYTES
 

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tpfuse import compat
 from tpfuse.ops import settings
 from tpfuse.ops.experiment import Unavailable
 
@@ -66,7 +67,7 @@ _buffers: dict[str, Tensor] = {}
 
 def reserve(group_name: str, values: int, dtype: torch.dtype, device: torch.device) -> None:
     """Allocate the symmetric buffer of torch's all-reduces for the largest size to come. Collective."""
-    import torch.distributed._symmetric_memory as symm_mem
+    symm_mem = compat.symmetric_memory()
 
     if group_name not in _buffers or _buffers[group_name].numel() < values:
         buffer = symm_mem.empty(values, dtype=dtype, device=device)
@@ -266,7 +267,7 @@ _workspaces: dict[tuple[str, int], _Workspace] = {}
 
 
 def _flashinfer_workspace(p: Problem, most_bytes: int) -> _Workspace:
-    import torch.distributed._symmetric_memory as symm_mem
+    symm_mem = compat.symmetric_memory()
 
     key = (p.group_name, most_bytes)
     if key not in _workspaces:
