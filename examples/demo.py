@@ -143,7 +143,7 @@ def work(rank: int, store: str, checkpoint: str, new_tokens: int, results: Any) 
         else:
             model.generation_config.compile_config = CompileConfig(backend="inductor", mode=None)
             model.generation_config.compile_config._compile_all_devices = True
-        say(f"{NAMES[name]}: compiling the decode step on every rank (about a minute)")
+        say(f"{NAMES[name]}: compiling on all ranks (1 to 2 minutes)")
         answer = generate()
         say(f"{NAMES[name]}: generating {new_tokens} tokens with a stopwatch")
         out["tokens"][name] = answer.sequences
