@@ -256,9 +256,10 @@ def show(done: dict[int, dict[str, Any]], console: Any) -> bool:
     report = max(reports, key=lambda r: len(r.sites))
     console.print(f"\n[bold]Question[/bold]  {QUESTION}\n[bold]Answer[/bold]    {sentences(first['answer'])}\n")
     console.print(
-        "[bold]What tpfuse did.[/bold] Each row is a kind of all-reduce in the compiled decode step. Where it says "
-        "fused, the all-reduce, the residual add, and the RMSNorm after it are now one op. Where it says kept, the "
-        "reason and the remedy follow below the table.\n"
+        "[bold]What tpfuse did[/bold]  Each row of the table is one kind of all-reduce in the compiled decode step. "
+        "fused: the all-reduce, the residual add where there is one, and the RMSNorm after it became one op. kept: it "
+        "runs as before; the reason and what to do about it are below the table.\n",
+        highlight=False,
     )
     console.print(render(report))
 
@@ -266,7 +267,7 @@ def show(done: dict[int, dict[str, Any]], console: Any) -> bool:
     layer_sites = [s for s in report.sites if s.role in ("attention", "mlp")]
     layers_fused = sum(s.fused for s in layer_sites)
     if fused == found:
-        console.print("nothing was kept: every all-reduce of this model was fused")
+        console.print("nothing was kept: every all-reduce of this decode step was fused")
     same = all(d["tokens"]["tpfuse"] == d["tokens"]["inductor"] == first["tokens"]["eager"] for d in done.values())
     agree = all([s.fused for s in GraphReport.from_dict(d["reports"][0]).sites] for d in done.values())
     error, scale = first["logits"]
@@ -277,7 +278,7 @@ def show(done: dict[int, dict[str, Any]], console: Any) -> bool:
             len(layer_sites) == 60 and all(s.fused for s in layer_sites),
         ),
         (
-            f"{first['running']:.0f} all-reduces run per decode step: none runs twice",
+            f"{first['running']:.0f} all-reduces run per decode step: none is left over",
             round(first["running"]) == found,
         ),
         ("same tokens as the unfused model, eager and compiled", same),
@@ -295,9 +296,8 @@ def show(done: dict[int, dict[str, Any]], console: Any) -> bool:
     for name, seconds in first["seconds"].items():
         console.print(f"  {NAMES[name]:26}{seconds * 1e3:7.0f} ms", highlight=False)
     console.print(
-        "  Don't read a speedup into these: on a CPU the fused op runs the same all-reduce\n"
-        "  as before, and the rest is noise. This demo shows that the results are right;\n"
-        "  the speed comes from the GPU kernels.",
+        "Don't read a speedup into these: on a CPU the fused op runs the same all-reduce as before, and most of the "
+        "difference is noise. The demo shows that the results are right; the speed is in the GPU kernels.",
         highlight=False,
     )
     return all(holds for _, holds in checks)
