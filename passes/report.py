@@ -32,7 +32,8 @@ class Site:
         layer: index of the decoder layer, or None where the graph does not say.
         group: global ranks of the reduction, ascending as the group lists them; empty when unknown.
         shared: whether attention and MLP of this layer reduce over just these ranks; None where the graph does not say.
-        source: ``file:line`` of the model code that issued the all-reduce, or ``""``.
+        source: ``file:line`` of the model code that issued the all-reduce; the path of the module, e.g.
+            ``model.layers.3.mlp``, where the graph holds only lines of libraries; or ``""``.
         nodes: names of the graph nodes of the region, the all-reduce first.
         shape: of the sum; symbolic sizes are strings.
         dtype: of the sum, e.g. ``bfloat16``.

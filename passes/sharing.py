@@ -14,6 +14,7 @@ from itertools import islice
 
 from torch.fx import Node
 
+from . import source as model_source
 from . import values
 from .collectives import Collective, is_communication
 from .report import LayerAudit
@@ -48,12 +49,6 @@ SOFTMAX = values.overloads(
 )
 MATMULS = values.overloads("bmm.default", "baddbmm.default", "matmul.default")
 
-# Frames of the machinery that wraps a model; the line of interest is the caller's.
-MACHINERY = re.compile(
-    r"/torch/|/functorch/|/tpfuse/|/transformers/(?:distributed|integrations|utils|generation|modeling_layers|"
-    r"modeling_utils|tensor_parallel)|/accelerate/|/contextlib\.py|<eval_with_key>"
-)
-FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 SEARCH_LIMIT = 400  # nodes looked at behind one all-reduce
 NEAR = 12  # of these, the ones whose module names are read
 
@@ -65,7 +60,7 @@ class Place:
     Attributes:
         role: ``attention | mlp | embedding | other``.
         layer: index of the decoder layer, or None.
-        source: ``file:line``, or an empty string.
+        source: ``file:line``, a module's path where only that is known, or an empty string.
     """
 
     role: str
@@ -75,28 +70,15 @@ class Place:
 
 def place(collective: Collective, order: dict[Node, int]) -> Place:
     """Role and layer from the module stack, else from the dataflow; unknown stays unknown."""
-    paths = [_module_path(collective.node)]
-    paths += [_module_path(n) for n in islice(_producers(collective, order), NEAR)]
+    paths = [model_source.module_path(collective.node)]
+    paths += [model_source.module_path(n) for n in islice(_producers(collective, order), NEAR)]
     role = next((r for r in map(_role_of_path, paths) if r is not None), None)
     layer = next((n for n in map(_layer_of_path, paths) if n is not None), None)
     if role is None:
         role = _role_of_dataflow(_producers(collective, order))
     if role == "embedding":
         layer = None
-    return Place(role or "other", layer, source_line(collective.node))
-
-
-def _module_path(node: Node) -> str:
-    """The module stack of a node as one dotted path, with class names of the inner modules appended."""
-    stack = node.meta.get("nn_module_stack") or {}
-    if not stack:
-        return ""
-    last = list(stack.values())[-1]
-    path = last[0] if isinstance(last, tuple) else str(last)
-    path = re.sub(r"_modules\['([^']+)'\]|\['([^']+)'\]", r".\1\2", str(path))
-    path = re.sub(r"\[(\d+)\]", r".\1", re.sub(r"\.\.+", ".", path))
-    # Dynamo names the compiled module L['self'], or L['args'][0] when its forward is wrapped.
-    return re.sub(r"^L\.(?:self|args\.\d+)", "", path)
+    return Place(role or "other", layer, str(model_source.of(collective.node)))
 
 
 def _role_of_path(path: str) -> str | None:
@@ -151,16 +133,6 @@ def _role_of_dataflow(producers: Iterable[Node]) -> str | None:
     if activation:
         return "mlp"
     return "embedding" if embedding else None
-
-
-def source_line(node: Node) -> str:
-    """``file:line`` of the innermost frame that belongs to a model, shortened below site-packages."""
-    frames = FRAME.findall(node.meta.get("stack_trace") or "")
-    if not frames:
-        return ""
-    mine = [f for f in frames if not MACHINERY.search(f[0])]
-    path, line = (mine or frames)[-1]
-    return f"{path.split('site-packages/')[-1]}:{line}"
 
 
 def order_layers(places: Sequence[Place]) -> list[Place]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import re
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -44,6 +45,41 @@ def test_the_table_says_what_was_kept_why_and_what_to_do(monkeypatch):
     assert "note: use_kernels=True hides 2 norms" in shown
     assert "saves an estimated 6 launches and 768.0 KiB" in shown
     assert "\x1b" not in shown
+
+
+def awkward():
+    """Many layers that are no range, ranks that are none, the longest reasons and file names, a module for a source."""
+    made = report()
+    kept = replace(made.sites[-1], reason="scale-not-constant", group=tuple(range(0, 32, 2)))
+    long = replace(kept, source="transformers/models/deepseek_v3/modeling_deepseek_v3.py:1312")
+    made.sites += [replace(long, layer=n) for n in range(1, 60, 2)]
+    made.sites += [replace(kept, layer=n, source=f"model.layers.{n}.mlp") for n in range(60)]
+    return made
+
+
+@pytest.mark.parametrize("made", [report(), awkward()], ids=["usual", "awkward"])
+def test_a_narrow_terminal_breaks_no_number(made, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = table.text(made).splitlines()
+    assert max(map(len, shown)) <= 80
+    pieces = set(re.findall(r"[\w.*:-]+", "\n".join(shown)))
+    for row in table.rows(made):
+        assert set(re.findall(r"[\w.*:-]+", " ".join(row.cells()))) <= pieces
+    assert "modeling_sample.py:176" in pieces
+
+
+def test_the_module_of_a_site_stands_for_all_its_layers(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    (row,) = [row for row in table.rows(awkward()) if row.sites[0].source.startswith("model.layers")]
+    assert len(row.sites) == 60 and row.cells()[-1] == "model.layers.*.mlp"
+    assert "all_reduce + add at model.layers.*.mlp" in table.text(awkward())
+
+
+def test_a_wide_terminal_has_one_line_a_row(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    head, _, first, *_ = table.layout([row.cells() for row in table.rows(report())], 120)
+    assert head.split() == list(table.COLUMNS)
+    assert first.endswith("modeling_sample.py:390")
 
 
 def test_it_prints_without_rich(without_rich):

@@ -11,13 +11,12 @@ import keyword
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from tpfuse.passes.sharing import MACHINERY
+from tpfuse.passes import source as model_source
 
 _DTYPES = {
     torch.float64: "f64",
@@ -30,30 +29,6 @@ _DTYPES = {
     torch.uint8: "u8",
     torch.int8: "i8",
 }
-_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
-
-
-@dataclass(frozen=True)
-class SourceLine:
-    """The model code that a node came from. ``text`` is the line itself, or empty when the trace does not hold it."""
-
-    file: str
-    line: int
-    text: str
-
-    def __str__(self) -> str:
-        return f"{self.file}:{self.line}"
-
-
-def source_line(node: Node) -> SourceLine | None:
-    """The line that :func:`tpfuse.passes.sharing.source_line` names, with its text; None where the graph holds no trace."""
-    lines = (node.stack_trace or "").strip().splitlines()
-    frames = [(frame, number) for number, line in enumerate(lines) if (frame := _FRAME.search(line))]
-    if not frames:
-        return None
-    frame, number = ([f for f in frames if not MACHINERY.search(f[0]["file"])] or frames)[-1]
-    text = lines[number + 1].strip() if number + 1 < len(lines) else ""
-    return SourceLine(frame["file"].split("site-packages/")[-1], int(frame["line"]), text)
 
 
 def graph_of(graph: GraphModule | Graph) -> Graph:
@@ -99,9 +74,9 @@ def _function(graph: Graph, name: str, marks: Mapping[str, str]) -> str:
             continue
         if node.name in marks:
             lines += ["", f"    # {_comment(marks[node.name])}"]
-        source = source_line(node)
-        if source is not None and source != last:
-            lines.append(f"    # {source}: {_comment(source.text)}")
+        source = model_source.of(node)
+        if str(source) and source != last:
+            lines.append(f"    # {source}: {_comment(source.text)}" if source.text else f"    # {source}")
             last = source
         lines.append(f"    {statement(node)}")
     signature = "".join(f"    {argument},\n" for argument in arguments)

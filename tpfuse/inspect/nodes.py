@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from tpfuse.passes import collectives
+from tpfuse.passes import collectives, source
 from tpfuse.passes.report import GraphReport, ReportFormatError, Site
 
 from . import code
@@ -26,7 +26,7 @@ class NodeLine:
     Attributes:
         name: of the node.
         code: the node as one Python statement.
-        source: ``file:line`` of the model code, or ``""``.
+        source: ``file:line`` of the model code, the path of its module, or ``""``.
         text: that source line itself, or ``""``.
         size: bytes of its outputs, or None where a size is symbolic.
     """
@@ -99,12 +99,12 @@ def _readers(found: list[Node], order: list[Node]) -> list[Node]:
 
 
 def _line(node: Node) -> NodeLine:
-    source = code.source_line(node)
+    found = source.of(node)
     return NodeLine(
         name=node.name,
         code=code.statement(node),
-        source="" if source is None else str(source),
-        text="" if source is None else source.text,
+        source=str(found),
+        text=found.text,
         size=_size(node.meta.get("val")),
     )
 

@@ -1,25 +1,33 @@
 """A report as a table: for the terminal with rich, as plain text without it, and as HTML for notebooks.
 
 The layers of a model look alike, so sites that differ only in their layer share a row; ``each=True`` gives every site
-its own.
+its own. Where the terminal is too narrow for all columns, a second line of each row takes the pattern and the source.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+import shutil
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
+from tpfuse.passes import source
 from tpfuse.passes.report import GraphReport, Site
 
 from . import estimate, words
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.text import Text
 
 COLUMNS = ("role", "layers", "sites", "ranks", "shared", "pattern", "result", "source")
 _NUMBERS = ("sites",)
+_SECOND_LINE = ("pattern", "source")
+_WIDEST = {"layers": 14, "ranks": 12}  # so that the narrow form fits 80 columns
+_GAP = "  "
 _SHARED = {True: "yes", False: "no", None: "-"}
 
 
@@ -42,9 +50,9 @@ class Row:
             str(len(self.sites)),
             words.ranks(site.group),
             _SHARED[site.shared],
-            " + ".join(site.pattern.split("+")),  # spaces, so that a narrow terminal wraps between the steps
+            " + ".join(site.pattern.split("+")),
             words.verdict(site),
-            _short(site.source),
+            source.short(source.without_layer(site.source) if len(self.sites) > 1 else site.source),
         )
 
 
@@ -54,31 +62,39 @@ def rows(report: GraphReport, each: bool = False) -> list[Row]:
         return [Row((site,)) for site in report.sites]
     alike: dict[object, list[Site]] = {}
     for site in report.sites:
-        key = (site.role, site.group, site.shared, site.pattern, site.fused, site.reason, site.source, site.flavour)
+        line = source.without_layer(site.source)
+        key = (site.role, site.group, site.shared, site.pattern, site.fused, site.reason, line, site.flavour)
         alike.setdefault(key, []).append(site)
     return [Row(tuple(sites)) for sites in alike.values()]
 
 
 def render(report: GraphReport, each: bool = False) -> RenderableType:
     """The report for rich to print. Raises ``ImportError`` without rich (``pip install tpfuse[inspect]``)."""
-    from rich import box
     from rich.console import Group
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False, header_style="bold")
-    for name in COLUMNS:
-        table.add_column(
-            name,
-            justify="right" if name in _NUMBERS else "left",
-            overflow="fold",
-            no_wrap=name in ("role", "sites"),
-        )
-    for row in rows(report, each):
-        colour = "green" if row.fused else "yellow"
-        table.add_row(*(Text(cell, colour if name == "result" else "") for name, cell in _named(row.cells())))
     lines = [Text(line, "bold" if index == 0 else "") for index, line in enumerate(_lines(report))]
-    return Group(lines[0], table, *lines[1:]) if report.sites else Group(*lines)
+    return Group(lines[0], _Table(rows(report, each)), *lines[1:]) if report.sites else Group(*lines)
+
+
+@dataclass(frozen=True)
+class _Table:
+    """The rows for rich, in the form that fits the console."""
+
+    rows: Sequence[Row]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
+        from rich.text import Text
+
+        yield Text()
+        lines = layout([row.cells() for row in self.rows], options.max_width)
+        head = next(i for i, line in enumerate(lines) if line.startswith("-")) + 1
+        for i, line in enumerate(lines):
+            shown = Text(line, "bold" if i < head else "", no_wrap=True, overflow="ignore")
+            shown.highlight_regex(r"\bfused\b", "green")
+            shown.highlight_regex(r"\bkept: [\w-]*", "yellow")
+            yield shown
+        yield Text()
 
 
 def text(report: GraphReport, each: bool = False) -> str:
@@ -99,10 +115,53 @@ def plain(report: GraphReport, each: bool = False) -> str:
     head, *rest = _lines(report)
     if not report.sites:
         return "\n".join([head, *rest])
-    cells = [COLUMNS, *(row.cells() for row in rows(report, each))]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(COLUMNS))]
-    table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
-    return "\n".join([head, "", table[0], "-" * len(table[0]), *table[1:], "", *rest]).rstrip()
+    width = shutil.get_terminal_size().columns
+    table = layout([row.cells() for row in rows(report, each)], width)
+    return "\n".join([head, "", *table, "", *rest]).rstrip()
+
+
+def layout(cells: Sequence[tuple[str, ...]], width: int) -> list[str]:
+    """Header, rule and rows as lines of at most ``width`` columns where that is possible; numbers are never broken."""
+    lines = [COLUMNS, *cells]
+    columns = list(range(len(COLUMNS)))
+    wrapped = [[_wrap(text, _WIDEST.get(COLUMNS[i], len(text))) for i, text in enumerate(line)] for line in lines]
+    narrow = sum(_widths(wrapped)) + len(_GAP) * (len(columns) - 1) > width
+    if narrow:
+        columns = [i for i in columns if COLUMNS[i] not in _SECOND_LINE]
+        wrapped = [[line[i] for i in columns] for line in wrapped]
+    widths = _widths(wrapped)
+    made: list[list[str]] = []
+    for line, parts in zip(lines, wrapped, strict=True):
+        shown = []
+        for pieces in zip_longest(*parts, fillvalue=""):
+            aligned = (
+                text.rjust(size) if COLUMNS[i] in _NUMBERS else text.ljust(size)
+                for i, text, size in zip(columns, pieces, widths, strict=True)
+            )
+            shown.append(_GAP.join(aligned).rstrip())
+        if narrow:
+            below = [text for name, text in _named(line) if name in _SECOND_LINE and text]
+            indent = " " * (widths[0] + len(_GAP))
+            one = indent + " at ".join(below)
+            shown += [one] if len(one) <= width else [indent + text for text in below]
+        made.append(shown)
+    head, *body = made
+    rule = "-" * max(len(text) for shown in made for text in shown)
+    return [*head, rule, *(text for shown in body for text in shown)]
+
+
+def _widths(lines: Sequence[Sequence[Sequence[str]]]) -> list[int]:
+    return [max(len(text) for line in lines for text in line[i]) for i in range(len(lines[0]))]
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    """Lines of at most ``width`` columns, broken behind commas only."""
+    lines = [""]
+    for part in re.split(r"(?<=,)", text):
+        if lines[-1] and len(lines[-1]) + len(part) > width:
+            lines.append("")
+        lines[-1] += part
+    return lines
 
 
 def html(report: GraphReport) -> str:
@@ -163,8 +222,3 @@ def _cached(report: GraphReport) -> str:
 
 def _named(cells: tuple[str, ...]) -> Iterator[tuple[str, str]]:
     return zip(COLUMNS, cells, strict=True)
-
-
-def _short(source: str) -> str:
-    """The file's name and the line; the folder is in the JSON and on the page."""
-    return source.rsplit("/", 1)[-1]
