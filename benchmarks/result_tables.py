@@ -129,7 +129,9 @@ HIGHLIGHTS_MACHINE = "two H100s, NVLink4"
 
 def highlights() -> Iterator[str]:
     """The five rows that README shows, each with its speedup over NCCL. Of torch's two all-reduces the faster one counts."""
-    yield from head(("two H100s, NVLink, bf16", "NCCL", "torch symm. mem.", "FlashInfer", "tpfuse", "over NCCL"))
+    yield from head(
+        ("two H100s, NVLink, bf16", "NCCL", "torch symm. mem.", "FlashInfer", "tpfuse", "speedup over NCCL")
+    )
     for what, file, shape in HIGHLIGHTS:
         stored = json.loads((RESULTS / f"{file}.json").read_text())
         if file == "e2e":
