@@ -1,11 +1,12 @@
 """Tables of measured results for the documentation, so that no figure there is typed by hand.
 
     python benchmarks/result_tables.py benchmarks/results/h100-nvlink-w2.json      # prints the tables of one file
-    python benchmarks/result_tables.py --write docs/measuring.md                   # renews every table of a page
-    python benchmarks/result_tables.py --plot docs/h200-shared.svg benchmarks/results/h200-shared.json
+    python benchmarks/result_tables.py --write docs/results/*.md README.md         # renews every table of these pages
+    python benchmarks/result_tables.py --plot docs/results/h200-shared.svg benchmarks/results/h200-shared.json
 
 In a page, a table stands between ``<!-- results: NAME -->`` and ``<!-- end -->``; NAME is a file of ``benchmarks/results``
-without its suffix, and behind it may stand the contenders to show, separated by commas.
+without its suffix, and behind it may stand the contenders to show, separated by commas. ``<!-- results: highlights -->`` is
+the short table of README.
 """
 
 from __future__ import annotations
@@ -115,12 +116,58 @@ def tables_of(path: Path, contenders: Sequence[str] = ()) -> str:
     return "\n".join(kernel_tables(tables.load(path), contenders, measured))
 
 
+# README's rows: what, where the figures are, (world, hidden, rows) of a kernel or (model, phase, rows) of a step.
+HIGHLIGHTS = (
+    ("one call, 1 row of 4096", "h100-nvlink-w2", (2, 4096, 1)),
+    ("one call, 32 rows of 8192", "h100-nvlink-w2", (2, 8192, 32)),
+    ("one call, 2048 rows of 8192", "h100-nvlink-w2", (2, 8192, 2048)),
+    ("decode step of a 16-layer Llama, batch 8", "e2e", ("llama", "decode", 8)),
+    ("prefill of 2048 tokens, same model", "e2e", ("llama", "prefill", 2048)),
+)
+HIGHLIGHTED = ("nccl", ("symm one-shot", "symm two-shot"), "flashinfer pdl", "tpfuse")
+HIGHLIGHTS_MACHINE = "two H100s, NVLink4"
+
+
+def highlights() -> Iterator[str]:
+    """The five rows that README shows, each with its speedup over NCCL. Of torch's two all-reduces the faster one counts."""
+    yield from head(
+        ("two H100s, NVLink, bf16", "NCCL", "torch symm. mem.", "FlashInfer", "tpfuse", "speedup over NCCL")
+    )
+    for what, file, shape in HIGHLIGHTS:
+        stored = json.loads((RESULTS / f"{file}.json").read_text())
+        if file == "e2e":
+            times = {
+                one["contender"]: one["back_to_back"]
+                for one in stored["lines"]
+                if (one["machine"], one["model"], one["phase"], one["rows"]) == (HIGHLIGHTS_MACHINE, *shape)
+            }
+        else:
+            times = {
+                one["contender"]: one["median"]
+                for one in stored["results"]
+                if (one["world"], one["hidden"], one["rows"]) == shape and one["median"]
+            }
+        cells = []
+        for names in HIGHLIGHTED:
+            found = [times[n] for n in ((names,) if isinstance(names, str) else names) if n in times]
+            cells.append(duration(min(found)) if found else "-")
+        cells[-1] = f"**{cells[-1]}**"
+        yield row((what, *cells, f"{times['nccl'] / times['tpfuse']:.2f}x"))
+
+
+def duration(us: float) -> str:
+    """Three figures with the unit."""
+    return f"{us / 1000:#.3g} ms" if us >= 1000 else f"{us:#.3g}".removesuffix(".") + " us"
+
+
 def renewed(text: str) -> str:
     """A page with every table made again from its file."""
 
     def replace(match: re.Match[str]) -> str:
         contenders = [c.strip() for c in match["contenders"].split(",") if c.strip()]
         mark = match[0].split("\n", 1)[0]
+        if match["name"] == "highlights":
+            return "\n".join((mark, *highlights(), "<!-- end -->"))
         return f"{mark}\n{tables_of(RESULTS / (match['name'] + '.json'), contenders)}\n<!-- end -->"
 
     return MARK.sub(replace, text)
@@ -129,7 +176,7 @@ def renewed(text: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", type=Path, help="results to print as Markdown")
-    parser.add_argument("--write", type=Path, help="a page whose tables are renewed")
+    parser.add_argument("--write", nargs="+", type=Path, default=[], help="pages whose tables are renewed")
     parser.add_argument("--plot", type=Path, help="a plot of the one file given, instead of its tables")
     args = parser.parse_args()
     if args.plot is not None:
@@ -139,8 +186,8 @@ def main() -> None:
         return
     for path in args.files:
         print(tables_of(path))
-    if args.write is not None:
-        args.write.write_text(renewed(args.write.read_text()))
+    for page in args.write:
+        page.write_text(renewed(page.read_text()))
 
 
 if __name__ == "__main__":

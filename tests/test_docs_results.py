@@ -14,25 +14,40 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 
-def test_the_tables_of_the_measuring_page_are_made_from_the_result_files() -> None:
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def test_the_tables_of_the_pages_are_made_from_the_result_files() -> None:
     import result_tables
 
-    page = (ROOT / "docs" / "measuring.md").read_text()
-    assert len(result_tables.MARK.findall(page)) == len(list((ROOT / "benchmarks" / "results").glob("*.json")))
-    assert result_tables.renewed(page) == page, "run: python benchmarks/result_tables.py --write docs/measuring.md"
+    shown = []
+    for path in PAGES:
+        page = path.read_text()
+        shown += [match["name"] for match in result_tables.MARK.finditer(page)]
+        assert result_tables.renewed(page) == page, (
+            f"run: python benchmarks/result_tables.py --write {path.relative_to(ROOT)}"
+        )
+    assert sorted(shown) == sorted(["highlights", *(p.stem for p in result_tables.RESULTS.glob("*.json"))])
 
 
-def test_a_changed_figure_is_noticed() -> None:
+@pytest.mark.parametrize(
+    ("page", "name"),
+    [
+        ("docs/results/kernel-two-h100.md", "h100-nvlink-w2 "),
+        ("docs/results/stages.md", "h200-shared-stages "),
+        ("docs/results/models.md", "e2e "),
+        ("README.md", "highlights "),
+    ],
+)
+def test_a_changed_figure_is_noticed(page: str, name: str) -> None:
     import result_tables
 
-    page = (ROOT / "docs" / "measuring.md").read_text()
-    for name in ("h100-nvlink-w2 ", "h200-shared-stages ", "e2e "):
-        start = page.index(f"<!-- results: {name}")
-        figure = re.search(r"\| (\d+\.\d\d\d?) \|", page[start:])
-        assert figure, name
-        place = start + figure.start(1)
-        changed = page[:place] + "9" + page[place:]
-        assert result_tables.renewed(changed) == page
+    text = (ROOT / page).read_text()
+    start = text.index(f"<!-- results: {name}")
+    figure = re.search(r"\| (\d+\.\d+) ", text[start:])
+    assert figure, name
+    place = start + figure.start(1)
+    assert result_tables.renewed(text[:place] + "9" + text[place:]) == text
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU: the script would run")

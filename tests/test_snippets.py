@@ -7,9 +7,13 @@ A snippet that no test here knows fails, so that none is left out in silence. Sn
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib.util
+import io
 import re
 import shlex
+import subprocess
+import sys
 import textwrap
 import warnings
 from collections import Counter
@@ -32,7 +36,7 @@ import tpfuse
 from tpfuse.parallel import ParallelConfig
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 H = 32
 
 
@@ -109,7 +113,7 @@ def stand_in(text: str, replaced: dict[str, str]) -> str:
 
 
 def test_every_block_is_python_or_known_text():
-    assert {s.language for s in SNIPPETS} <= {"python", ""}
+    assert {s.language for s in SNIPPETS} <= {"python", "text", ""}
     assert len(PYTHON) > 40 and len(SNIPPETS) > len(PYTHON)
 
 
@@ -119,7 +123,7 @@ def test_every_block_is_python_or_known_text():
 @pytest.fixture(scope="module")
 def pool():
     # AOTAutograd alone compiles in a second what takes Inductor half a minute here.
-    with RankPool(2, env={"TPFUSE_INNER": "aot_eager"}) as pool:
+    with RankPool(2, env={"TPFUSE_INNER": "aot_eager", "COLUMNS": "120"}) as pool:
         yield pool
 
 
@@ -137,7 +141,9 @@ def execute(rank, world_size, text, folder):
     tokens = torch.arange(1, 7)[None]
     names = {
         "my_tensor_parallel_model": lambda: sharded(folder, world_size),
-        "model": sharded(folder, world_size) if "model =" not in text or "(model" in text.split("\n")[0] else None,
+        "model": None
+        if re.search(r"^model = (?!torch\.compile\(model)", text, re.MULTILINE)
+        else sharded(folder, world_size),
         "tokens": tokens,
         "input_ids": tokens,
         "inputs": {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)},
@@ -152,6 +158,13 @@ def execute(rank, world_size, text, folder):
     return [(len(r.sites), len(r.fused)) for r in tpfuse.reports()]
 
 
+def printed_by(rank, world_size, text, folder):
+    """What the snippet prints on a rank."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        execute(rank, world_size, text, folder)
+    return out.getvalue()
+
+
 def on_ranks(pool, folder, text):
     """Every graph of every rank fused all of its all-reduces."""
     for graphs_of_rank in pool.run(execute, text, folder, timeout=240):
@@ -162,27 +175,73 @@ SIZES = "tp_size=4, attn_dp_size=2, moe_dense_tp_size=2"  # four ranks; two are 
 
 
 @pytest.mark.ranks
-def test_readme_plain_model(pool, folder, capfd):
-    text = one("README.md", "Use")
-    on_ranks(pool, folder, stand_in(text, {'dist.init_process_group("nccl")': "assert dist.is_initialized()"}))
-    assert "all-reduces, 3 fused, 0 kept" in capfd.readouterr().out
+def test_readme(pool, folder):
+    on_ranks(pool, folder, one("README.md", "tpfuse"))
 
 
 @pytest.mark.ranks
-def test_readme_hugging_face(pool, folder):
-    text = stand_in(one("README.md", "Use", 1), {SIZES: "tp_size=2, moe_dense_tp_size=2", "path/to/model": folder})
-    on_ranks(pool, folder, text)
+def test_using_plain_model(pool, folder):
+    text = one("using.md", "Compile any tensor-parallel model")
+    text = stand_in(text, {'dist.init_process_group("nccl")': "assert dist.is_initialized()"})
+    for printed in pool.run(printed_by, text, folder, timeout=240):
+        assert "3 all-reduces, 3 fused, 0 kept" in printed
 
 
 @pytest.mark.ranks
-def test_readme_options(pool, folder):
-    on_ranks(pool, folder, one("README.md", "Options"))
+def test_using_hugging_face(pool, folder):
+    text = one("using.md", "Hugging Face models")
+    on_ranks(pool, folder, stand_in(text, {SIZES: "tp_size=2, moe_dense_tp_size=2", "path/to/model": folder}))
+
+
+@pytest.mark.ranks
+def test_using_options(pool, folder):
+    on_ranks(pool, folder, one("using.md", "Options"))
 
 
 @pytest.mark.ranks
 def test_layouts_hugging_face(pool, folder):
     text = one("parallel-layouts.md", "Hugging Face models")
     on_ranks(pool, folder, stand_in(text, {SIZES: "tp_size=2, moe_dense_tp_size=2"}))
+
+
+def run_page(rank, world_size, text):
+    torch._dynamo.reset()
+    tpfuse.clear_reports()
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        exec(compile(text, "tutorial.py", "exec"), {})
+    return out.getvalue()
+
+
+def words(text: str) -> str:
+    """Without what differs between two runs or widths: spaces, rules, numbers of graphs, and the column of source lines."""
+    text = re.sub(r" (\S+\.py:\d+|source) *$", "", text, flags=re.MULTILINE)
+    return " ".join(re.sub(r"graph-\d+", "graph", re.sub(r"[─-]{3,}", "", text)).split())
+
+
+@pytest.mark.ranks
+def test_the_tutorial_is_one_program_that_prints_what_it_shows(pool):
+    text = "\n\n".join(s.text for s in PYTHON if s.page == "tutorial.md")
+    shown = [s.text for s in SNIPPETS if (s.page, s.language) == ("tutorial.md", "text")]
+    text = stand_in(text, {'dist.init_process_group("gloo")': "assert dist.is_initialized()"})
+    printed = words(pool.run(run_page, text, timeout=240)[0])
+    assert len(shown) == 4
+    for block in shown:
+        assert words(block) in printed
+
+
+@pytest.mark.slow
+@pytest.mark.ranks
+def test_the_report_in_readme_is_what_the_example_prints():
+    (shown,) = (s.text for s in SNIPPETS if (s.page, s.language) == ("README.md", "text"))
+    done = subprocess.run(
+        [sys.executable, ROOT / "examples" / "shared_dense_tp.py"],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert words(shown) in words(done.stdout)
 
 
 # -- in this process ----------------------------------------------------------------------------------------------------
@@ -215,16 +274,32 @@ def test_layouts_values():
 
 
 def test_the_op(group):
-    text = one("op.md", "The op")
+    text = one("op.md", "The op's contract")
     x, residual, weight = torch.randn(3, H), torch.randn(3, H), torch.rand(H)
     names = {"x": x, "residual": residual, "weight": weight, "group": group, "tpfuse": tpfuse}
     exec(text, names)
     assert names["normed"].shape == names["residual"].shape == (3, H)
     exec(one("op.md", "Several streams, several groups"), names)
     exec(one("op.md", "When a peer dies"), names)
-    names |= {"partial": x, "attn_tp_group": group}
-    exec(one("inner-compilers.md", "Engines without a compiler"), names)
+
+
+def test_engines(group, capsys):
+    """The steps of an engine's life in the order of the page."""
+    names = {"partial": torch.randn(3, H), "residual": torch.randn(3, H), "weight": torch.rand(H)}
+    names |= {"attn_tp_group": group, "group": group, "dist": dist}
+    exec(one("engines.md", "The op in a layer"), names)
     assert names["hidden"].shape == (3, H)
+    exec(one("engines.md", "Start-up"), names)
+    assert "library no CUDA device" in capsys.readouterr().out or torch.cuda.is_available()
+    exec(one("engines.md", "After each step"), names)
+    exec(one("engines.md", "Shutdown"), names)
+    assert not dist.is_initialized()
+
+
+def test_the_schema_on_the_page_of_engines():
+    (shown,) = (s.text for s in SNIPPETS if (s.page, s.language) == ("engines.md", "text"))
+    schema = str(torch.ops.tpfuse.all_reduce_add_rms_norm.default._schema).removeprefix("tpfuse::")
+    assert " ".join(shown.split()) == schema
 
 
 def called(text: str, names: dict[str, Any], *inputs: torch.Tensor) -> list[tpfuse.GraphReport]:
@@ -546,6 +621,8 @@ def test_no_snippet_is_left_out():
     left = []
     for snippet in PYTHON:
         key = (snippet.page, snippet.heading)
+        if snippet.page == "tutorial.md":  # all of it is run as one program
+            continue
         if (*key, seen[key]) not in taken:
             left.append(str(snippet))
         seen[key] += 1
@@ -554,9 +631,9 @@ def test_no_snippet_is_left_out():
 
 # -- commands -----------------------------------------------------------------------------------------------------------
 
-COMMANDS = ("make", "pip", "python", "pytest", "tpfuse", "torchrun")
+COMMANDS = ("make", "pip", "python", "pytest", "source", "tpfuse", "torchrun")
 # The user's own scripts and folders in commands, and blocks that show output or formulas.
-THEIRS = {"serve.py", "check.py"}
+THEIRS = {"serve.py", "check.py", "tutorial.py"}
 TEXT = ("mean-dim (1)", "DIR/rank-0", "graph-0:", "tensorrt: 6", "s * g", "phase =")
 
 
@@ -616,6 +693,10 @@ def check_pytest(words: list[str]) -> None:
     assert words[1:] in ([], ["-m", "gpu"])
 
 
+def check_source(words: list[str]) -> None:
+    assert words == [".venv/bin/activate"]  # what `make setup` makes
+
+
 def check_tpfuse(words: list[str]) -> None:
     """The command parses what is shown; nothing of it runs."""
     typer = pytest.importorskip("typer")
@@ -633,7 +714,7 @@ def check_tpfuse(words: list[str]) -> None:
 
 
 def check_torchrun(words: list[str]) -> None:
-    if "..." in words:
+    if "..." in words or THEIRS & set(words):
         return
     if "-m" in words:
         assert importlib.util.find_spec(words[words.index("-m") + 1])
@@ -642,12 +723,36 @@ def check_torchrun(words: list[str]) -> None:
 
 
 CHECKS = {
-    "make": check_make, "pip": check_pip, "python": check_python, "pytest": check_pytest, "tpfuse": check_tpfuse,
-    "torchrun": check_torchrun,
+    "make": check_make, "pip": check_pip, "python": check_python, "pytest": check_pytest,
+    "source": check_source, "tpfuse": check_tpfuse, "torchrun": check_torchrun,
 }  # fmt: skip
 
 
-def test_links_lead_to_files():
+def anchors(path: Path) -> set[str]:
+    """What GitHub makes of the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}
+
+
+def test_links_lead_to_files_and_headings():
     for path in PAGES:
-        for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text()):
-            assert target.startswith("http") or (path.parent / target).exists(), f"{path.name}: {target}"
+        for target, anchor in re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", path.read_text()):
+            if target.startswith("http"):
+                continue
+            file = (path.parent / target) if target else path
+            assert file.exists(), f"{path.name}: {target}"
+            assert not anchor or anchor in anchors(file), (
+                f"{path.name}: {target}#{anchor}; have {sorted(anchors(file))}"
+            )
+
+
+def test_every_page_is_linked_from_readme_or_from_a_page_that_is():
+    found, left = {ROOT / "README.md"}, [ROOT / "README.md"]
+    while left:
+        path = left.pop()
+        for target in re.findall(r"\]\(([^)#]+\.md)", path.read_text()):
+            file = (path.parent / target).resolve()
+            if not target.startswith("http") and file not in found:
+                found.add(file)
+                left.append(file)
+    assert set(PAGES) <= found, sorted(str(p) for p in set(PAGES) - found)
