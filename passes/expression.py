@@ -45,6 +45,7 @@ def _kinds() -> dict[Any, str]:
 
 
 KINDS = _kinds()
+SLICES = values.overloads("slice.Tensor", "narrow.default")
 REDUCTIONS = ("mean", "sum", "norm2", "variance", "layer_norm", "fused")
 
 
@@ -141,6 +142,8 @@ def _step(node: Node, known: dict[Node, Ref], leaves: dict[Node, Ref], program: 
     if kind is None:
         return None
     if kind == "item" and not (node.args[0] in known and isinstance(node.args[1], int)):
+        return None
+    if node.target in SLICES and _selects_rows(node):
         return None
     pending: list[tuple[Node, Leaf, Node]] = []
     args: list[Any] = []
@@ -264,12 +267,20 @@ def _over_last_dim(node: Node, kind: str) -> bool:
     return dims[0] % tensor.dim() == tensor.dim() - 1
 
 
+def _selects_rows(node: Node) -> bool:
+    """Whether a slice takes some rows at their full width: no part of a norm, whose rows all stay."""
+    new, old = values.value(node), values.value(node.args[0])
+    if new is None or old is None or not compat.statically_true(new.shape[-1] == old.shape[-1]):
+        return False
+    return not all(compat.statically_true(m == n) for m, n in zip(new.shape, old.shape, strict=True))
+
+
 def _keeps_width(node: Node, first: Node, known: dict[Node, Ref]) -> bool:
     """Whether a reshape or slice leaves the last dimension as it is (or only adds or drops a 1, for a statistic)."""
     new, old = values.value(node), values.value(first)
     if new is None or old is None:
         return False
-    if node.target in values.overloads("slice.Tensor", "narrow.default"):
+    if node.target in SLICES:
         return all(compat.statically_true(m == n) for m, n in zip(new.shape, old.shape, strict=True))
     new_width = new.shape[-1] if new.dim() else 1
     old_width = old.shape[-1] if old.dim() else 1

@@ -78,6 +78,10 @@ def no_norm(current: values.Aliases, terms: list[Term]) -> Refusal:
         if reader.target in values.ROW_MOVERS or _gathers(reader):
             return Refusal(Reason.ROWS_MOVE, f"{reader.name} ({reader.target}) moves rows of the {what}")
     for reader in current.readers:
+        tensors = [values.value(a) for a in reader.all_input_nodes if a not in current] if reader.target in MUL else []
+        if any(t is not None and t.dim() == 0 for t in tensors):
+            return Refusal(Reason.SCALE_NOT_CONSTANT, f"{reader.name} multiplies the {what} by a scalar tensor")
+    for reader in current.readers:
         if _drops_out(reader):
             return Refusal(Reason.DROPOUT, f"{reader.name} ({reader.target}) drops values of the {what} at random")
     for reader in current.readers:

@@ -404,3 +404,24 @@ def test_dropout_in_train_mode_is_named(inner):
         torch.compile(f, backend="tpfuse", options={"tpfuse.inner": inner, "tpfuse.policy": "all"})(*ARGS)
     site = tpfuse.reports()[-1].sites[0]
     assert site.reason == Reason.DROPOUT.value and "model.eval()" in site.remedy
+
+
+# -- reasons that name the cause -----------------------------------------------------------------------------------
+
+
+def test_a_norm_of_some_rows_is_refused_because_rows_move():
+    def f(x, r, w):
+        h = r + all_reduce(x)
+        return norm(h[:, -1:], w)
+
+    (site,) = tpfuse.fuse(graphs.trace(f, ARGS), graphs.ALL).sites
+    assert site.reason == "rows-move" and "slice" in site.detail
+
+
+def test_a_sum_scaled_by_a_tensor_before_the_residual_is_refused_for_its_scale():
+    def f(x, r, w, t):
+        h = r + all_reduce(x) * t
+        return norm(h, w), h
+
+    (site,) = tpfuse.fuse(graphs.trace(f, (*ARGS, torch.tensor(0.5))), graphs.ALL).sites
+    assert site.reason == "scale-not-constant"
