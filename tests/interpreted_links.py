@@ -9,10 +9,11 @@ import os
 import tempfile
 import time
 import traceback
-from multiprocessing import get_context, shared_memory
+from multiprocessing import shared_memory
 from typing import Any
 
 import torch
+import warm
 from interpreted_ranks import poll_politely
 
 ROUNDS = 20
@@ -41,7 +42,7 @@ def _rank(rank: int, names: list[str], limit: int, together: Any, conn: Any) -> 
 
 def _answers(target: Any, arguments: list[tuple[Any, ...]]) -> list[Any]:
     """Run ``target(*arguments, conn)`` in a process for each of the arguments; what each sent."""
-    context = get_context("spawn")
+    context = warm.context(interpret=True)
     workers = []
     for given in arguments:
         receive, send = context.Pipe(duplex=False)
@@ -62,7 +63,7 @@ def _answers(target: Any, arguments: list[tuple[Any, ...]]) -> list[Any]:
 
 def play(ranks: tuple[int, ...], limit: int) -> list[Any]:
     """Ping-pong of these of two ranks: each one's record and slots, or the text of what it raised."""
-    context = get_context("spawn")
+    context = warm.context(interpret=True)
     memories = [shared_memory.SharedMemory(create=True, size=ROUNDS * 16) for _ in range(2)]
     try:
         for memory in memories:

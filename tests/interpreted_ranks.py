@@ -15,11 +15,12 @@ import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from multiprocessing import get_context, shared_memory
+from multiprocessing import shared_memory
 from typing import Any
 from unittest.mock import patch
 
 import torch
+import warm
 
 WATCHDOG_NS = 200_000_000  # 200,000 polls of the portable body: minutes
 
@@ -408,7 +409,7 @@ def run(
         reset_before: before this call all ranks meet and zero their planes, as ``tpfuse.ops.reset`` does.
         watchdog: nanoseconds; the portable poll counts a microsecond a poll.
     """
-    context = get_context("spawn")
+    context = warm.context(interpret=True)
     biggest = max(c.rows * c.hidden * 4 for c in calls)
     row = max(c.hidden * 4 for c in calls)
     plane_bytes = 2 * (world * max(biggest, 4) + 2 * world * row)
