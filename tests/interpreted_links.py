@@ -31,7 +31,7 @@ def _rank(rank: int, names: list[str], limit: int, together: Any, conn: Any) -> 
         slots = [torch.frombuffer(memory.buf, dtype=torch.int32)[: ROUNDS * 4] for memory in held]
         peers = torch.tensor([t.data_ptr() for t in slots], dtype=torch.int64)
         record = torch.zeros(4, dtype=torch.int32)
-        together.wait(120)
+        together.wait(800)
         ping_pong_kernel[(1,)](peers, record, rank, 1 - rank, ROUNDS, limit, False)
         conn.send((record.tolist(), slots[rank].view(ROUNDS, 4).tolist()))
         del slots
@@ -50,7 +50,7 @@ def _answers(target: Any, arguments: list[tuple[Any, ...]]) -> list[Any]:
         process.start()
         send.close()
         workers.append((process, receive))
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 800
     answers = []
     for _, receive in workers:
         answers.append(receive.recv() if receive.poll(max(0.1, deadline - time.monotonic())) else "no answer")

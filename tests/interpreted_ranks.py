@@ -278,7 +278,7 @@ def _worker(
         plane = held[rank][1]
         phase_bytes = plane.numel() * 4 // 2
         rng = random.Random(rank * 1000 + (program or 0))
-        together.wait(120)  # importing takes longer than a short watchdog allows
+        together.wait(800)  # importing takes longer than a short watchdog allows
         for number, call in enumerate(calls):
             if number == dies_at:
                 done[rank][1][program or 0] = len(calls)  # nobody has to wait for it
@@ -288,10 +288,10 @@ def _worker(
                 while int(done[other][1][0]) < calls_made:
                     time.sleep(0.005)
             if number == reset_before:
-                together.wait(120)
+                together.wait(800)
                 plane.zero_()
                 state.zero_()
-                together.wait(120)
+                together.wait(800)
             given = inputs(call, world)
             if delay:
                 time.sleep(rng.random() * delay)
@@ -397,7 +397,7 @@ def run(
     waits: dict[tuple[int, int], tuple[int, int]] | None = None,
     reset_before: int = -1,
     watchdog: int = WATCHDOG_NS,
-    timeout: float = 240.0,
+    timeout: float = 800.0,
 ) -> list[Outcome]:
     """Make ``calls`` on ``world`` interpreted ranks and return what each saw.
 

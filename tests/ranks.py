@@ -32,6 +32,8 @@ import warm
 
 # How long the other ranks may still take once one has failed: long enough for them to fail with a message of their own.
 GRACE_SECONDS = 3.0
+# Against hangs: shorter than the timeout of a test, so that the ranks are named, and long enough for a busy machine.
+TIMEOUT = 800.0
 
 
 class RankFailure(Exception):
@@ -42,7 +44,7 @@ def run_ranks(
     fn: Callable[..., Any],
     world_size: int,
     *args: Any,
-    timeout: float = 120,
+    timeout: float = TIMEOUT,
     env: Mapping[str, str] | None = None,
 ) -> list[Any]:
     """Run ``fn(rank, world_size, *args)`` in ``world_size`` fresh processes; return their results in rank order.
@@ -84,7 +86,7 @@ class RankPool:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def run(self, fn: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
+    def run(self, fn: Callable[..., Any], *args: Any, timeout: float = TIMEOUT) -> list[Any]:
         """Run ``fn(rank, world_size, *args)`` on every rank. See :func:`run_ranks`."""
         if not self._processes:
             self._start()

@@ -65,7 +65,7 @@ def data_of(html: str) -> dict:
 def test_the_dump_holds_every_all_reduce_once_and_the_page_shows_it(name, pool, tmp_path):
     models.save(name, str(tmp_path / "checkpoint"))
     folder = tmp_path / "dump"
-    reports = pool.run(compiled_with_dump, str(tmp_path / "checkpoint"), str(folder), timeout=250)
+    reports = pool.run(compiled_with_dump, str(tmp_path / "checkpoint"), str(folder))
 
     dump = load.read(folder)
     assert sorted({graph.report.rank for graph in dump.graphs}) == list(range(WORLD))

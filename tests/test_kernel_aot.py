@@ -100,7 +100,6 @@ def test_the_latency_kernels_do_not_spill(algorithm: str, arch: int, tmp_path: P
     _check(algorithm, _constants(), 8, Part(128, 1), arch, tmp_path)
 
 
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("arch", NVIDIA)
 @pytest.mark.parametrize("algorithm", sorted(KERNELS))
 def test_no_variant_of_the_table_spills(algorithm: str, arch: int, tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def pool():
 )
 def test_golden_counts_and_equal_outputs(name, prefill_too, pool, tmp_path):
     models.save(name, str(tmp_path), torch.bfloat16)
-    results = pool.run(forward, str(tmp_path), "bfloat16", "aot_eager", prefill_too, timeout=280)
+    results = pool.run(forward, str(tmp_path), "bfloat16", "aot_eager", prefill_too)
     found, fused, reasons = GOLDEN[name]
     for graphs, layers, equal, _ in results:
         assert len(graphs) == 1 + prefill_too, f"expected a graph for each step, got {graphs}"
@@ -94,7 +94,7 @@ def test_golden_counts_and_equal_outputs(name, prefill_too, pool, tmp_path):
 def test_the_same_under_inductor(name, prefill_too, pool, tmp_path):
     models.save(name, str(tmp_path), torch.float32)
     found, fused, reasons = GOLDEN[name]
-    for graphs, _, _, close in pool.run(forward, str(tmp_path), "float32", "inductor", prefill_too, timeout=290):
+    for graphs, _, _, close in pool.run(forward, str(tmp_path), "float32", "inductor", prefill_too):
         assert [(f, n, why) for f, n, why, _ in graphs] == [(found, fused, reasons)] * (1 + prefill_too)
         assert close == [True, True]
 

@@ -20,7 +20,7 @@ from tpfuse.parallel import (
     plan,
 )
 
-pytestmark = [pytest.mark.ranks, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.ranks
 
 LAYERS = {"num_hidden_layers": 4, "initializer_range": 0.2}
 MIXED = {**LAYERS, "first_k_dense_replace": 2}  # two dense and two MoE layers
@@ -84,26 +84,26 @@ def eager_differences(rank, world_size, name, changes, sizes, ep_size):
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_equal_one_unsharded_process(pool, name, sizes):
-    for differences in pool.run(eager_differences, name, MODELS[name], sizes, 1, timeout=300):
+    for differences in pool.run(eager_differences, name, MODELS[name], sizes, 1):
         assert max(differences) < 1e-5, differences
 
 
 @pytest.mark.parametrize("ep_size", [2, 4])
 @pytest.mark.parametrize("sizes", [(4, 1, 1, None), (4, 2, 1, 2), (4, 4, 1, 1)], ids=str)
 def test_experts_split_whole_and_in_width(pool, sizes, ep_size):
-    for differences in pool.run(eager_differences, "deepseek_v3", MIXED, sizes, ep_size, timeout=300):
+    for differences in pool.run(eager_differences, "deepseek_v3", MIXED, sizes, ep_size):
         assert max(differences) < 1e-5, differences
 
 
 @pytest.mark.parametrize("name", ["mistral", "qwen2", "qwen3_moe", "mixtral"])
 def test_further_models_with_the_same_names(pool, name):
-    for differences in pool.run(eager_differences, name, LAYERS, (4, 2, 1, 2), 1, timeout=300):
+    for differences in pool.run(eager_differences, name, LAYERS, (4, 2, 1, 2), 1):
         assert max(differences) < 1e-5, differences
 
 
 def test_biases_are_added_once(pool):
     changes = {**LAYERS, "attention_bias": True, "mlp_bias": True}
-    for differences in pool.run(biased_difference, changes, timeout=300):
+    for differences in pool.run(biased_difference, changes):
         assert max(differences) < 1e-5, differences
 
 
@@ -283,7 +283,7 @@ def compiled_outcome(rank, world_size, name, sizes, sequences, depth=2):
     [("llama", 2), ("deepseek_v3", 2), *(pytest.param(name, 4, marks=pytest.mark.slow) for name in MODELS)],
 )
 def test_with_the_shared_group_every_dense_layer_fuses_both_reductions(pool, name, depth):
-    outcomes = pool.run(compiled_outcome, name, (4, 2, 1, 2), (1, 2), depth, timeout=800)
+    outcomes = pool.run(compiled_outcome, name, (4, 2, 1, 2), (1, 2), depth)
     for rank, (difference, reports, planned) in enumerate(outcomes):
         pair = (0, 1) if rank < 2 else (2, 3)
         assert difference < 1e-5
@@ -303,7 +303,7 @@ def test_with_the_shared_group_every_dense_layer_fuses_both_reductions(pool, nam
 )
 def test_an_mlp_over_all_ranks_is_not_shared(pool, name, depth):
     for rank, (difference, reports, planned) in enumerate(
-        pool.run(compiled_outcome, name, (4, 2, 1, 4), (2, 1), depth, timeout=800)
+        pool.run(compiled_outcome, name, (4, 2, 1, 4), (2, 1), depth)
     ):
         pair = (0, 1) if rank < 2 else (2, 3)
         assert difference < 1e-5
@@ -326,7 +326,7 @@ def test_an_mlp_over_all_ranks_is_not_shared(pool, name, depth):
 def test_other_layouts_compile_to_one_graph_and_show_what_the_plan_says(pool, sizes, depth):
     blocks = sizes[1]
     for difference, reports, planned in pool.run(
-        compiled_outcome, "deepseek_v3", sizes, tuple(range(1, blocks + 1)), depth, timeout=800
+        compiled_outcome, "deepseek_v3", sizes, tuple(range(1, blocks + 1)), depth
     ):
         assert difference < 1e-5
         for report in reports:
@@ -336,7 +336,7 @@ def test_other_layouts_compile_to_one_graph_and_show_what_the_plan_says(pool, si
 
 @pytest.mark.parametrize("sequences", [(0, 2), pytest.param((2, 0), marks=pytest.mark.slow)], ids=str)
 def test_a_replica_without_rows_compiles_too(pool, sequences):
-    for difference, _, _ in pool.run(compiled_outcome, "deepseek_v3", (4, 2, 1, 2), sequences, timeout=800):
+    for difference, _, _ in pool.run(compiled_outcome, "deepseek_v3", (4, 2, 1, 2), sequences):
         assert difference < 1e-5
 
 
@@ -354,6 +354,6 @@ def unannounced_rows(rank, world_size):
 
 
 def test_rows_that_the_blocks_did_not_agree_on_are_named(pool):
-    for missing, too_small in pool.run(unannounced_rows, timeout=200):
+    for missing, too_small in pool.run(unannounced_rows):
         assert "call it with largest_block=tpfuse.parallel.exchange_rows(model, rows)" in missing
         assert "this forward has 1 * 7 rows, more than largest_block=5" in too_small
