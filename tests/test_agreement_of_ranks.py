@@ -51,7 +51,7 @@ pytestmark = pytest.mark.ranks
 
 
 def test_equal_ranks_compare_once_and_other_rows_compare_nothing(pool):
-    first, second = pool.run(compiled, (OPTIONS, OPTIONS), ((1, 5), (1, 7), (2, 5)), timeout=90)
+    first, second = pool.run(compiled, (OPTIONS, OPTIONS), ((1, 5), (1, 7), (2, 5)))
     assert first == second
     fused, compared = first
     assert len(fused) >= 2 and set(fused) == {2}
@@ -67,17 +67,17 @@ def test_equal_ranks_compare_once_and_other_rows_compare_nothing(pool):
     ids=["policy", "fuel"],
 )
 def test_ranks_with_different_options_get_an_error_that_names_them(pool, different, named, depth):
-    answers = pool.run(compiled, (OPTIONS, {**OPTIONS, **different}), ((1, 5),), ({}, {}), depth, timeout=90)
+    answers = pool.run(compiled, (OPTIONS, {**OPTIONS, **different}), ((1, 5),), ({}, {}), depth)
     for seconds, text in answers:
         assert "AgreementError" in text, text
         assert "rank 1 decided differently from rank 0" in text
         assert "fused over [0, 1]" in text and "kept (" in text
         assert named in text
-        assert seconds < 60
+        assert seconds < 600  # TPFUSE_AGREEMENT_SECONDS
 
 
 def test_an_internal_failure_on_one_rank_is_named(pool):
-    for text in pool.run(with_a_broken_pass, timeout=90):
+    for text in pool.run(with_a_broken_pass):
         assert "AgreementError" in text and "kept (internal)" in text, text
 
 
@@ -94,7 +94,7 @@ def with_a_broken_pass(rank, world_size):
 
 
 def test_a_rank_that_never_compiles_is_named_within_the_limit():
-    first, second = run_ranks(one_rank_only, 2, timeout=90)
+    first, second = run_ranks(one_rank_only, 2)
     assert (
         "rank 1 of [0, 1] compiled no graph like this one, and did not compile it within 2 s (TPFUSE_AGREEMENT_SECONDS)"
         in first
@@ -111,7 +111,7 @@ def one_rank_only(rank, world_size):
 
 def test_a_rank_that_changes_its_mind_about_a_graph_is_told():
     """The other rank has nothing new to compare, so it cannot know; this one must not go on alone."""
-    first, second = run_ranks(changes_its_mind, 2, timeout=90)
+    first, second = run_ranks(changes_its_mind, 2)
     assert first == "fine"
     assert "rank 0 of [0, 1] decided otherwise about it before" in second, second
 
@@ -131,7 +131,7 @@ def test_a_warm_rank_and_a_cold_rank_agree(tmp_path):
         # The caches of rank 0 stay, rank 1 gets new ones.
         caches = {rank: str(tmp_path / (f"warm{rank}" if rank == 0 else f"cold{number}")) for rank in range(2)}
         with RankPool(2) as pool:
-            first, second = pool.run(with_caches, caches, options, timeout=200)
+            first, second = pool.run(with_caches, caches, options)
         assert first[0] == second[0] == [2]
         assert (first[1], second[1]) == (number == 1, False), "only rank 0 of the second run is warm"
 

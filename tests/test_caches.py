@@ -81,7 +81,7 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="module")
 def cold(root):
     """The first compile, in processes that have ended since; it fills the folders a and b."""
-    return run_ranks(compile_once, 2, folders(root, "ab"), env=ENV, timeout=240)
+    return run_ranks(compile_once, 2, folders(root, "ab"), env=ENV)
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def test_a_second_process_hits_both_caches_and_has_the_report(root, cold, pool, 
 
 
 def test_warm_rank_0_with_cold_rank_1_does_not_hang(root, pool):
-    warm, cold = pool.run(compile_once, folders(root, "ac"), timeout=200)
+    warm, cold = pool.run(compile_once, folders(root, "ac"))
     assert was_hit(warm)
     assert cold["fx_miss"] == 1
     assert fused(warm) == fused(cold) == FUSED

@@ -32,7 +32,7 @@ def tpfuse(*arguments) -> Result:
     return Result(result.exit_code, result.stdout, result.stderr)
 
 
-def tpfuse_process(*arguments, env=None, timeout=120) -> Result:
+def tpfuse_process(*arguments, env=None, timeout=800) -> Result:
     """Run the command line in a process of its own."""
     command = [sys.executable, "-m", "tpfuse.cli", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120", **(env or {})}

@@ -26,7 +26,7 @@ def test_example(name, ranks, says, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(
-        [*command, str(EXAMPLES / f"{name}.py")], capture_output=True, text=True, timeout=240, env=env, check=False
+        [*command, str(EXAMPLES / f"{name}.py")], capture_output=True, text=True, timeout=800, env=env, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert says in done.stdout, done.stdout

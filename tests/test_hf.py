@@ -12,8 +12,6 @@ from torch import nn
 from tpfuse import hf
 from tpfuse.parallel import ConfigError, ParallelConfig, layout_of
 
-pytestmark = pytest.mark.timeout(600)
-
 LAYERS = {"num_hidden_layers": 2, "initializer_range": 0.2}
 AOT = {"tpfuse.inner": "aot_eager"}
 
@@ -39,7 +37,7 @@ def loaded(rank, world_size, folder, config):
 @pytest.mark.ranks
 def test_one_shared_group_loads_with_transformers_own_sharding(pool, tmp_path):
     save("llama", str(tmp_path), **LAYERS)
-    for difference, kind, _, grad in pool.run(loaded, str(tmp_path), ParallelConfig(2), timeout=300):
+    for difference, kind, _, grad in pool.run(loaded, str(tmp_path), ParallelConfig(2)):
         assert difference < 1e-5
         assert kind == "DTensor"
         assert not grad
@@ -51,7 +49,7 @@ def test_one_shared_group_loads_with_transformers_own_sharding(pool, tmp_path):
 )
 def test_every_other_layout_is_cut_by_the_plan(pool, tmp_path, config):
     save("llama", str(tmp_path), **LAYERS)
-    for difference, kind, shape, grad in pool.run(loaded, str(tmp_path), config, timeout=300):
+    for difference, kind, shape, grad in pool.run(loaded, str(tmp_path), config):
         assert difference < 1e-5
         assert kind == "Parameter"
         assert shape == (64, 64 // config.attn_tp_size)
@@ -66,7 +64,7 @@ def loaded_deepseek(rank, world_size, folder):
 @pytest.mark.ranks
 def test_an_attention_that_transformers_does_not_cut_is_cut_by_the_plan(pool, tmp_path):
     save("deepseek_v3", str(tmp_path), **LAYERS)
-    assert pool.run(loaded_deepseek, str(tmp_path), timeout=300) == [(2, (64, 32))] * 2
+    assert pool.run(loaded_deepseek, str(tmp_path)) == [(2, (64, 32))] * 2
 
 
 def generated(rank, world_size, folder, config, name):
@@ -98,7 +96,7 @@ def generated(rank, world_size, folder, config, name):
 )
 def test_generate_with_a_static_cache_reaches_the_backend(pool, tmp_path, name, config, found):
     save(name, str(tmp_path), **LAYERS)
-    for tokens, eager, reference, reports in pool.run(generated, str(tmp_path), config, name, timeout=400):
+    for tokens, eager, reference, reports in pool.run(generated, str(tmp_path), config, name):
         assert tokens == eager == reference
         assert reports, "the decode step was not compiled with tpfuse"
         assert set(reports) == {found}
@@ -123,7 +121,7 @@ def changing_rows(rank, world_size):
 
 @pytest.mark.ranks
 def test_a_compiled_model_agrees_on_the_rows_of_every_call(pool):
-    for differences, graphs in pool.run(changing_rows, timeout=400):
+    for differences, graphs in pool.run(changing_rows):
         assert max(differences) < 1e-5
         assert graphs <= 3  # static, then dynamic; once more where the own block was or was not the largest
 

@@ -105,13 +105,13 @@ INDUCTOR = {
 
 @pytest.mark.parametrize("settings", INDUCTOR.values(), ids=INDUCTOR)
 def test_inductor_settings(pool, settings):
-    check(pool.run(run_keywords, {"options": settings}, timeout=250))
+    check(pool.run(run_keywords, {"options": settings}))
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune"])
 def test_inductor_modes(pool, mode, monkeypatch):
     # torch.compile takes either mode= or options=, so the inner compiler is the default one.
-    check(pool.run(run_keywords, {"options": None, "mode": mode}, timeout=250))
+    check(pool.run(run_keywords, {"options": None, "mode": mode}))
 
 
 def test_a_mode_without_post_grad_passes_is_refused(pool):
@@ -138,7 +138,7 @@ def refused(rank: int, world_size: int, mode: str) -> str:
     ids=["marked", "dynamic", "full"],
 )
 def test_dynamic_rows_compile_once(pool, inner, how):
-    results = pool.run(run_keywords, {"options": {"tpfuse.inner": inner}, "lengths": (5, 7, 9), **how}, timeout=250)
+    results = pool.run(run_keywords, {"options": {"tpfuse.inner": inner}, "lengths": (5, 7, 9), **how})
     check(results)
     assert any(isinstance(size, str) for shape in results[0]["shapes"] for size in shape)
 
@@ -157,7 +157,7 @@ OVERLAP = {
 
 @pytest.mark.parametrize("settings", OVERLAP.values(), ids=OVERLAP)
 def test_torchs_own_collective_passes_work_on_what_is_left(pool, settings):
-    results = pool.run(run_with_overlap, {"options": {**settings, "tpfuse.fuel": 2}}, timeout=250)
+    results = pool.run(run_with_overlap, {"options": {**settings, "tpfuse.fuel": 2}})
     check(results, fused=2)
     assert results[0]["reasons"] == ["fuel", "fuel"]
 
@@ -209,7 +209,7 @@ def with_users_passes(rank: int, world_size: int) -> dict[str, Any]:
 
 
 def test_the_users_passes_run_before_ours_and_stay(pool):
-    found = pool.run(with_users_passes, timeout=280)
+    found = pool.run(with_users_passes)
     for name in ("option", "config", "list", "plain function"):
         check([result[name] for result in found])
     assert found[0]["left in place"]
@@ -238,7 +238,7 @@ def generated(rank: int, world_size: int, options: dict[str, Any]) -> str:
 @pytest.mark.parametrize("options", [{}, {"memory_planning": True}], ids=["default", "memory planning"])
 def test_the_partial_sum_is_not_copied(pool, options):
     """The op reads the buffer that the matrix multiplication wrote; no kernel stands between the two."""
-    code = pool.run(generated, options, timeout=200)[0]
+    code = pool.run(generated, options)[0]
     calls = re.findall(r"tpfuse\.all_reduce_add_rms_norm\.default\((?:reinterpret_tensor\()?(\w+)", code)
     assert len(calls) == FUSED
     alias = dict(re.findall(r"(\w+) = (\w+); del \2\s+# reuse", code))
@@ -269,7 +269,7 @@ def layer_by_layer(rank: int, world_size: int, options: dict[str, Any]) -> dict[
 
 @pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
 def test_one_compile_a_layer_fuses_the_reduction_inside_it(pool, inner):
-    for result in pool.run(layer_by_layer, {"tpfuse.inner": inner}, timeout=200):
+    for result in pool.run(layer_by_layer, {"tpfuse.inner": inner}):
         one_layer = [("attention", True, None), ("mlp", False, "no-norm")]
         # Two layers of one class may share one graph; every compile shows the same two sites.
         assert result["sites"] in (one_layer, 2 * one_layer)
@@ -293,7 +293,7 @@ def broken_inside(rank: int, world_size: int, options: dict[str, Any]) -> dict[s
 @pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("policy", ["shared", "all"])
 def test_a_graph_break_inside_a_layer_costs_only_what_it_cuts(pool, inner, policy):
-    for result in pool.run(broken_inside, {"tpfuse.inner": inner, "tpfuse.policy": policy}, timeout=200):
+    for result in pool.run(broken_inside, {"tpfuse.inner": inner, "tpfuse.policy": policy}):
         attention = [s for s in result["sites"] if s[0] == "attention"]
         mlp = [s for s in result["sites"] if s[0] == "mlp"]
         assert attention, result
@@ -339,7 +339,7 @@ def run_functions(rank: int, world_size: int, inner: str, act: str) -> tuple[int
 @pytest.mark.parametrize("inner", ["inductor", "aot_eager"])
 @pytest.mark.parametrize("act", ["silu", "gelu", "elu", "mish"])
 def test_an_mlp_without_module_names_is_known_by_its_activation(pool, inner, act):
-    for fused, roles, error in pool.run(run_functions, inner, act, timeout=250):
+    for fused, roles, error in pool.run(run_functions, inner, act):
         assert roles == ["attention", "mlp"] * 2
         assert fused == FUSED
         assert error < 1e-5

@@ -265,9 +265,8 @@ with_package = pytest.mark.skipif(
 
 
 @with_package
-@pytest.mark.timeout(600)
 def test_the_real_partitioner_with_a_stand_in_for_tensorrt(pool):
-    for found in pool.run(run, {"dryrun": True, "min_block_size": 1}, False, timeout=500):
+    for found in pool.run(run, {"dryrun": True, "min_block_size": 1}, False):
         ours, theirs = found["tensorrt"], found["aot_eager"]
         assert (ours["fused"], ours["found"]) == (theirs["fused"], theirs["found"]) == (2 * N_LAYERS, 2 * N_LAYERS)
         note = ours["notes"][-1]
@@ -280,7 +279,7 @@ def test_the_real_partitioner_with_a_stand_in_for_tensorrt(pool):
 
 @with_package
 def test_reductions_that_stay_go_to_torch_tensorrts_own_fusion(pool):
-    for found in pool.run(run, {"dryrun": True, "min_block_size": 1, "tpfuse.fuel": 2}, False, timeout=250):
+    for found in pool.run(run, {"dryrun": True, "min_block_size": 1, "tpfuse.fuel": 2}, False):
         ours = found["tensorrt"]
         assert (ours["fused"], ours["found"]) == (2, 2 * N_LAYERS)
         assert torch.allclose(ours["output"], found["aot_eager"]["output"], rtol=1e-5, atol=1e-5)
@@ -303,9 +302,8 @@ def run_over_one_rank_each(rank: int, world_size: int) -> tuple[list[str], bool]
 
 
 @with_package
-@pytest.mark.timeout(600)
 def test_a_group_that_torch_tensorrts_lowering_names_is_read_from_its_operator(pool):
-    for notes, same in pool.run(run_over_one_rank_each, timeout=500):
+    for notes, same in pool.run(run_over_one_rank_each):
         assert "tensorrt: tensorrt.fused_nccl_all_reduce.default stay in Torch" in " ".join(notes)
         assert "tensorrt.fused_nccl_all_reduce.default x2" in notes[-1]
         assert same

@@ -12,8 +12,6 @@ from browser.sample import write_dump
 
 from tpfuse.inspect import load, page
 
-pytestmark = pytest.mark.timeout(180)
-
 
 def write_page(folder: Path) -> Path:
     target = folder / "index.html"

@@ -22,7 +22,9 @@ from triton.compiler import ASTSource
 
 KERNELS = {"one_shot": one_shot_kernel, "two_shot": two_shot_kernel}
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
-NVIDIA = (80, 90, 100)
+# Triton takes half a second for a kernel: sm_90, for which the table was measured, is compiled always, the others where
+# slow tests run.
+NVIDIA = (pytest.param(80, marks=pytest.mark.slow), 90, pytest.param(100, marks=pytest.mark.slow))
 
 
 def _constants(
@@ -98,7 +100,6 @@ def test_the_latency_kernels_do_not_spill(algorithm: str, arch: int, tmp_path: P
     _check(algorithm, _constants(), 8, Part(128, 1), arch, tmp_path)
 
 
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("arch", NVIDIA)
 @pytest.mark.parametrize("algorithm", sorted(KERNELS))
 def test_no_variant_of_the_table_spills(algorithm: str, arch: int, tmp_path: Path) -> None:
@@ -209,17 +210,17 @@ def test_the_portable_bodies_compile_for_an_amd_gpu(algorithm: str) -> None:
     assert spills and all(int(n) == 0 for n in spills)
 
 
-def test_add_and_norm_compiles_for_every_nvidia_target() -> None:
+@pytest.mark.parametrize("arch", NVIDIA)
+def test_add_and_norm_compiles_for_every_nvidia_target(arch: int) -> None:
     c = _constants(hidden=4096)
     names = add_norm_kernel.arg_names
     kinds = ("*bf16",) * 6 + ("i32", "fp32", "fp32")
     constexprs = (c, Variant(world=1, lanes=GROUP_LANES, steps=c.groups, split=1))
     options = {"num_warps": 4, "enable_fp_fusion": False}
-    for arch in NVIDIA:
-        source = ASTSource(
-            add_norm_kernel,
-            dict(zip(names, (*kinds, *("constexpr",) * 2), strict=True)),
-            dict(zip(names[9:], constexprs, strict=True)),
-            {(i,): [["tt.divisibility", 16]] for i in range(6)},
-        )
-        assert triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options).asm["cubin"]
+    source = ASTSource(
+        add_norm_kernel,
+        dict(zip(names, (*kinds, *("constexpr",) * 2), strict=True)),
+        dict(zip(names[9:], constexprs, strict=True)),
+        {(i,): [["tt.divisibility", 16]] for i in range(6)},
+    )
+    assert triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options).asm["cubin"]

@@ -66,7 +66,7 @@ BRIDGED = Machine(4, pairs=((0, 1), (2, 3)))
         (Machine(8, switched=True, mute=True, nameless=True), range(8), UNKNOWN),
         (Machine(4, pairs=((0, 1), (2, 3)), mute=True), range(4), UNKNOWN),
     ],
-    ids=str,
+    ids=lambda value: None if isinstance(value, Machine) else str(value),  # the same in every process of pytest-xdist
 )
 def test_the_worst_pair_of_the_group_decides_the_class(machine, gpus, name):
     assert link_class(machine.group(*gpus)).name == name

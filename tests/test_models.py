@@ -1,11 +1,15 @@
 """Sixteen transformers architectures on two gloo ranks under transformers' own tensor parallelism.
 
-A golden table of what is found, fused and refused, and outputs equal to the unfused compile, for prefill and decode.
+A golden table of what is found, fused and refused, and outputs equal to those in eager mode. Decode is compiled for each,
+prefill too for one of each kind, and for all where slow tests run.
 """
 
 from __future__ import annotations
 
+import json
+import re
 from collections import Counter
+from pathlib import Path
 
 import models
 import pytest
@@ -15,49 +19,35 @@ from ranks import RankPool
 pytest.importorskip("transformers", reason="needs the extra tpfuse[hf]")
 
 WORLD = 2
-# architecture: (found, fused, reasons of the rest) for a forward pass of three layers with policy "shared"
-GOLDEN: dict[str, tuple[int, int, dict[str, int]]] = {
-    "llama": (7, 7, {}),
-    "mistral": (7, 7, {}),
-    "qwen2": (7, 7, {}),
-    "qwen3": (7, 7, {}),
-    "qwen3_moe": (7, 7, {}),
-    "mixtral": (7, 7, {}),
-    "gemma2": (7, 6, {"scale-not-constant": 1}),  # the embedding is scaled by a tensor before its norm
-    "gemma3_text": (7, 6, {"scale-not-constant": 1}),
-    "glm4": (7, 7, {}),
-    "glm4_moe": (8, 7, {"sum-of-reductions": 1}),  # routed + shared experts: one reduction each
-    "olmo2": (7, 6, {"extra-reader": 1}),  # no norm before the first attention: it reads the embedding itself
-    "granite": (7, 7, {}),
-    "phi3": (7, 7, {}),
-    "deepseek_v3": (6, 0, {"policy": 4, "sum-of-reductions": 2}),  # transformers does not shard its attention
-    "gpt_oss": (1, 0, {"policy": 1}),  # nor most of this one
-    "cohere2": (7, 0, {"layer-norm": 7}),
-}
+# architecture: found, fused, and the reasons of the rest, for a forward pass of three layers with policy "shared"
+GOLDEN: dict[str, tuple[int, int, dict[str, int]]] = json.loads(
+    (Path(__file__).parent / "matrix" / "golden.json").read_text()
+)["default policy"]
+# Of each kind one: everything fuses, sums of reductions, the embedding is scaled or read before its norm, nothing fuses.
+KINDS = ("llama", "glm4_moe", "gemma2", "olmo2", "cohere2")
 
 
-def forward(rank, world_size, folder, dtype_name, inner):
-    """Prefill and one decode step, unfused and fused; returns counts, reasons and whether outputs are equal."""
+def forward(rank, world_size, folder, dtype_name, inner, prefill_too):
+    """One decode step, and prefill if so asked, eager and fused; returns counts, reasons and whether outputs are equal."""
     import tpfuse
 
     model = models.sharded(folder, world_size, getattr(torch, dtype_name))
     tokens = torch.arange(10).view(2, 5) + 3
 
-    def steps(compiled):
+    def steps(prefill, decode):
         from transformers import DynamicCache
 
         with torch.no_grad():
             cache = DynamicCache(config=model.config)
-            prefill = compiled(tokens, past_key_values=cache, use_cache=True).logits
-            decode = compiled(tokens[:, :1], past_key_values=cache, use_cache=True).logits
-        return prefill, decode
+            first = prefill(tokens, past_key_values=cache, use_cache=True).logits
+            return first, decode(tokens[:, :1], past_key_values=cache, use_cache=True).logits
 
-    torch._dynamo.reset()
-    unfused = steps(torch.compile(model, backend="aot_eager" if inner == "aot_eager" else "inductor", dynamic=False))
+    unfused = steps(model, model)
     torch._dynamo.reset()
     tpfuse.clear_reports()
     options = {"tpfuse.inner": inner, "tpfuse.verify": True}
-    fused = steps(torch.compile(model, backend="tpfuse", dynamic=False, options=options))
+    compiled = torch.compile(model, backend="tpfuse", dynamic=False, options=options)
+    fused = steps(compiled if prefill_too else model, compiled)
     graphs = [
         (len(r.sites), len(r.fused), dict(Counter(s.reason for s in r.kept)), all(s.source for s in r.sites))
         for r in tpfuse.reports()
@@ -71,32 +61,55 @@ def forward(rank, world_size, folder, dtype_name, inner):
 
 @pytest.fixture(scope="module")
 def pool():
-    with RankPool(WORLD, env={"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}) as pool:
+    with RankPool(WORLD) as pool:
         yield pool
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("name", list(models.MODELS))
-def test_golden_counts_and_equal_outputs(name, pool, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "prefill_too"),
+    [(name, name in KINDS) for name in models.MODELS]
+    + [pytest.param(name, True, marks=pytest.mark.slow) for name in models.MODELS if name not in KINDS],
+)
+def test_golden_counts_and_equal_outputs(name, prefill_too, pool, tmp_path):
     models.save(name, str(tmp_path), torch.bfloat16)
-    results = pool.run(forward, str(tmp_path), "bfloat16", "aot_eager", timeout=200)
+    results = pool.run(forward, str(tmp_path), "bfloat16", "aot_eager", prefill_too)
     found, fused, reasons = GOLDEN[name]
     for graphs, layers, equal, _ in results:
-        assert len(graphs) == 2, f"expected a prefill and a decode graph, got {graphs}"
+        assert len(graphs) == 1 + prefill_too, f"expected a graph for each step, got {graphs}"
         for n_found, n_fused, why, sources in graphs:
             assert (n_found, n_fused, why) == (found, fused, reasons)
             assert sources, "a site without a source line"
-        assert equal == [True, True], "fused outputs differ from the unfused compile"
+        assert equal == [True, True], "fused outputs differ from those of the model in eager mode"
         if fused > 1:
             assert all(shared for audit in layers for *_, shared in audit)
     assert results[0][0] == results[1][0] and results[0][1] == results[1][1], "ranks disagree"
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("name", ["llama", "gemma2"])
-def test_the_same_under_inductor(name, pool, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "prefill_too"),
+    [("llama", False), *(pytest.param(name, True, marks=pytest.mark.slow) for name in ("llama", "gemma2"))],
+)
+def test_the_same_under_inductor(name, prefill_too, pool, tmp_path):
     models.save(name, str(tmp_path), torch.float32)
     found, fused, reasons = GOLDEN[name]
-    for graphs, _, _, close in pool.run(forward, str(tmp_path), "float32", "inductor", timeout=280):
-        assert [(f, n, why) for f, n, why, _ in graphs] == [(found, fused, reasons)] * 2
+    for graphs, _, _, close in pool.run(forward, str(tmp_path), "float32", "inductor", prefill_too):
+        assert [(f, n, why) for f, n, why, _ in graphs] == [(found, fused, reasons)] * (1 + prefill_too)
         assert close == [True, True]
+
+
+def test_the_table_of_the_readme_is_the_golden_one():
+    _, _, after = (Path(__file__).parent.parent / "README.md").read_text().partition("## What fuses\n")
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in after.splitlines() if line.startswith("| ")
+    ]
+    shown = {}
+    for names, found, fused, rest in rows[1:]:
+        for name in names.split(", "):
+            key = name.lower().replace("-", "_")
+            key = {"gemma3": "gemma3_text"}.get(key, key)
+            shown[key] = (int(found), int(fused))
+            reasons = set(re.findall(r"`([a-z-]+)`", rest))
+            assert reasons <= set(GOLDEN[key][2]) and bool(reasons) == bool(GOLDEN[key][2]), name
+    assert shown == {name: (found, fused) for name, (found, fused, _) in GOLDEN.items()}

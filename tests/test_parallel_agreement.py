@@ -86,7 +86,7 @@ def one_other_decision(rank, world_size, odd):
     if rank == odd:
         kept = [replace(site, fused=False, reason="policy") for site in reports[0].sites]
         reports = [replace(reports[0], sites=kept)]
-    return outcome(reports, timeout=30)
+    return outcome(reports, timeout=300)
 
 
 def test_a_rank_with_another_decision_is_named_on_every_rank(pool):
@@ -98,7 +98,7 @@ def test_a_rank_with_another_decision_is_named_on_every_rank(pool):
         assert (
             "fused over [0, 1, 2, 3]; on rank 2: attention of layer 0: all_reduce+add+rms_norm kept (policy)" in message
         )
-        assert seconds < 30
+        assert seconds < 300
 
 
 def wrong_group(rank, world_size):
@@ -108,7 +108,7 @@ def wrong_group(rank, world_size):
     if rank == 3:
         first, second = reports[0].sites
         reports = [replace(reports[0], sites=[first, replace(second, group=(1, 3))])]
-    return outcome(reports, timeout=30)
+    return outcome(reports, timeout=300)
 
 
 def test_ranks_that_reduce_together_must_name_the_same_ranks(pool):
@@ -131,7 +131,7 @@ def test_a_rank_that_does_not_call_is_named_after_the_timeout(pool):
             assert message.startswith(
                 "no decisions from rank 1 of [0, 1, 2, 3] within 2 s; every rank of the group must call"
             )
-            assert seconds < 20
+            assert seconds < 200
 
 
 def test_without_a_process_group():

@@ -41,5 +41,5 @@ def test_a_failure_or_a_hang_is_named_and_the_pool_recovers():
         assert isinstance(raised.value.__cause__, RankFailure)
         assert "fail_on_one" in str(raised.value.__cause__)
         with pytest.raises(TimeoutError, match=r"ranks \[1\] of 2 had not finished"):
-            pool.run(hang_on_one, timeout=20)
+            pool.run(hang_on_one, timeout=8)
         assert pool.run(summed, 2.0) == [(5.0, None)] * 2

@@ -35,7 +35,17 @@ TORCH = tuple(TRITON)
 TRANSFORMERS = ("5.22.2", "5.23.0", "5.24.0")
 TOOLS = (
     *("accelerate", "safetensors", "gguf", "numpy", "sympy"),
-    *("pytest", "pytest-timeout", "hypothesis", "jsonschema", "rich", "typer", "jinja2", "setuptools>=77"),
+    *(
+        "pytest",
+        "pytest-timeout",
+        "pytest-xdist",
+        "hypothesis",
+        "jsonschema",
+        "rich",
+        "typer",
+        "jinja2",
+        "setuptools>=77",
+    ),
 )
 CPU_WHEELS = "https://download.pytorch.org/whl/cpu"
 PATIENCE = 900  # seconds for one call of pip: a slow index must not take the time of everything that CI runs after it
@@ -98,7 +108,8 @@ def environment(torch: str, folder: Path, cpu_wheels: str) -> Path:
     """The python of a virtual environment with this torch, tpfuse and the test tools."""
     root = folder / f"torch-{torch}"
     python = root / "bin" / "python"
-    if not (root / ".installed").exists():
+    installed = root / ".installed"
+    if not installed.exists() or installed.read_text() != " ".join(TOOLS):
         venv.create(root, with_pip=True)
         try:
             once = ("--retries", "0", "--timeout", "15")  # an index that cannot be reached must not cost minutes
@@ -108,7 +119,7 @@ def environment(torch: str, folder: Path, cpu_wheels: str) -> Path:
         exact = (f"torch=={torch}", f"triton=={TRITON[torch]}")
         pip(python, *exact, f"transformers=={TRANSFORMERS[-1]}", *TOOLS, folder=folder)
         pip(python, *exact, "--editable", str(ROOT), folder=folder)
-        (root / ".installed").touch()
+        installed.write_text(" ".join(TOOLS))
     return python
 
 
@@ -137,7 +148,10 @@ def counts(python: Path, path: str, models: list[str]) -> dict[str, list[int] | 
 
 def suite(python: Path, path: str) -> tuple[str, bool]:
     """(counts line, failed) of the fast suite; what was skipped is printed, and all of it when something failed."""
-    done = run(python, path, "-m", "pytest", "tests", "-m", FAST, "-p", "no:cacheprovider", "--tb=short", "-rfEs")
+    spread = ("-n", "auto", "--maxprocesses", "8", "--dist", "loadfile")
+    done = run(
+        python, path, "-m", "pytest", "tests", "-m", FAST, *spread, "-p", "no:cacheprovider", "--tb=short", "-rfEs"
+    )
     lines = done.stdout.splitlines()
     if done.returncode:
         print(done.stdout[-20000:] + done.stderr[-2000:])

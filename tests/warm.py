@@ -1,0 +1,130 @@
+"""Processes that start in milliseconds: forked from a server that has imported torch, instead of importing it again.
+
+    context = warm.context()                 # for ranks
+    context = warm.context(interpret=True)   # Triton's interpreter is on
+    context.Process(target=..., args=...)    # as of any multiprocessing context
+
+A child starts as a spawned one does, with the environment of the process that starts it and with nothing of tpfuse
+imported. But torch and transformers are there: a variable that they read when they are imported (see SERVER) is the same for
+all children.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import signal
+from collections.abc import Iterator, Mapping
+from multiprocessing import context as contexts
+from multiprocessing import forkserver, popen_forkserver
+from typing import Any
+from unittest.mock import patch
+
+# What torch and transformers read when they are imported. A thread a process: two cores have enough to do.
+SERVER = {
+    "OMP_NUM_THREADS": "1",
+    "TORCHINDUCTOR_COMPILE_THREADS": "1",
+    # Precompiled headers pay off after dozens of kernels; here they would cost more than all kernels together.
+    "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+RANKS = (
+    "pytest",
+    "torch",
+    "torch.distributed.tensor",
+    "torch.distributed._functional_collectives",
+    "torch._dynamo",
+    "torch._inductor.compile_fx",
+    "torch._inductor.codegen.cpp",
+    "torch.testing._internal.distributed.fake_pg",
+    "transformers",
+    "transformers.modeling_utils",
+    "transformers.generation",
+    "transformers.distributed",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.deepseek_v3.modeling_deepseek_v3",
+)
+INTERPRETER = ("torch", "triton", "triton.language", "triton.runtime.interpreter")
+
+
+class _Server(forkserver.ForkServer):
+    """Multiprocessing's fork server, which has one list of modules for a process; here each server has its own."""
+
+    def __init__(self, modules: tuple[str, ...], variables: Mapping[str, str]) -> None:
+        super().__init__()
+        self.set_forkserver_preload(list(modules))
+        self.variables = variables
+        self.started_by = os.getpid()
+        atexit.register(self.end)
+
+    def ensure_running(self) -> None:
+        with environment(self.variables):
+            super().ensure_running()
+
+    def end(self) -> None:
+        """Its processes have ended by now, or hang."""
+        if self._forkserver_pid is not None and os.getpid() == self.started_by:
+            os.kill(self._forkserver_pid, signal.SIGKILL)
+            os.waitpid(self._forkserver_pid, 0)
+
+
+RANK_SERVER = _Server(RANKS, SERVER)
+INTERPRETER_SERVER = _Server(INTERPRETER, {**SERVER, "TRITON_INTERPRET": "1"})
+
+
+class _Popen(popen_forkserver.Popen):
+    def _launch(self, process_obj: Any) -> None:
+        with patch.multiple(
+            popen_forkserver.forkserver, connect_to_new_process=process_obj.server.connect_to_new_process
+        ):
+            super()._launch(process_obj)  # type: ignore[misc]
+
+
+class _RankProcess(contexts.SpawnProcess):
+    server = RANK_SERVER
+    _Popen = staticmethod(_Popen)
+
+    def start(self) -> None:
+        self.variables = {**os.environ, **self.server.variables}
+        super().start()
+
+    def run(self) -> None:
+        os.environ.clear()
+        os.environ.update(self.variables)
+        super().run()
+
+
+class _InterpreterProcess(_RankProcess):
+    server = INTERPRETER_SERVER
+
+
+class _RankContext(contexts.SpawnContext):
+    Process = _RankProcess  # type: ignore[assignment]
+
+
+class _InterpreterContext(contexts.SpawnContext):
+    Process = _InterpreterProcess  # type: ignore[assignment]
+
+
+def context(interpret: bool = False) -> Any:
+    """A multiprocessing context whose processes have imported torch already."""
+    return _InterpreterContext() if interpret else _RankContext()
+
+
+@contextlib.contextmanager
+def environment(values: Mapping[str, str]) -> Iterator[None]:
+    """These variables are set for a while: a process that starts inherits them."""
+    before = {key: os.environ.get(key) for key in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for key, value in before.items():
+            if value is None:
+                os.environ.pop(key, None)
+            else:
+                os.environ[key] = value
