@@ -13,7 +13,7 @@ from torch import Tensor
 from tpfuse import compat
 
 from . import invariant, library, paths
-from .arguments import Operands, check, refuse_gradients
+from .arguments import Operands, check, check_memory, check_out, refuse_gradients
 from .plane import Plane
 from .prepare import PREPARED, Prepared, forget_the_gone, prepare
 from .schedule import Launch, schedule_of
@@ -38,12 +38,13 @@ def run(
     flavour: str,
     post_norm: bool,
     group_name: str,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     refuse_gradients(x, residual, weight, bias)
     index = x.device.index
     if compat.current_device() != index:
         with torch.cuda.device(index):  # launches and the vote go to the current device
-            return run(x, residual, weight, bias, eps, scale, flavour, post_norm, group_name)
+            return run(x, residual, weight, bias, eps, scale, flavour, post_norm, group_name, out)
     key = (
         group_name,
         x.dtype,
@@ -67,15 +68,21 @@ def run(
                 prepared = prepare(key, x, residual, weight, bias, scale, flavour, post_norm, group_name)
     else:
         check(x, residual, weight, bias, prepared.flavour, post_norm)
-    normed = torch.empty_like(x, dtype=prepared.normed_dtype, memory_format=torch.contiguous_format)
-    residual_out = torch.empty_like(x, dtype=prepared.residual_dtype, memory_format=torch.contiguous_format)
+    if out is None:
+        normed = torch.empty_like(x, dtype=prepared.normed_dtype, memory_format=torch.contiguous_format)
+        residual_out = torch.empty_like(x, dtype=prepared.residual_dtype, memory_format=torch.contiguous_format)
+    else:
+        given = Operands(x, residual, weight, bias, eps, scale, prepared.flavour, post_norm, group_name)
+        check_out(given, out, (prepared.normed_dtype, prepared.residual_dtype))
+        check_memory(given, out)
+        normed, residual_out = out
     rows = x.numel() // x.shape[-1] if x.numel() else 0
     if rows == 0:
         return normed, residual_out  # every rank of the group has zero rows: nothing to exchange
     c = prepared.constants
     if c is None:
-        given = (x, residual, weight, bias, eps, scale, prepared.flavour, post_norm, group_name)
-        return library.exact(Operands(*given))
+        found = library.exact(Operands(x, residual, weight, bias, eps, scale, prepared.flavour, post_norm, group_name))
+        return found if out is None else (normed.copy_(found[0]), residual_out.copy_(found[1]))
     x, residual, weight, bias = _aligned(x), _aligned(residual), _aligned(weight), _aligned(bias)  # type: ignore[assignment]
     p = prepared.path.plane
     if p is not None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import cuda, invariant, reference, settings
-from .arguments import Operands, same_sizes
+from .arguments import Operands, check_memory, check_out, same_sizes
 from .flavour import LLAMA, Flavour
 from .library import exact
 
@@ -21,12 +21,21 @@ SCHEMA = (
     "str flavour, bool post_norm, str group_name) -> (Tensor normed, Tensor residual_out)"
 )
 
+# The same with the outputs given, for engines that hold buffers: the residual may be updated in place.
+SCHEMA_OUT = SCHEMA.partition(" -> ")[0].replace("all_reduce_add_rms_norm(", "all_reduce_add_rms_norm_out(")[:-1] + (
+    ", Tensor(a!) normed, Tensor(b!) residual_out) -> ()"
+)
+
 library = torch.library.Library("tpfuse", "DEF")
-library.define(SCHEMA, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
+for schema in (SCHEMA, SCHEMA_OUT):
+    library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
 
 
 def _cpu(*args: Any) -> tuple[Tensor, Tensor]:
-    given = Operands.of(*args)
+    return _on_a_cpu(Operands.of(*args))
+
+
+def _on_a_cpu(given: Operands) -> tuple[Tensor, Tensor]:
     if given.x.numel() == 0:
         # Every rank of the group has the same (zero) number of rows, so all of them skip the collective.
         normed, residual_out = reference.add_rms_norm(given.x.clone(), *given.after_the_sum)
@@ -40,15 +49,42 @@ def _cpu(*args: Any) -> tuple[Tensor, Tensor]:
 
 def _fake(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     given = Operands.of(*args, same=same_sizes, **kwargs)
-    x, weight = given.x, given.weight
-    normed_dtype = reference.output_dtype(x.dtype, None if weight is None else weight.dtype, given.flavour)
-    residual_dtype = reference.residual_dtype(x.dtype, normed_dtype, given.post_norm)
+    normed_dtype, residual_dtype = _dtypes(given)
+    x = given.x
     return x.new_empty(x.shape, dtype=normed_dtype), x.new_empty(x.shape, dtype=residual_dtype)
+
+
+def _dtypes(given: Operands) -> tuple[torch.dtype, torch.dtype]:
+    weight = None if given.weight is None else given.weight.dtype
+    normed = reference.output_dtype(given.x.dtype, weight, given.flavour)
+    return normed, reference.residual_dtype(given.x.dtype, normed, given.post_norm)
+
+
+def _cpu_out(*args: Any) -> None:
+    given, out = Operands.of(*args[:-2]), args[-2:]
+    check_out(given, out, _dtypes(given))
+    check_memory(given, out)
+    for tensor, value in zip(out, _on_a_cpu(given), strict=True):
+        tensor.copy_(value)
+
+
+def _cuda_out(*args: Any) -> None:
+    cuda.run(*args[:-2], args[-2:])  # type: ignore[arg-type,call-arg]
+
+
+def _fake_out(*args: Any, normed: Tensor | None = None, residual_out: Tensor | None = None, **kwargs: Any) -> None:
+    if normed is None or residual_out is None:
+        *args, normed, residual_out = args  # type: ignore[assignment]
+    given = Operands.of(*args, same=same_sizes, **kwargs)
+    check_out(given, (normed, residual_out), _dtypes(given))
 
 
 library.impl("all_reduce_add_rms_norm", _cpu, "CPU")
 library.impl("all_reduce_add_rms_norm", cuda.run, "CUDA")
 torch.library.register_fake("tpfuse::all_reduce_add_rms_norm", _fake, lib=library)
+library.impl("all_reduce_add_rms_norm_out", _cpu_out, "CPU")
+library.impl("all_reduce_add_rms_norm_out", _cuda_out, "CUDA")
+torch.library.register_fake("tpfuse::all_reduce_add_rms_norm_out", _fake_out, lib=library)
 
 
 def all_reduce_add_rms_norm(
@@ -62,6 +98,7 @@ def all_reduce_add_rms_norm(
     flavour: Flavour | str = LLAMA,
     post_norm: bool = False,
     group: torch.distributed.ProcessGroup | str | None = None,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sum ``x`` over the ranks of ``group``, add the residual and normalise, in one op.
 
@@ -75,6 +112,8 @@ def all_reduce_add_rms_norm(
         flavour: the rounding order of the norm; see :class:`tpfuse.ops.Flavour`.
         post_norm: normalise the sum and add the residual after it (Gemma2, OLMo2).
         group: a process group or its name; None is the default group.
+        out: ``(normed, residual_out)`` to write into, of the shape of ``x``, contiguous and 16-byte aligned. ``residual_out`` may
+            be ``residual`` itself, and ``normed`` may be ``x`` itself; they share no other memory. None allocates both.
     Returns:
         ``(normed, residual_out)``: with ``post_norm=False`` ``(norm(h), h)`` where ``h = residual + scale * (sum + bias)``;
         with ``post_norm=True`` ``(norm(y), residual + norm(y))`` where ``y = scale * (sum + bias)``.
@@ -90,6 +129,8 @@ def all_reduce_add_rms_norm(
                 "first or pass group="
             )
     name = group if isinstance(group, str) else group.group_name
-    return torch.ops.tpfuse.all_reduce_add_rms_norm(
-        x, residual, weight, bias, eps, scale, str(flavour), post_norm, name
-    )
+    given = (x, residual, weight, bias, eps, scale, str(flavour), post_norm, name)
+    if out is None:
+        return torch.ops.tpfuse.all_reduce_add_rms_norm(*given)
+    torch.ops.tpfuse.all_reduce_add_rms_norm_out(*given, *out)
+    return out

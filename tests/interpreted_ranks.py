@@ -47,6 +47,7 @@ class Call:
     eps: float = 1e-6
     pool: int = 0  # rows that the seed makes; the call takes ``rows`` of them from ``start`` on. 0: just the call's own
     start: int = 0
+    in_place: bool = False  # normed is written over x, and residual_out over the residual; for whole rows
 
 
 @dataclass
@@ -321,9 +322,13 @@ def _worker(
             if call.rows:
                 x = given.xs[rank].contiguous()
                 none = x
+                residual = given.residual
+                if call.in_place:
+                    assert residual is not None and program is None
+                    x, residual = views[0].copy_(x), views[1].copy_(residual)
                 args = (
                     x,
-                    given.residual if given.residual is not None else none,
+                    residual if residual is not None else none,
                     given.weight if given.weight is not None else none,
                     given.bias if given.bias is not None else none,
                     views[0],

@@ -69,6 +69,16 @@ def test_widths_that_are_no_power_of_two_and_rows_of_several_groups() -> None:
     assert outcomes[0].digests[::2] == outcomes[0].digests[1::2]
 
 
+def test_outputs_over_the_inputs_get_the_same_bits() -> None:
+    kinds = [{}, {"post_norm": True}, {"bias": "row", "scale": 0.5}, {"rows": 9}, {"hidden": 2880}]
+    calls = [
+        Call(**{"rows": 5, "hidden": 192, "algorithm": algorithm, "seed": 900 + n, "in_place": True, **kind})  # type: ignore[arg-type]
+        for algorithm in ("one_shot", "two_shot")
+        for n, kind in enumerate(kinds)
+    ]
+    _agree(run(3, calls, delay=0.01), 3)
+
+
 def test_flavours_and_epilogues() -> None:
     calls = [
         Call(2, 72, flavour=f, dtype=d)

@@ -247,3 +247,54 @@ def test_a_built_library_has_another_name_for_another_source_version_and_archite
         library_name(*parts) for parts in (("a", "1", "90a"), ("b", "1", "90a"), ("a", "2", "90a"), ("a", "1", "80"))
     }
     assert len(names) == 4
+
+
+# -- outputs that the caller gives ---------------------------------------------------------------------------------
+
+
+def written_into(x, residual, weight, out):
+    return OP(x, residual, weight, out=out)
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
+def test_given_outputs_get_what_new_ones_would_have_and_the_residual_may_be_one_of_them(inner):
+    torch._dynamo.reset()
+    run = written_into if inner == "eager" else torch.compile(written_into, backend=inner)
+    with torch.no_grad():
+        x, residual, weight = operands()
+        wanted = OP(x, residual, weight)
+        out = torch.full_like(x, float("nan")), torch.full_like(x, float("nan"))
+        assert graphs.equal(run(x, residual, weight, out), wanted) and graphs.equal(out, wanted)
+        in_place = torch.full_like(x, float("nan")), residual
+        run(x, residual, weight, in_place)
+        assert graphs.equal((in_place[0], residual), wanted)
+        x, residual, weight = operands()
+        wanted = OP(x, residual, weight)
+        run(x, residual, weight, (x, residual))
+        assert graphs.equal((x, residual), wanted)
+
+
+def test_outputs_that_do_not_fit_or_share_other_memory_are_refused_by_name():
+    x, residual, weight = operands()
+    new = torch.empty_like(x)
+    store = torch.empty(4 * x.numel())
+    view = store[: x.numel()].view_as(x)
+    cases = {
+        r"normed is torch.float32 \(2, 16\)": (torch.empty(2, H), new),
+        r"residual_out is torch.bfloat16": (new, torch.empty_like(x, dtype=torch.bfloat16)),
+        "normed must be contiguous": (torch.empty(H, 3).t(), new),
+        "residual_out must be contiguous and start at a multiple of 16 bytes": (
+            new,
+            store[1 : 1 + x.numel()].view_as(x),
+        ),
+        "normed shares memory with residual": (residual, new),
+        "residual_out shares memory with x": (new, x),
+        "residual_out shares memory with normed": (view, view),
+    }
+    with torch.no_grad():
+        for message, out in cases.items():
+            with pytest.raises(ValueError, match=message):
+                OP(x, residual, weight, out=out)
+        shifted = store[4 : 4 + x.numel()].view_as(x)
+        with pytest.raises(ValueError, match="residual_out shares memory with residual"):
+            OP(x, view, weight, out=(new, shifted))

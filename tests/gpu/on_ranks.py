@@ -201,9 +201,38 @@ def correctness(rank: int, world: int) -> list[str]:
         )
         if bench.output_hash(one, one_h) != bench.output_hash(normed[row], h[row]):
             complaints.append(f"row {row} alone has other bits than among {rows} rows")
+    complaints += in_place(rank, world)
     left = leftovers()
     if left:
         complaints.append(f"{left} words left in the planes")
+    return complaints
+
+
+def in_place(rank: int, world: int) -> list[str]:
+    """Outputs that the caller gives, the residual and x themselves among them: the bits of outputs of their own."""
+    complaints = []
+    for rows, hidden, algorithm in (
+        (1, 8192, "one_shot"),
+        (64, 4096, "one_shot"),
+        (300, 8192, "two_shot"),
+        (7, 2880, "library"),
+    ):
+        force(algorithm)
+        call = Call(rows, hidden, seed=800 + rows)
+        given = inputs(call, world)
+        x, residual, weight = given.xs[rank].cuda(), given.residual.cuda(), given.weight.cuda()  # type: ignore[union-attr]
+        want = all_reduce_add_rms_norm(x, residual, weight, eps=call.eps)
+        for how in ("in buffers", "in place"):
+            out = (
+                (x, residual)
+                if how == "in place"
+                else (torch.full_like(x, float("nan")), torch.full_like(x, float("nan")))
+            )
+            all_reduce_add_rms_norm(x, residual, weight, eps=call.eps, out=out)
+            torch.cuda.synchronize()
+            if not (torch.equal(out[0], want[0]) and torch.equal(out[1], want[1])):
+                complaints.append(f"{algorithm}, {rows} rows of {hidden}, {how}: other bits than outputs of their own")
+    force("auto")
     return complaints
 
 
