@@ -289,6 +289,7 @@ def test_engines(group, capsys):
     names |= {"attn_tp_group": group, "group": group, "dist": dist}
     exec(one("engines.md", "The op in a layer"), names)
     assert names["hidden"].shape == (3, H)
+    exec(one("engines.md", "Your own buffers"), names)
     exec(one("engines.md", "Start-up"), names)
     assert "library no CUDA device" in capsys.readouterr().out or torch.cuda.is_available()
     exec(one("engines.md", "After each step"), names)
