@@ -282,7 +282,7 @@ def measured_on_a_cpu(rank: int, world: int, plan: Sweep, one_shot_bits: float) 
     import torch.distributed as dist
     from tpfuse.ops import paths, plane, settings
 
-    from tpfuse.measure import bench
+    from tpfuse.measure import bench, contenders
     from tpfuse.measure.rivals import Unavailable
 
     name = dist.group.WORLD.group_name  # type: ignore[union-attr]
@@ -313,7 +313,7 @@ def measured_on_a_cpu(rank: int, world: int, plan: Sweep, one_shot_bits: float) 
     patch = pytest.MonkeyPatch()
     patch.setattr(paths, "describe_path", lambda group: paths._paths[key][0])
     patch.setattr(
-        bench,
+        contenders,
         "CONTENDERS",
         {"one-shot": contender("one_shot"), "two-shot": contender("two_shot"), "library": contender("library")},
     )

@@ -135,7 +135,7 @@ def _without_a_gpu(monkeypatch: pytest.MonkeyPatch, launch: Callable[..., None])
     monkeypatch.setattr(prepare, "PREPARED", cuda.PREPARED)
     monkeypatch.setattr(prepare, "_load_kernels", lambda *_: None)
     monkeypatch.setattr(cuda, "schedule_of", lambda *_: schedule.Schedule(None, (SimpleNamespace(),)))  # type: ignore[arg-type]
-    monkeypatch.setattr(cuda, "_launch", launch)
+    monkeypatch.setattr(cuda, "start", launch)
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: MAIN, raising=False)
     monkeypatch.setattr(streams, "capture_of", lambda stream: 0)

@@ -428,7 +428,7 @@ def link_class_found(rank: int, world: int) -> list[str]:
     path = paths.describe_path()
     assert path.plane is not None, path.cause
     sizes = {
-        rows: cuda.select(path.plane.architecture, world, torch.bfloat16, 4096, rows).algorithm for rows in (1, 64)
+        rows: schedule.select(path.plane.architecture, world, torch.bfloat16, 4096, rows).algorithm for rows in (1, 64)
     }
     return [str(path.links), path.plane.architecture, *sizes.values()]
 
@@ -657,7 +657,7 @@ def host_cost(rank: int, world: int) -> dict[str, float]:
     prepared = next(iter(prepare.PREPARED.values()))
     p = prepared.path.plane
     assert p is not None
-    one = prepared.plans[8].launches[0]
+    one = prepared.schedules[8].launches[0]
     normed, h = torch.empty_like(x), torch.empty_like(x)
     args = (
         x,
