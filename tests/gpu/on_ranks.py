@@ -19,7 +19,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import interpreted_ranks
 from interpreted_ranks import Call, expected, ulps_apart
-from tpfuse.ops import all_reduce_add_rms_norm, cuda, geometry, paths, prepare, raise_if_failed, reset, schedule
+from tpfuse.ops import all_reduce_add_rms_norm, geometry, paths, prepare, raise_if_failed, reset, schedule
 from tpfuse.ops.flavour import NAMED
 from tpfuse.ops.geometry import Part
 from tpfuse.ops.kernels.variant import constants, supports
