@@ -14,7 +14,7 @@ from e2e_measure import Case, Line, Plan, Recorder, Say, all_reduce, measure_sha
 from torch import Tensor, nn
 
 import tpfuse
-from tpfuse.measure import rivals
+from tpfuse.measure import other_libraries
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def llama(rank: int, world: int, plan: Plan) -> list[Line]:
     model = Decoder(sizes, rank, world, batch, name, device)
     if plan.device == "cuda":
         # Before anything is captured, and for the largest shape.
-        rivals.reserve(name, max(rows for _, rows in plan.shapes) * sizes.hidden, sizes.dtype, device)
+        other_libraries.reserve(name, max(rows for _, rows in plan.shapes) * sizes.hidden, sizes.dtype, device)
         # The plane is built here and not by the first compiled step, whose allocations belong to the CUDA graphs' pool.
         path = tpfuse.ops.describe_path(name)
         say(f"tpfuse takes the {path.kind} path {path.cause}")

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import tpfuse
-from tpfuse.measure import rivals, tables
+from tpfuse.measure import other_libraries, tables
 from tpfuse.measure.ranks import gpu_count
 
 WARM, CHECKS, STEPS, CHAIN, CHAINS = 4, 4, 20, 20, 5
@@ -95,12 +95,12 @@ def _flat(x: Tensor) -> Tensor:
 
 
 def _symm_one_shot(x: Tensor, group_name: str) -> Tensor:
-    buffer = rivals.symmetric_buffer(group_name, x.numel())
+    buffer = other_libraries.symmetric_buffer(group_name, x.numel())
     return torch.ops.symm_mem.one_shot_all_reduce_copy(buffer, _flat(x), "sum", group_name).view(x.shape)
 
 
 def _symm_two_shot(x: Tensor, group_name: str) -> Tensor:
-    buffer = rivals.symmetric_buffer(group_name, x.numel())
+    buffer = other_libraries.symmetric_buffer(group_name, x.numel())
     buffer.copy_(x.reshape(-1))
     out = torch.empty_like(buffer)
     torch.ops.symm_mem.two_shot_all_reduce_out(buffer, "sum", group_name, out)

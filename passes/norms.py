@@ -1,9 +1,10 @@
 """Recognise an RMSNorm by what it computes, not by how it is spelled.
 
-From a value ``s`` onward, the arithmetic nodes are read into a short program (``program``), the program is interpreted over
-sympy symbols (``meaning``), and it is a norm exactly when some step equals ``s * g / sqrt(mean(s**2) + eps)`` with ``g`` one
-of 1, w, 1 + w. Where it casts becomes a :class:`~tpfuse.ops.Flavour`, and that the flavour repeats the model's bits is
-proved (``rounding``). A model's layers all look alike, so each program is analysed once.
+From a value ``s`` onward, the arithmetic nodes are read into a short program (``expression``, whose operators are listed in
+``operators``), the program is interpreted over sympy symbols (``symbolic``), and it is a norm exactly when some step equals
+``s * g / sqrt(mean(s**2) + eps)`` with ``g`` one of 1, w, 1 + w. Where it casts becomes a :class:`~tpfuse.ops.Flavour`, and
+that the flavour repeats the model's bits is proved (``flavours`` by structure, ``replay`` by numbers). A model's layers all
+look alike, so each program is analysed once.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from torch.fx import Node
 
 from ..ops.flavour import Flavour
 from . import values
-from .expression import REDUCTIONS, Leaf, Step, ancestors, closed, read
+from .expression import Leaf, Step, ancestors, closed, read
 from .flavours import Match, derive, same_order
+from .operators import REDUCTIONS
 from .reasons import Reason, Refusal
 from .replay import prove
 from .symbolic import Meaning

@@ -16,7 +16,7 @@ from tpfuse import compat
 from . import values
 from .candidate import Candidate
 from .collectives import Collective
-from .expression import KINDS
+from .operators import KINDS
 from .replacement import Replacement
 
 

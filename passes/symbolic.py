@@ -7,7 +7,8 @@ from typing import Any
 import sympy
 import torch
 
-from .expression import REDUCTIONS, Leaf, Ref, Step
+from .expression import Leaf, Ref, Step
+from .operators import REDUCTIONS
 from .reasons import Reason, Refusal
 
 S = sympy.Symbol("s", real=True)

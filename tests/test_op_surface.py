@@ -210,11 +210,11 @@ def test_another_private_launch_interface_is_noticed_and_the_public_one_used(mon
 
 
 def test_a_built_library_is_loaded_from_a_folder_of_this_user_alone(tmp_path, monkeypatch):
-    from tpfuse.measure import rivals
+    from tpfuse.measure import other_libraries
 
     monkeypatch.delenv("TPFUSE_BENCH_BUILD", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    folder = rivals.private_folder()
+    folder = other_libraries.private_folder()
     assert folder == tmp_path / "tpfuse" / "build" and folder.stat().st_mode & 0o777 == 0o700
     shared = tmp_path / "shared"
     shared.mkdir(mode=0o777)
@@ -223,25 +223,25 @@ def test_a_built_library_is_loaded_from_a_folder_of_this_user_alone(tmp_path, mo
     link.symlink_to(folder)
     for other in (shared, link):
         monkeypatch.setenv("TPFUSE_BENCH_BUILD", str(other))
-        with pytest.raises(rivals.Unavailable, match="not a folder of this user alone"):
-            rivals.private_folder()
+        with pytest.raises(other_libraries.Unavailable, match="not a folder of this user alone"):
+            other_libraries.private_folder()
 
 
 def test_a_user_without_a_home_is_told_what_to_set(monkeypatch):
-    from tpfuse.measure import rivals
+    from tpfuse.measure import other_libraries
 
     def nobody():
         raise RuntimeError("Could not determine home directory.")
 
     for name in ("TPFUSE_BENCH_BUILD", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(rivals.Path, "home", nobody)
-    with pytest.raises(rivals.Unavailable, match="name another with TPFUSE_BENCH_BUILD"):
-        rivals.private_folder()
+    monkeypatch.setattr(other_libraries.Path, "home", nobody)
+    with pytest.raises(other_libraries.Unavailable, match="name another with TPFUSE_BENCH_BUILD"):
+        other_libraries.private_folder()
 
 
 def test_a_built_library_has_another_name_for_another_source_version_and_architecture():
-    from tpfuse.measure.rivals import library_name
+    from tpfuse.measure.other_libraries import library_name
 
     names = {
         library_name(*parts) for parts in (("a", "1", "90a"), ("b", "1", "90a"), ("a", "2", "90a"), ("a", "1", "80"))

@@ -283,7 +283,7 @@ def measured_on_a_cpu(rank: int, world: int, plan: Sweep, one_shot_bits: float) 
     from tpfuse.ops import paths, plane, settings
 
     from tpfuse.measure import bench, contenders
-    from tpfuse.measure.rivals import Unavailable
+    from tpfuse.measure.other_libraries import Unavailable
 
     name = dist.group.WORLD.group_name  # type: ignore[union-attr]
     cpu = torch.device("cpu")

@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 
 import tpfuse as package
 from tpfuse import compat, store, unfused
-from tpfuse.inner import aot, inductor
+from tpfuse.inner import compiler
 from tpfuse.inner.inductor import graph_pass, set_batch_invariant
 from tpfuse.options import OptionError, parse
 from tpfuse.parallel.agreement import agree_on
@@ -55,7 +55,7 @@ def tpfuse(
     )
     before = {id(report) for report in store.reports()}
     try:
-        compiled = _INNERS[parsed.inner](gm, example_inputs, parsed, mode or parsed.mode, training)
+        compiled = compiler(parsed.inner)(gm, example_inputs, parsed, mode or parsed.mode, training)
     except TypeError as error:
         if UNHASHABLE not in str(error):
             raise
@@ -106,17 +106,3 @@ def specialise_floats(gm: GraphModule) -> None:
         node.replace_all_uses_with(compat.guarded_float(symbol))
         gm.graph.erase_node(node)
     gm.recompile()
-
-
-def _tensorrt(*args: Any) -> Callable[..., Any]:
-    from tpfuse.inner import tensorrt  # lazily: torch-tensorrt is an extra
-
-    return tensorrt.compile(*args)
-
-
-_INNERS: dict[str, Callable[..., Callable[..., Any]]] = {
-    "inductor": inductor.compile,
-    "aot_eager": aot.compile,
-    "eager": aot.compile,
-    "tensorrt": _tensorrt,
-}

@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tpfuse import compat
+from tpfuse.inner import INNERS
 from tpfuse.ops import settings as variables
 from tpfuse.ops.settings import hint
 from tpfuse.passes.options import NUMERICS, POLICIES, PassOptions
 
 PREFIX = "tpfuse."
-INNERS = ("inductor", "aot_eager", "eager", "tensorrt")
 
 
 class OptionError(ValueError):
@@ -103,7 +103,7 @@ def _mode(key: str, given: Any) -> str | None:
 
 
 READERS: dict[str, Callable[[str, Any], Any]] = {
-    "inner": _choice(INNERS),
+    "inner": _choice(tuple(INNERS)),
     "policy": _choice(POLICIES),
     "numerics": _choice(NUMERICS),
     "dump": _folder,

@@ -18,10 +18,10 @@ import triton
 import triton.language as tl
 
 from .call import spoil
-from .exchange import mean_of_squares, restore
 from .memory import NAN_WORD, store16
 from .packing import over_scalar, pack, plus, plus_scalar, plus_words, rounded, times, times_scalar, times_words, unpack
 from .rows import lane_elements, load_words, store_words, values_of, words_of
+from .split_rows import mean_of_squares, restore
 
 _NAN: tl.constexpr = tl.constexpr(NAN_WORD)
 

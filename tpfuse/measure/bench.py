@@ -26,9 +26,9 @@ from torch import Tensor
 from tpfuse import compat
 from tpfuse.ops.experiment import Unavailable
 
-from . import rivals
+from . import other_libraries
 from .contenders import LEAVES_WORDS, contender
-from .rivals import Call, Problem
+from .other_libraries import Call, Problem
 from .tables import Result, load, save
 
 CALLS_A_GRAPH = 20
@@ -145,7 +145,7 @@ def measure(rank: int, world: int, plan: Survey) -> list[Result]:
     began = time.monotonic()
     if any(name.startswith("symm") for name in plan.contenders):
         largest = max(plan.rows) * max(plan.hiddens)
-        rivals.reserve(group_name, largest, torch.bfloat16, device)
+        other_libraries.reserve(group_name, largest, torch.bfloat16, device)
     for rows in sorted(plan.rows):
         for hidden in plan.hiddens:
             given, xs = problem(rank, world, rows, hidden, group_name, shared, device)

@@ -12,8 +12,8 @@ from tpfuse.ops.experiment import Unavailable
 from tpfuse.ops.geometry import Part
 from tpfuse.ops.kernels.state import MAX_GROUPS
 
-from . import rivals
-from .rivals import Call, Problem
+from . import other_libraries
+from .other_libraries import Call, Problem
 
 
 def _forced(
@@ -70,11 +70,11 @@ CONTENDERS: dict[str, Callable[[Problem], Call]] = {
     "two-shot": _forced("two_shot"),
     "library": _library,
     "floor": _forced(None, wait=False),
-    "symm one-shot": rivals.symm_one_shot,
-    "symm two-shot": rivals.symm_two_shot,
-    "flashinfer": rivals.flashinfer(pdl=False),
-    "flashinfer pdl": rivals.flashinfer(pdl=True),
-    "nccl": rivals.nccl,
+    "symm one-shot": other_libraries.symm_one_shot,
+    "symm two-shot": other_libraries.symm_two_shot,
+    "flashinfer": other_libraries.flashinfer(pdl=False),
+    "flashinfer pdl": other_libraries.flashinfer(pdl=True),
+    "nccl": other_libraries.nccl,
 }
 LEAVES_WORDS = ("floor",)  # pushes that nobody waits for: the plane must be reset afterwards
 

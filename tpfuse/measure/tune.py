@@ -302,7 +302,7 @@ def measure(rank: int, world: int, plan: Sweep) -> Measured:
     from tpfuse.ops.paths import raise_if_failed
 
     from . import bench, contenders, tables
-    from .rivals import Unavailable
+    from .other_libraries import Unavailable
 
     group_name = dist.group.WORLD.group_name  # type: ignore[union-attr]
     path = paths.describe_path(group_name)
