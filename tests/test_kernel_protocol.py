@@ -15,6 +15,8 @@ import torch
 from interpreted_ranks import Call, Outcome, run
 
 pytestmark = pytest.mark.ranks
+# The interpreter takes about 50 ms for a row on each rank: more ranks and more calls are for the slow tests.
+slow = pytest.mark.slow
 
 
 def _agree(outcomes: list[Outcome], ranks: int) -> None:
@@ -37,7 +39,7 @@ def _special(algorithms: tuple[str, ...] = ("one_shot", "two_shot")) -> list[Cal
     return calls
 
 
-@pytest.mark.parametrize("world", (2, 3, 4))
+@pytest.mark.parametrize("world", (pytest.param(2, marks=slow), 3, pytest.param(4, marks=slow)))
 def test_zero_words_negative_zeros_nonfinite_values_and_denormals(world: int) -> None:
     outcomes = run(world, _special())
     _agree(outcomes, world)
@@ -45,7 +47,7 @@ def test_zero_words_negative_zeros_nonfinite_values_and_denormals(world: int) ->
     assert one == two, "one-shot and two-shot give different bits"
 
 
-@pytest.mark.parametrize("world", (2, 3, 4))
+@pytest.mark.parametrize("world", (2, 3, pytest.param(4, marks=slow)))
 def test_rows_around_the_world_size(world: int) -> None:
     calls = [
         Call(rows, 64, algorithm, seed=rows)
@@ -97,8 +99,10 @@ def test_flavours_and_epilogues() -> None:
     _agree(run(2, calls), 2)
 
 
-@pytest.mark.parametrize("world", (2, 3))
-def test_two_hundred_calls_alternate_algorithm_rows_and_width_with_random_delays(world: int) -> None:
+@pytest.mark.parametrize(
+    ("world", "count"), ((2, 40), (3, 40), pytest.param(2, 200, marks=slow), pytest.param(3, 200, marks=slow))
+)
+def test_calls_alternate_algorithm_rows_and_width_with_random_delays(world: int, count: int) -> None:
     rng = random.Random(world)
     calls = [
         Call(
@@ -111,12 +115,13 @@ def test_two_hundred_calls_alternate_algorithm_rows_and_width_with_random_delays
             programs=rng.choice((1, 2, 3)),
             lanes=(128, 256)[n % 2],
         )
-        for n in range(200)
+        for n in range(count)
     ]
     _agree(run(world, calls, delay=0.003), world)
 
 
-def test_the_same_two_hundred_calls_on_four_ranks_with_wide_rows() -> None:
+@pytest.mark.parametrize("count", (30, pytest.param(200, marks=slow)))
+def test_the_same_on_four_ranks_with_wide_rows(count: int) -> None:
     rng = random.Random(4)
     calls = [
         Call(
@@ -127,7 +132,7 @@ def test_the_same_two_hundred_calls_on_four_ranks_with_wide_rows() -> None:
             special=rng.choice(("none", "zeros")),
             programs=rng.choice((1, 2, 3)),
         )
-        for n in range(200)
+        for n in range(count)
     ]
     _agree(run(4, calls, delay=0.003), 4)
 
@@ -183,8 +188,8 @@ def test_the_width_of_a_program_does_not_change_the_bits_of_a_row() -> None:
     (
         (3, 33, 7),
         (4, 13, 3),
-        pytest.param(3, 300, 64, marks=pytest.mark.slow),  # the interpreter takes 50 ms for a row
-        pytest.param(4, 300, 64, marks=pytest.mark.slow),
+        pytest.param(3, 300, 64, marks=slow),
+        pytest.param(4, 300, 64, marks=slow),
     ),
 )
 def test_a_row_has_the_same_bits_alone_and_among_up_to_three_hundred(world: int, most: int, some: int) -> None:
