@@ -167,7 +167,7 @@ def test_the_option_switches_the_mode_and_wins_over_its_environment_twin(monkeyp
     assert parse(None).batch_invariant is None
     assert parse({"tpfuse.batch_invariant": "true"}).batch_invariant is True
     assert parse(None, {"TPFUSE_BATCH_INVARIANT": "1"}).batch_invariant is True
-    with pytest.raises(OptionError, match=r"tpfuse\.batch_invariant is 'some'; valid values are true and false"):
+    with pytest.raises(OptionError, match=r"tpfuse\.batch_invariant='some' .*true and false"):
         parse({"tpfuse.batch_invariant": "some"})
     monkeypatch.setenv(settings.BATCH_INVARIANT, "true")
     options = {"tpfuse.inner": "aot_eager", "tpfuse.batch_invariant": False}

@@ -366,7 +366,9 @@ def private_names(source: str) -> set[str]:
             found |= {a.name for a in node.names}
         elif isinstance(node, ast.Attribute):
             found.add(dotted(node))
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and re.fullmatch(r"\w+(\.\w+)+", node.value):
+        elif (
+            isinstance(node, ast.Constant) and isinstance(node.value, str) and re.fullmatch(r"\w+(\.\w+)+", node.value)
+        ):
             found.add(node.value)  # importlib.import_module("torch._private")
     return {name for name in found if PRIVATE.match(name) and not ALLOWED.match(name)}
 

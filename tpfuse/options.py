@@ -56,24 +56,23 @@ class Options:
         return PassOptions(self.policy, self.numerics, fuel, self.verify)
 
 
+def _by(read: Callable[[str, str], Any]) -> Callable[[str, Any], Any]:
+    """A reader of variables as a reader of options."""
+
+    def option(key: str, given: Any) -> Any:
+        try:
+            return read(key, given if isinstance(given, str) else str(given))
+        except ValueError as error:
+            raise OptionError(str(error)) from None
+
+    return option
+
+
 def _choice(valid: tuple[str, ...]) -> Callable[[str, Any], str]:
-    def read(key: str, given: Any) -> str:
-        if given not in valid:
-            raise OptionError(f"{key} is {given!r}; valid values are {', '.join(valid)}{hint(given, valid)}")
-        return given
-
-    return read
+    return _by(variables.word(valid))
 
 
-def _flag(key: str, given: Any) -> bool:
-    if isinstance(given, bool):
-        return given
-    text = str(given).strip().lower()
-    if text in ("1", "true", "yes", "on"):
-        return True
-    if text in ("0", "false", "no", "off", ""):
-        return False
-    raise OptionError(f"{key} is {given!r}; valid values are true and false")
+_flag = _by(variables.flag)
 
 
 def _count(key: str, given: Any) -> int | None:
