@@ -17,9 +17,9 @@ from torch import Tensor
 
 from tpfuse import compat
 
-from . import reference
+from . import reference, settings
 from .arguments import Operands
-from .settings import BATCH_INVARIANT, asked, batch_invariant
+from .settings import BATCH_INVARIANT, batch_invariant
 
 GATHERED_BYTES = 8 << 20  # of one rank's rows: what is gathered at once
 
@@ -44,7 +44,7 @@ def set_batch_invariant(on: bool) -> None:
             f"it before the first call on every rank (option tpfuse.batch_invariant or {BATCH_INVARIANT}), or call "
             "tpfuse.ops.forget(group) for these groups on every rank first"
         )
-    asked["on"] = on
+    settings.asked["on"] = on
 
 
 def remember(group_name: str) -> None:
