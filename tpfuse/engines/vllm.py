@@ -40,11 +40,6 @@ from .vllm_reports import EngineReport
 
 __all__ = ["EngineReport", "is_pass", "make_pass", "register", "report", "switch_on"]
 
-SWITCH = settings.register(
-    "TPFUSE_VLLM", "fuse the all-reduces of tensor-parallel models inside vLLM", False, settings.flag
-)
-CONFIG = "tpfuse.engines.vllm_config.vllm_pass"  # for --compilation-config
-
 _lock = threading.Lock()
 _told: set[str] = set()
 
@@ -52,7 +47,7 @@ _told: set[str] = set()
 def register() -> None:
     """vLLM's entry point: switch on when ``TPFUSE_VLLM`` says so."""
     try:
-        on = SWITCH.value()
+        on = settings.VLLM.value()
     except ValueError as error:
         _warn("variable", str(error))
         return
