@@ -164,6 +164,7 @@ def compile_as_vllm_does(rank: int, world_size: int, ir: bool, weights: str, fue
         torch._dynamo.reset()
         # vLLM compiles with the first version of auto_functionalized, and mounts its passes as the post-grad post-pass.
         patches = {"enable_auto_functionalized_v2": False, "post_grad_custom_post_pass": mounted}
+        patches["force_disable_caches"] = True  # a rank that finds the other's graph runs no pass
         with torch.no_grad(), config.patch(**patches), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             compiled = torch.compile(model, backend="inductor", options={"emulate_precision_casts": True})
