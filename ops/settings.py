@@ -127,6 +127,9 @@ def warn_about_unknown() -> None:
         warnings.warn(f"tpfuse: {sentence}", RuntimeWarning, stacklevel=3)
 
 
+# Read by the engine's plugin; registered here, because `import tpfuse` tells variables that nothing reads.
+VLLM = register("TPFUSE_VLLM", "fuse the all-reduces of tensor-parallel models inside vLLM", False, flag)
+
 BENCH_BUILD = register(
     "TPFUSE_BENCH_BUILD", "folder for libraries that the benchmarks build, of this user alone", None, path
 )

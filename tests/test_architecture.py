@@ -73,6 +73,16 @@ def test_only_the_command_bench_imports_what_measures():
     assert {line.partition(" ")[0] for line in others} == {"tpfuse.inspect.commands"}
 
 
+def test_engines_are_loaded_by_their_engine_alone_and_load_it_late():
+    others = [line for line in crossing("tpfuse", "tpfuse.engines") if not line.startswith("tpfuse.engines")]
+    assert others == []
+    for path in (ROOT / "tpfuse" / "engines").glob("*.py"):
+        top = [n for n in ast.parse(path.read_text()).body if isinstance(n, ast.Import | ast.ImportFrom)]
+        names = [a.name for n in top if isinstance(n, ast.Import) for a in n.names]
+        names += [n.module or "" for n in top if isinstance(n, ast.ImportFrom) and not n.level]
+        assert not [n for n in names if n.partition(".")[0] in ("vllm", "sglang")], path.name
+
+
 @pytest.mark.parametrize("folder", ("tpfuse/measure", "benchmarks"))
 def test_what_measures_takes_no_private_name(folder):
     found = []

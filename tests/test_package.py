@@ -59,6 +59,7 @@ def test_wheel_holds_every_package_and_data_file(built, tmp_path):
     (entry_points,) = (n for n in names if n.endswith("entry_points.txt"))
     text = (tmp_path / entry_points).read_text()
     assert "[torch_dynamo_backends]\ntpfuse = tpfuse.backend:tpfuse" in text and "tpfuse = tpfuse.cli:main" in text
+    assert "[vllm.general_plugins]\ntpfuse = tpfuse.engines.vllm:register" in text
     assert not any(n.startswith(("passes/", "ops/", "tests/")) for n in names)
     assert str(list(NAMES)) in run_in(tmp_path, str(tmp_path))
 

@@ -1,0 +1,1 @@
+"""Serving engines that load tpfuse themselves, through their own plugin entry points."""
