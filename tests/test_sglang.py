@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import re
 import sys
 import types
 import warnings
@@ -223,7 +224,6 @@ FILES = pytest.mark.parametrize(
 )
 MODELS = ("Glm4MoeForCausalLM", "Qwen3ForCausalLM")
 ENVIRONMENT = {"SGLANG_USE_CPU_ENGINE": "1", "PYTHONWARNINGS": "ignore", "TPFUSE_SGLANG": "1", "OMP_NUM_THREADS": "1"}
-real = [pytest.mark.slow, pytest.mark.ranks, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
@@ -248,8 +248,9 @@ def mount(rank: int, world: int, version: str) -> None:
     files.mount(version)
 
 
-def plug_in() -> None:
+def plug_in(version: str) -> None:
     """As SGLang does at the start of a process: find the plugins by their entry points, then apply what they registered."""
+    files.mount(version)
     from sglang.srt import plugins
 
     plugins._plugins_loaded = False
@@ -302,7 +303,7 @@ def one_group(rank: int, world: int, version: str, architecture: str) -> dict[st
         in_the_order_of_the_op(plain, leaves_sums(version, architecture))
         found["reference"] = setup.run(plain, tokens)
         before = {h.target: _standing(h.target) for h in hook._hooks(version)}
-        plug_in()
+        plug_in(version)
         assert hook._applied() == ""
         model = setup.model()
         found["not ready"] = setup.run(model, tokens)
@@ -356,7 +357,7 @@ def close(a: torch.Tensor, b: torch.Tensor) -> None:
 
 def shared(rank: int, world: int, version: str, architecture: str, rows: tuple[int, int]) -> dict[str, Any]:
     """tp 4, attention DP 2, attention TP 2, the dense MLP over the attention TP group; replicas with rows of their own."""
-    plug_in()
+    plug_in(version)
     setup = files.World(version, architecture, rank, 4, 2, 2)
     try:
         model = setup.model()
@@ -413,7 +414,7 @@ def test_the_dense_mlp_shares_the_attention_group_under_attention_dp(version, ar
 
 
 def one_cannot(rank: int, world: int, version: str) -> dict[str, Any]:
-    plug_in()
+    plug_in(version)
     setup = files.World(version, MODELS[0], rank, 4)
     try:
         model = setup.model()
@@ -443,11 +444,11 @@ def test_a_rank_that_cannot_keeps_all_ranks_on_sglangs_own_path(version, pools):
 
 def not_cut(rank: int, world: int, version: str) -> str:
     """A model whose dense MLP has another name."""
-    plug_in()
+    plug_in(version)
     setup = files.World(version, MODELS[0], rank, 4, 2, 2)
     pattern = hook.DENSE_MLP
     try:
-        hook.DENSE_MLP = type(pattern) and __import__("re").compile("nothing")
+        hook.DENSE_MLP = re.compile("nothing")
         model = setup.model()
         start(model)
         return "started"

@@ -183,11 +183,11 @@ def _check_server_args(original: Callable[..., Any], self: Any) -> Any:
     replicas = self.dp_size if self.enable_dp_attention else 1
     if not shared.shares(self.tp_size, replicas, self.attn_cp_size, asked):
         return original(self)
-    self.moe_dense_tp_size = None
+    object.__setattr__(self, "moe_dense_tp_size", None)  # resolved arguments refuse a plain assignment
     try:
         return original(self)
     finally:
-        self.moe_dense_tp_size = asked
+        object.__setattr__(self, "moe_dense_tp_size", asked)
 
 
 def _dense_shares(context: Any) -> bool:
