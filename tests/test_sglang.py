@@ -467,3 +467,164 @@ def not_cut(rank: int, world: int, version: str) -> str:
 def test_a_dense_mlp_that_is_cut_otherwise_is_an_error_on_all_ranks(version, pools):
     for said in pools(version).run(not_cut, version, timeout=600):
         assert "moe_dense_tp_size=2 is not possible" in said and "no MLP of the name mlp" in said
+
+
+TABLE = [
+    # tp, dp, dense -> SGLang alone, SGLang with the hook, ParallelConfig
+    (4, 1, None, True, True, True),
+    (4, 1, 1, True, True, True),
+    (4, 1, 4, True, True, True),
+    (4, 1, 2, False, False, False),
+    (4, 2, None, True, True, True),
+    (4, 2, 1, True, True, True),
+    (4, 2, 4, True, True, True),
+    (4, 2, 2, False, True, True),  # the dense MLP shares the attention TP group: SGLang has no such case
+    (8, 2, 4, False, True, True),
+    (8, 4, 2, False, True, True),
+    (8, 2, 2, False, False, False),
+    (8, 8, 1, True, True, True),
+    (8, 4, 4, False, False, False),
+]
+
+
+def accepted(rank: int, world: int, version: str) -> list[list[bool]]:
+    """What SGLang's own server arguments accept: first alone, then with the hook."""
+    import tempfile
+
+    files.mount(version)
+    found: list[list[bool]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        files.write_config(folder, MODELS[0])
+        for hooked in (False, True):
+            if hooked:
+                plug_in(version)
+            found.append([_accepts(folder, tp, dp, dense) for tp, dp, dense, *_ in TABLE])
+    hook.undo()
+    return found
+
+
+def _accepts(folder: str, tp: int, dp: int, dense: int | None) -> bool:
+    try:
+        given = files.arguments(folder, tp, dp, dense)
+        given.check_server_args()
+    except AssertionError as error:
+        assert "moe_dense_tp_size only supports None, 1, or tp_size" in str(error)
+        return False
+    assert given.moe_dense_tp_size == dense  # nothing is left hidden
+    return True
+
+
+@FILES
+@pytest.mark.slow
+@pytest.mark.ranks
+@pytest.mark.timeout(900)
+def test_the_server_arguments_beside_parallel_config(version, pools):
+    alone, hooked = pools(version).run(accepted, version, timeout=600)[0]
+    ours = []
+    for tp, dp, dense, *_ in TABLE:
+        try:
+            ours.append(bool(ParallelConfig(tp_size=tp, attn_dp_size=dp, moe_dense_tp_size=dense)))
+        except ConfigError:
+            ours.append(False)
+    found = [(*row[:3], *said) for row, said in zip(TABLE, zip(alone, hooked, ours, strict=True), strict=True)]
+    assert found == TABLE
+
+
+def norms(rank: int, world: int, version: str) -> dict[str, tuple[bool, bool, bool]]:
+    """For each norm of SGLang that the op stands in for: are residuals equal, are normed rows equal, the same on exact sums."""
+    setup = files.World(version, MODELS[0], rank, 4)
+    try:
+        from sglang.srt.layers.layernorm import GemmaRMSNorm, RMSNorm
+
+        dice = torch.Generator().manual_seed(3)
+        x, residual = (torch.randn(64, 256, generator=dice).bfloat16() for _ in range(2))
+        # Multiples of 1/8 below 8: the sum has at most 8 bits, so rounding it changes nothing.
+        exact = [(torch.randint(-60, 60, (64, 256), generator=dice) / 8).bfloat16() for _ in range(2)]
+        found = {}
+        for name, norm in {
+            "once": RMSNorm(256),
+            "once, fp32 weight": RMSNorm(256, weight_dtype=torch.float32),
+            "before the weight": RMSNorm(256, cast_x_before_out_mul=True),
+            "gemma": GemmaRMSNorm(256),
+        }.items():
+            flavour = hook.rounding(norm, torch.bfloat16)
+            with torch.no_grad():
+                norm.weight.copy_(torch.rand(256, generator=dice) + 0.5)
+                if name != "once, fp32 weight":
+                    norm.bfloat16()
+                theirs = norm.forward_native(x.clone(), residual.clone())
+                ours = reference.add_rms_norm(
+                    x, residual, norm.weight, None, norm.variance_epsilon, 1.0, flavour, False
+                )
+                both = [norm.forward_native(*(t.clone() for t in exact))]
+                both += [reference.add_rms_norm(*exact, norm.weight, None, norm.variance_epsilon, 1.0, flavour, False)]
+            found[name] = (
+                torch.equal(theirs[1], ours[1]),
+                torch.equal(theirs[0], ours[0]),
+                all(torch.equal(a, b) for a, b in zip(*both, strict=True)),
+            )
+        refused = [
+            RMSNorm(256, has_weight=False),
+            RMSNorm(256, fp32_residual=True),
+            RMSNorm(256, var_hidden_size=128),
+            RMSNorm(256, override_orig_dtype=torch.float32),
+            torch.nn.LayerNorm(256),
+        ]
+        assert [hook.rounding(norm, torch.bfloat16) for norm in refused] == [None] * len(refused)
+        assert hook.rounding(RMSNorm(256), torch.bfloat16) == OLMO2
+        assert hook.rounding(RMSNorm(256, cast_x_before_out_mul=True), torch.bfloat16) == LLAMA
+        assert hook.rounding(GemmaRMSNorm(256), torch.bfloat16) == GEMMA
+        return found
+    finally:
+        setup.close()
+
+
+@FILES
+@pytest.mark.slow
+@pytest.mark.ranks
+@pytest.mark.timeout(900)
+def test_the_rounding_order_of_sglangs_norms(version, pools):
+    found = pools(version).run(norms, version, timeout=600)[0]
+    # The sum is rounded in the residual in both. SGLang's RMSNorm normalizes the sum before it is rounded, Gemma's after.
+    assert found.pop("gemma") == (True, True, True)
+    assert set(found.values()) == {(True, False, True)}
+
+
+def scattered(rank: int, world: int, version: str) -> dict[str, Any]:
+    """The step of the shared layout with a residual that lies scattered: two rows over two ranks."""
+    plug_in(version)
+    setup = files.World(version, MODELS[0], rank, 4, 2, 2)
+    try:
+        from sglang.srt.layers.communicator import CommunicateWithAllReduceAndLayerNormFn as Step
+        from sglang.srt.layers.layernorm import RMSNorm
+        from sglang.srt.runtime_context import get_parallel
+
+        norm = RMSNorm(files.HIDDEN).bfloat16().requires_grad_(False)
+        whole = torch.randn(2, files.HIDDEN, generator=torch.Generator().manual_seed(rank // 2)).bfloat16()
+        partial = torch.randn(2, files.HIDDEN, generator=torch.Generator().manual_seed(9 + rank)).bfloat16()
+        mine = whole[rank % 2 :][:1]
+
+        def step(residual: torch.Tensor) -> Any:
+            with torch.no_grad():
+                return Step._tp_attn_all_reduce_and_layernorm(partial.clone(), residual.clone(), None, norm, None)
+
+        hooked, expected = step(mine), step(whole)
+        hook.undo()
+        alone = step(mine)
+        return {
+            "hooked": torch.equal(hooked[1], expected[1]),
+            "alone": torch.equal(alone[1], expected[1]),
+            "group": list(get_parallel().attn_tp_group.ranks),
+        }
+    finally:
+        hook.undo()
+        setup.close()
+
+
+@pytest.mark.skipif(bool(files.missing("0.5.17")), reason=files.missing("0.5.17") or "there")
+@pytest.mark.slow
+@pytest.mark.ranks
+@pytest.mark.timeout(900)
+def test_a_scattered_residual_is_gathered_where_sglang_would_add_other_rows(pools):
+    for rank, found in enumerate(pools("0.5.17").run(scattered, "0.5.17", timeout=600)):
+        assert found == {"hooked": True, "alone": False, "group": [0, 1] if rank < 2 else [2, 3]}

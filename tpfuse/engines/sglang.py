@@ -1,8 +1,9 @@
 """The fused op inside SGLang: a plugin that SGLang loads, off unless ``TPFUSE_SGLANG=1``, and undone by one call.
 
-SGLang finds :func:`register` through the entry-point group ``sglang.srt.plugins``, in the engine and in every scheduler process.
-What is hooked depends on the version: ``sglang_communicator.py`` for 0.5.17, ``sglang_boundary.py`` for 0.5.23. This file holds what
-both share: the switch, the vote of the ranks, the warm-up of the group, the choice of a norm's rounding order, and :func:`undo`.
+SGLang finds :func:`register` through the entry-point group ``sglang.srt.plugins``, in the engine and in every scheduler
+process. What is hooked depends on the version: ``sglang_communicator.py`` for 0.5.17, ``sglang_boundary.py`` for 0.5.23. This
+file holds what both share: the switch, the vote of the ranks, the warm-up of the group, the choice of a norm's rounding order,
+and :func:`undo`.
 
 Nothing here decides from what only one rank knows. The hooks go in or stay out by the version and the environment; calls are
 fused once all ranks of a stage have voted that their hooks are in place and that the first call of the group worked. Until
@@ -289,9 +290,7 @@ def _first_call(group: Any, hidden_size: int, dtype: torch.dtype, device: torch.
         row = torch.zeros(1, hidden_size, dtype=dtype, device=device)
         weight = torch.ones(hidden_size, dtype=dtype, device=device)
         with torch.no_grad():
-            all_reduce_add_rms_norm(
-                row, row.clone(), weight, flavour=ROUND_ONCE, group=group.device_group.group_name
-            )
+            all_reduce_add_rms_norm(row, row.clone(), weight, flavour=ROUND_ONCE, group=group.device_group.group_name)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return ""
@@ -300,7 +299,9 @@ def _first_call(group: Any, hidden_size: int, dtype: torch.dtype, device: torch.
 # The layout that SGLang does not admit.
 
 
-def cut(original: Callable[..., Any], self: Any, *args: Any, change: Callable[[dict[str, Any]], None], **kwargs: Any) -> Any:
+def cut(
+    original: Callable[..., Any], self: Any, *args: Any, change: Callable[[dict[str, Any]], None], **kwargs: Any
+) -> Any:
     """Around the constructor of a parallel linear layer: one of a dense MLP is cut over the attention TP group."""
     bound = inspect.signature(original).bind(self, *args, **kwargs)
     if sharing() and DENSE_MLP.search(bound.arguments.get("prefix") or ""):

@@ -27,12 +27,8 @@ def hooks() -> list[shared.Hook]:
         shared.Hook(f"{modes}._compute_layer_output_mode", _output_mode, ("cls", "context")),
         shared.Hook(f"{step}._tp_attn_all_reduce_and_layernorm", _replica_step, given),
         shared.Hook(f"{step}._gather_hidden_states_and_residual", _full_step, given),
-        shared.Hook(
-            f"{layer}.prepare_attn", _prepare_attn, ("self", "hidden_states", "residual", "forward_batch")
-        ),
-        shared.Hook(
-            f"{layer}.should_fuse_mlp_allreduce_with_next_layer", _leaves_its_sum, ("self", "forward_batch")
-        ),
+        shared.Hook(f"{layer}.prepare_attn", _prepare_attn, ("self", "hidden_states", "residual", "forward_batch")),
+        shared.Hook(f"{layer}.should_fuse_mlp_allreduce_with_next_layer", _leaves_its_sum, ("self", "forward_batch")),
         shared.Hook(f"{LINEAR}.ColumnParallelLinear.__init__", _column, ("self", "input_size")),
         shared.Hook(f"{LINEAR}.MergedColumnParallelLinear.__init__", _column, ("self", "input_size")),
         shared.Hook(f"{LINEAR}.RowParallelLinear.__init__", _row, ("self", "input_size")),
