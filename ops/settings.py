@@ -168,6 +168,8 @@ _BACKEND = register("TPFUSE_SYMM_MEM", "torch's symmetric-memory backend", "auto
 BATCH_INVARIANT = "TPFUSE_BATCH_INVARIANT"
 _BATCH_INVARIANT = register(BATCH_INVARIANT, "the bits of a row depend on no other row of the call", False, flag)
 
+SGLANG = register("TPFUSE_SGLANG", "fuse inside SGLang", False, flag)
+
 asked: dict[str, bool] = {}  # "on": what set_batch_invariant was given last
 
 
