@@ -12,6 +12,9 @@ import pytest
 # pass would not run, and tests of what it does would see nothing.
 CACHES = tempfile.mkdtemp(prefix="tpfuse-tests-")
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = CACHES
+# Inductor tries what vectors this CPU has by compiling and loading a program for each, in every process that has a cache of its
+# own: several times the work of the kernels themselves. Here kernels have none.
+os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "0"
 
 
 def pytest_unconfigure() -> None:
