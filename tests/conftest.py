@@ -17,6 +17,19 @@ os.environ["TORCHINDUCTOR_CACHE_DIR"] = CACHES
 os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "0"
 
 
+# What takes longest comes first, so that no process of pytest-xdist is left with it when the others have nothing to do.
+LONG = (
+    *("test_kernel_protocol", "test_programs", "test_models", "test_caches", "test_inner", "test_exact", "test_vllm"),
+    *("test_export", "test_agreement_of_ranks", "test_e2e_benchmark", "test_kernel_aot", "test_parallel_models"),
+    *("test_spellings_transformers", "test_examples", "test_cli", "test_snippets", "test_hf", "test_cli_explain"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))
+
+
 def pytest_unconfigure() -> None:
     shutil.rmtree(CACHES, ignore_errors=True)
 

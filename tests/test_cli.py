@@ -75,7 +75,7 @@ def test_view_can_write_elsewhere_and_print_tables(folder, tmp_path):
 
 
 def test_a_missing_folder(tmp_path):
-    refused(tpfuse_process("view", tmp_path / "absent"), "tpfuse view:", "absent does not exist", "TPFUSE_DUMP")
+    refused(tpfuse("view", tmp_path / "absent"), "tpfuse view:", "absent does not exist", "TPFUSE_DUMP")
 
 
 def test_a_folder_that_is_no_dump(tmp_path):

@@ -13,7 +13,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def case(rank, flavour_name, dtype, weight_dtype, variant):
-    """All shapes of one flavour and dtype on one rank; returns the number of fused sites and hashes of the outputs."""
+    """Shapes of one flavour and dtype on one rank; returns the number of fused sites and hashes of the outputs."""
     import graphs
     from tpfuse.ops.flavour import NAMED
     from tpfuse.ops.reference import rms_norm
@@ -33,7 +33,8 @@ def case(rank, flavour_name, dtype, weight_dtype, variant):
         return rms_norm(h, w, 1e-5, chosen), h
 
     out = []
-    for shape in SHAPES:
+    # What is made of rows and dimensions does not depend on flavour and dtype.
+    for shape in SHAPES if (flavour_name, variant) == ("llama", "add") else SHAPES[3::2]:
         shared, mine = torch.Generator().manual_seed(1), torch.Generator().manual_seed(100 + rank)
         x = (torch.randn(shape, generator=mine) * 2).to(dtype)
         r = (torch.randn(shape, generator=shared) * 2).to(dtype)
@@ -96,7 +97,7 @@ def cases() -> list[tuple[str, torch.dtype, torch.dtype, str]]:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_fused_equals_unfused_bit_for_bit(world_size):
     with RankPool(world_size) as pool:
         results = pool.run(run_cases, cases())

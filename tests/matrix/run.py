@@ -148,7 +148,7 @@ def counts(python: Path, path: str, models: list[str]) -> dict[str, list[int] | 
 
 def suite(python: Path, path: str) -> tuple[str, bool]:
     """(counts line, failed) of the fast suite; what was skipped is printed, and all of it when something failed."""
-    spread = ("-n", "auto", "--maxprocesses", "8", "--dist", "loadfile")
+    spread = ("-n", "auto", "--maxprocesses", "8", "--dist", "loadfile", "--no-loadscope-reorder")
     done = run(
         python, path, "-m", "pytest", "tests", "-m", FAST, *spread, "-p", "no:cacheprovider", "--tb=short", "-rfEs"
     )
