@@ -297,6 +297,14 @@ def test_engines(group, capsys):
     assert not dist.is_initialized()
 
 
+def test_vllm(tmp_path, monkeypatch, capsys):
+    from tpfuse.engines import vllm_compat
+
+    monkeypatch.setattr(vllm_compat, "cache_root", lambda: tmp_path)  # no vLLM is installed here
+    exec(one("vllm.md", "See what it did"), {})
+    assert "no worker has reported yet" in capsys.readouterr().out
+
+
 def test_the_schema_on_the_page_of_engines():
     (shown,) = (s.text for s in SNIPPETS if (s.page, s.language) == ("engines.md", "text"))
     schema = str(torch.ops.tpfuse.all_reduce_add_rms_norm.default._schema).removeprefix("tpfuse::")
