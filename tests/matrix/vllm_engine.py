@@ -27,7 +27,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 # vLLM with the torch that its CPU build asks for, and a transformers that it takes.
-VERSIONS = {"0.32.0": ("2.13.0+cpu", "5.17.0"), "0.31.0": ("2.13.0+cpu", "5.17.0")}
+VERSIONS = {"0.32.0": ("2.13.0+cpu", "5.19.0"), "0.31.0": ("2.13.0+cpu", "5.17.0")}
 LAYERS = 3
 SITES = 2 * LAYERS + 1  # attention and MLP of each layer, and the vocabulary-parallel embedding
 PROMPTS = ([3, 5, 7, 11], [9, 8, 7])
