@@ -267,7 +267,7 @@ def config(r: Runner) -> None:
 
 
 def cpu(r: Runner) -> None:
-    """vLLM's own mode on a CPU: one graph, its norms in ATen. They read the sum before it is rounded."""
+    """vLLM's own mode on a CPU: it sums with an operator of its own over shared memory, so there is nothing to find."""
     found = r.start("cpu", "llama", "bfloat16", **ON, **ONE_PROCESS, TPFUSE_TEST_VLLM_GPU_LIKE="0")
     r.check("cpu", found["tokens"] is not None, "the engine starts and generates")
     print("   ", found["text"].replace("\n", "\n    "))
