@@ -112,6 +112,7 @@ def engine(path: str, dtype: str, compilation: dict[str, Any]) -> None:
     sampling = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True, detokenize=False)
     outputs = llm.generate([{"prompt_token_ids": p} for p in PROMPTS], sampling)
     found: dict[str, Any] = {"tokens": [list(o.outputs[0].token_ids) for o in outputs]}
+    found["method"] = os.environ.get("VLLM_WORKER_MULTIPROC_METHOD", "fork")  # as vLLM left it
     if os.environ.get("TPFUSE_VLLM") or "inductor_passes" in compilation:
         from tpfuse.engines.vllm import report
 
@@ -230,12 +231,16 @@ def warm(r: Runner) -> None:
 def fork(r: Runner) -> None:
     other = {"VLLM_CACHE_ROOT": str(r.folder / "cache-fork"), "VLLM_WORKER_MULTIPROC_METHOD": "fork"}
     found = r.start("fork", "llama", "float32", **ON, **ONE_PROCESS, **other)
+    r.check("fork", found.get("method") == "fork", f"workers were started by {found.get('method')}, expected fork")
     r.whole("fork", found)
     r.same_tokens("fork", "llama-plain")
 
 
 def shared(r: Runner) -> None:
-    """Without the ahead-of-time cache: pieces come from vLLM's other cache, and from the Inductor cache that ranks share."""
+    """Without the ahead-of-time cache: the second start takes each piece from vLLM's other cache.
+
+    The ranks also share Inductor's cache. Whether one finds what the other has just compiled is a matter of time.
+    """
     off = {
         "VLLM_USE_AOT_COMPILE": "0",
         "VLLM_CACHE_ROOT": str(r.folder / "cache-shared"),
