@@ -27,7 +27,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 # vLLM with the torch that its CPU build asks for, and a transformers that it takes.
-VERSIONS = {"0.32.0": ("2.13.0+cpu", "5.17.0"), "0.31.0": ("2.13.0+cpu", "5.17.0")}
+VERSIONS = {"0.32.0": ("2.13.0+cpu", "5.19.0"), "0.31.0": ("2.13.0+cpu", "5.17.0")}
 LAYERS = 3
 SITES = 2 * LAYERS + 1  # attention and MLP of each layer, and the vocabulary-parallel embedding
 PROMPTS = ([3, 5, 7, 11], [9, 8, 7])
@@ -112,6 +112,7 @@ def engine(path: str, dtype: str, compilation: dict[str, Any]) -> None:
     sampling = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True, detokenize=False)
     outputs = llm.generate([{"prompt_token_ids": p} for p in PROMPTS], sampling)
     found: dict[str, Any] = {"tokens": [list(o.outputs[0].token_ids) for o in outputs]}
+    found["method"] = os.environ.get("VLLM_WORKER_MULTIPROC_METHOD", "fork")  # as vLLM left it
     if os.environ.get("TPFUSE_VLLM") or "inductor_passes" in compilation:
         from tpfuse.engines.vllm import report
 
@@ -230,12 +231,16 @@ def warm(r: Runner) -> None:
 def fork(r: Runner) -> None:
     other = {"VLLM_CACHE_ROOT": str(r.folder / "cache-fork"), "VLLM_WORKER_MULTIPROC_METHOD": "fork"}
     found = r.start("fork", "llama", "float32", **ON, **ONE_PROCESS, **other)
+    r.check("fork", found.get("method") == "fork", f"workers were started by {found.get('method')}, expected fork")
     r.whole("fork", found)
     r.same_tokens("fork", "llama-plain")
 
 
 def shared(r: Runner) -> None:
-    """Without the ahead-of-time cache: pieces come from vLLM's other cache, and from the Inductor cache that ranks share."""
+    """Without the ahead-of-time cache: the second start takes each piece from vLLM's other cache.
+
+    The ranks also share Inductor's cache. Whether one finds what the other has just compiled is a matter of time.
+    """
     off = {
         "VLLM_USE_AOT_COMPILE": "0",
         "VLLM_CACHE_ROOT": str(r.folder / "cache-shared"),
@@ -267,7 +272,7 @@ def config(r: Runner) -> None:
 
 
 def cpu(r: Runner) -> None:
-    """vLLM's own mode on a CPU: one graph, its norms in ATen. They read the sum before it is rounded."""
+    """vLLM's own mode on a CPU: it sums with an operator of its own over shared memory, so there is nothing to find."""
     found = r.start("cpu", "llama", "bfloat16", **ON, **ONE_PROCESS, TPFUSE_TEST_VLLM_GPU_LIKE="0")
     r.check("cpu", found["tokens"] is not None, "the engine starts and generates")
     print("   ", found["text"].replace("\n", "\n    "))

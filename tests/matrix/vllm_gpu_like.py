@@ -24,7 +24,10 @@ def register() -> None:
     def check(cls, config):
         compilation = config.compilation_config
         mode, wrap = compilation.mode, compilation.ir_enable_torch_wrap
+        method = os.environ.get("VLLM_WORKER_MULTIPROC_METHOD")
         cls.original_check(config)
+        if method is not None:  # on a CPU vLLM overwrites it: all workers would be spawned, whatever was asked for
+            os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = method
         compilation.mode, compilation.ir_enable_torch_wrap, compilation.compile_sizes = mode, wrap, []
 
     def all_reduce(self, input_):
