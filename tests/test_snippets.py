@@ -296,6 +296,12 @@ def test_engines(group, capsys):
     assert not dist.is_initialized()
 
 
+def test_undo_on_the_page_of_sglang():
+    names: dict[str, Any] = {}
+    exec(one("sglang.md", "Undo"), names)
+    assert names["sglang"].active() == []
+
+
 def test_the_schema_on_the_page_of_engines():
     (shown,) = (s.text for s in SNIPPETS if (s.page, s.language) == ("engines.md", "text"))
     schema = str(torch.ops.tpfuse.all_reduce_add_rms_norm.default._schema).removeprefix("tpfuse::")
