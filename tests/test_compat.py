@@ -521,3 +521,8 @@ def test_compile_in_this_process():
         assert torch._inductor.config.compile_threads == 1
     finally:
         torch._inductor.config.compile_threads = before
+
+
+def test_auto_functionalized():
+    assert isinstance(compat.auto_functionalized(), torch._ops.HigherOrderOperator)
+    assert compat.auto_functionalized().name() == "auto_functionalized"

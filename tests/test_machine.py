@@ -12,7 +12,11 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 SCRIPT = HERE.parent / "benchmarks" / "machine.py"
-sys.path.insert(0, str(HERE.parent / "benchmarks"))
+
+
+@pytest.fixture(autouse=True)
+def scripts_of_the_benchmarks_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(HERE.parent / "benchmarks"))
 
 
 def _steps(worlds: tuple[int, ...], gpus: int, out: Path = Path("results")) -> dict[str, tuple[str, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import os
 import re
@@ -249,8 +250,9 @@ def mount(rank: int, world: int, version: str) -> None:
 
 
 def plug_in(version: str) -> None:
-    """As SGLang does at the start of a process: find the plugins by their entry points, then apply what they registered."""
+    """As SGLang does at the start of a scheduler: find the plugins by their entry points, then apply what they registered."""
     files.mount(version)
+    importlib.import_module(hook.SCHEDULER)
     from sglang.srt import plugins
 
     plugins._plugins_loaded = False
@@ -302,7 +304,12 @@ def one_group(rank: int, world: int, version: str, architecture: str) -> dict[st
         found: dict[str, Any] = {"alone": setup.run(plain, tokens)}
         in_the_order_of_the_op(plain, leaves_sums(version, architecture))
         found["reference"] = setup.run(plain, tokens)
+        targets = [h.target for h in hook._hooks(version)]
+        if hook.SCHEDULER not in sys.modules:
+            assert [t.rpartition(".")[2] for t in targets] == ["check_server_args"]
+        importlib.import_module(hook.SCHEDULER)
         before = {h.target: _standing(h.target) for h in hook._hooks(version)}
+        assert len(before) > 8
         plug_in(version)
         assert hook._applied() == ""
         model = setup.model()

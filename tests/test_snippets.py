@@ -305,6 +305,12 @@ def test_vllm(tmp_path, monkeypatch, capsys):
     assert "no worker has reported yet" in capsys.readouterr().out
 
 
+def test_undo_on_the_page_of_sglang():
+    names: dict[str, Any] = {}
+    exec(one("sglang.md", "Undo"), names)
+    assert names["sglang"].active() == []
+
+
 def test_the_schema_on_the_page_of_engines():
     (shown,) = (s.text for s in SNIPPETS if (s.page, s.language) == ("engines.md", "text"))
     schema = str(torch.ops.tpfuse.all_reduce_add_rms_norm.default._schema).removeprefix("tpfuse::")
@@ -679,10 +685,10 @@ def check_make(targets: list[str]) -> None:
 
 def check_pip(words: list[str]) -> None:
     action, what = words
-    extras = re.fullmatch(r"(\.|tpfuse)\[([a-z,]+)\]", what)
+    extras = re.fullmatch(r"(\.|tpfuse)(?:\[([a-z,]+)\])?", what)
     assert action == "install" and extras, words
     text = (ROOT / "pyproject.toml").read_text()
-    for extra in extras[2].split(","):
+    for extra in (extras[2] or "").split(",") if extras[2] else []:
         assert re.search(rf"^{extra} = \[", text, re.MULTILINE), f"no extra {extra}"
 
 

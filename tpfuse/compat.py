@@ -374,3 +374,10 @@ def current_stream_handle(index: int) -> int:
 def compile_in_this_process() -> None:
     """Inductor starts no workers that compile beside a measurement. Why private: its settings have no public home."""
     torch._inductor.config.compile_threads = 1  # type: ignore[attr-defined]
+
+
+def auto_functionalized() -> Any:
+    """The operator that stands for one that writes its arguments. Why private: higher-order operators have no public home."""
+    from torch._higher_order_ops.auto_functionalize import auto_functionalized as operator
+
+    return operator

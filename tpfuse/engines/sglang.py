@@ -32,6 +32,9 @@ from tpfuse.ops import GEMMA, LLAMA, OLMO2, Flavour, all_reduce_add_rms_norm, ba
 SUPPORTED = ("0.5.17", "0.5.23")
 # SGLang's RMSNorm multiplies in fp32 and rounds once, unless it is asked to round before the weight.
 ROUND_ONCE = OLMO2
+# A process that runs models has imported this by the time it loads plugins; in the others, which check the arguments or turn
+# tokens into text, the modules of the layers are not imported for us.
+SCHEDULER = "sglang.srt.managers.scheduler"
 # A dense MLP's projections by the name that SGLang's models give them; experts and shared experts are one level deeper.
 DENSE_MLP = re.compile(r"(^|\.)layers\.\d+\.mlp\.\w+$")
 
@@ -113,8 +116,11 @@ def _hooks(version: str) -> list[Hook]:
         from . import sglang_communicator as seams
     else:
         from . import sglang_boundary as seams  # type: ignore[no-redef]
+    if SCHEDULER not in sys.modules:
+        return [seams.arguments_hook()]
     runner = "sglang.srt.model_executor.model_runner.ModelRunner"
     return [
+        seams.arguments_hook(),
         *seams.hooks(),
         Hook(f"{runner}.load_model", _load_model, ("self",)),
         Hook(f"{runner}.forward", _forward, ("self", "forward_batch")),
@@ -271,7 +277,7 @@ def prepare(model: torch.nn.Module, hidden_size: int, dtype: torch.dtype, device
     if now.attn_tp_size == 1:
         return
     group = now.attn_tp_group
-    causes = _everyone(_applied()) or _everyone(_first_call(group, hidden_size, dtype, device))
+    causes = _everyone(_applied()) or _everyone(_first_calls(model, group, hidden_size, dtype, device))
     if causes:
         rank, text = next(iter(causes.items()))
         if now.tp_rank == 0:
@@ -284,13 +290,21 @@ def prepare(model: torch.nn.Module, hidden_size: int, dtype: torch.dtype, device
     _state.ready[group.unique_name] = group.device_group.group_name
 
 
-def _first_call(group: Any, hidden_size: int, dtype: torch.dtype, device: torch.device) -> str:
-    """Make the first call of a group; what went wrong, or nothing."""
+def _first_calls(model: torch.nn.Module, group: Any, hidden_size: int, dtype: torch.dtype, device: torch.device) -> str:
+    """Make a call for each kind of norm in the model, at least one; what went wrong, or nothing."""
     try:
+        kinds = {(str(ROUND_ONCE), dtype): torch.ones(hidden_size, dtype=dtype, device=device)}
+        norms: list[Any] = list(model.modules())
+        for norm in norms:
+            flavour = rounding(norm, dtype)
+            if flavour is not None and norm.weight.numel() == hidden_size:
+                kinds[str(flavour), norm.weight.dtype] = norm.weight.detach()
         row = torch.zeros(1, hidden_size, dtype=dtype, device=device)
-        weight = torch.ones(hidden_size, dtype=dtype, device=device)
         with torch.no_grad():
-            all_reduce_add_rms_norm(row, row.clone(), weight, flavour=ROUND_ONCE, group=group.device_group.group_name)
+            for (flavour_text, _), weight in kinds.items():
+                all_reduce_add_rms_norm(
+                    row, row.clone(), weight, flavour=flavour_text, group=group.device_group.group_name
+                )
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return ""

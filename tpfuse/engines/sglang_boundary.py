@@ -15,11 +15,16 @@ LAYERS = "sglang.srt.layers"
 BOUNDARY = f"{LAYERS}.layer_boundary"
 
 
+def arguments_hook() -> shared.Hook:
+    """The check of the server arguments, which the engine's first process makes."""
+    check = "sglang.srt.arg_groups.validation_hook.check_server_args"
+    return shared.Hook(check, _check_server_args, ("server_args",))
+
+
 def hooks() -> list[shared.Hook]:
-    """The functions of 0.5.23 that the hook goes around."""
+    """The functions of 0.5.23 that the hook goes around where models run."""
     linear = f"{LAYERS}.linear"
     return [
-        shared.Hook("sglang.srt.arg_groups.validation_hook.check_server_args", _check_server_args, ("server_args",)),
         shared.Hook(f"{BOUNDARY}.fusions.allreduce.ffn_input_fusions", _ffn_input_fusions, ("plan",)),
         shared.Hook(f"{BOUNDARY}.fusions.allreduce.attn_input_fusions", _attn_input_fusions, ("plan", "read")),
         shared.Hook(f"{BOUNDARY}.factories._resolve_ffn", _resolve_ffn, ("variant",)),

@@ -14,14 +14,18 @@ COMMUNICATOR = "sglang.srt.layers.communicator"
 LINEAR = "sglang.srt.layers.linear"
 
 
+def arguments_hook() -> shared.Hook:
+    """The check of the server arguments, which the engine's first process makes."""
+    return shared.Hook("sglang.srt.server_args.ServerArgs.check_server_args", _check_server_args, ("self",))
+
+
 def hooks() -> list[shared.Hook]:
-    """The functions of 0.5.17 that the hook goes around."""
+    """The functions of 0.5.17 that the hook goes around where models run."""
     modes = f"{COMMUNICATOR}.LayerScatterModes"
     step = f"{COMMUNICATOR}.CommunicateWithAllReduceAndLayerNormFn"
     layer = f"{COMMUNICATOR}.LayerCommunicator"
     given = ("hidden_states", "residual", "forward_batch", "layernorm", "context")
     return [
-        shared.Hook("sglang.srt.server_args.ServerArgs.check_server_args", _check_server_args, ("self",)),
         shared.Hook(f"{modes}._compute_mlp_mode", _mlp_mode, ("cls", "context")),
         shared.Hook(f"{modes}._compute_middle_residual_mode", _replica_rows, ("cls", "context")),
         shared.Hook(f"{modes}._compute_layer_output_mode", _output_mode, ("cls", "context")),

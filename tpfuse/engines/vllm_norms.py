@@ -12,7 +12,6 @@ from operator import getitem
 from typing import Any
 
 import torch
-from torch._higher_order_ops.auto_functionalize import auto_functionalized
 from torch.fx import Graph, Node
 
 from tpfuse import compat
@@ -111,7 +110,7 @@ def read(node: Node) -> Norm | None:
     """The norm that a node is, in either of vLLM's spellings; None for any other node, and for a norm of a part of the row."""
     if node.op != "call_function":
         return None
-    if node.target is auto_functionalized:
+    if node.target is compat.auto_functionalized():
         named, k = str(node.args[0]), node.kwargs
         if named == "_C.fused_add_rms_norm.default":  # outputs: None, then the mutated arguments in order
             return _norm(node, k["input"], k["residual"], k["weight"], k["epsilon"], (1, 2))
