@@ -89,8 +89,9 @@ def _resources(ptx: str, folder: Path) -> tuple[int, int]:
 def _check(algorithm: str, c: Constants, world: int, part: Part, arch: int, folder: Path) -> None:
     compiled = _compile(algorithm, c, world, part, GPUTarget("cuda", arch, 32), "early" if arch >= 90 else "off")
     registers, spilled = _resources(compiled.asm["ptx"], folder)
-    # The assembler that Triton 3.6 brings for Blackwell spills a few words at these bounds; those of later ones do not.
-    allowed = 64 if arch == 100 and triton.__version__.startswith("3.6.") else 0
+    # The assemblers that Triton 3.6 brings spill a word or two at these bounds (for Blackwell a few more); later ones do not.
+    # At 1024 lanes there is no larger bound, and a smaller grid would cost more than two words in L1.
+    allowed = (64 if arch == 100 else 8) if triton.__version__.startswith("3.6.") else 0
     assert spilled <= allowed, f"{algorithm} W={world} {part} sm_{arch}: {spilled} bytes spilled"
     assert registers <= register_bound(algorithm, world, part)
 
