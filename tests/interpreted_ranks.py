@@ -8,6 +8,7 @@ outputs live in POSIX shared memory; the stores and volatile loads of the interp
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import random
@@ -19,6 +20,7 @@ from multiprocessing import shared_memory
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 import warm
 
@@ -230,6 +232,50 @@ def _patch_once(interpreter: Any) -> None:
     interpreter._patch_lang = once
 
 
+def round_in_one_step(interpreter: Any) -> None:
+    """Round by numpy what :func:`tpfuse.ops.kernels.packing.half_bits` rounds in ten interpreted operations: half of the time.
+
+    ``test_kernel_protocol.py`` holds the two against each other.
+    """
+    import triton.language as tl
+    from tpfuse.ops.kernels import packing
+
+    def half_bits(value: Any, DTYPE: Any) -> Any:
+        values = value.handle.data
+        if getattr(DTYPE, "value", DTYPE) == tl.bfloat16:
+            bits = values.view(np.uint32)
+            bits = np.where(np.isnan(values), np.uint32(0x7FFF0000), bits + np.uint32(0x7FFF) + ((bits >> 16) & 1))
+            half = bits >> 16
+        else:
+            with np.errstate(over="ignore"):
+                half = values.astype(np.float16).view(np.uint16)
+        return tl.tensor(
+            interpreter.TensorHandle(half.astype(np.int32), tl.int32), value.type.with_element_ty(tl.int32)
+        )
+
+    packing.half_bits = half_bits
+    of_type = interpreter._get_np_dtype  # it makes a table of all types each time
+    of_scalar = functools.lru_cache(of_type)
+    interpreter._get_np_dtype = lambda t: (of_type if t.scalar.is_ptr() else of_scalar)(t.scalar)
+
+
+def rounded_both_ways(bits: Any, conn: Any) -> None:
+    """Send what :func:`half_bits` of the kernels and the short cut above make of fp32 values, for bf16 and fp16."""
+    import triton.language as tl
+    from tpfuse.ops.kernels import packing
+    from triton.runtime import interpreter
+
+    values = bits.view(np.float32)
+    given = tl.tensor(interpreter.TensorHandle(values, tl.float32), tl.block_type(tl.float32, list(values.shape)))
+    found = []
+    in_steps = packing.half_bits
+    round_in_one_step(interpreter)
+    for dtype in (tl.bfloat16, tl.float16):
+        found.append([f(given, tl.constexpr(dtype)).handle.data for f in (in_steps, packing.half_bits)])
+    conn.send(found)
+    conn.close()
+
+
 def _worker(
     rank: int,
     program: int | None,
@@ -259,6 +305,7 @@ def _worker(
 
         poll_politely(interpreter)
         _patch_once(interpreter)
+        round_in_one_step(interpreter)
         if program is not None:
             # This process is one program of the grid; its siblings are the others.
             builder = interpreter.interpreter_builder

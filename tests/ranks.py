@@ -69,10 +69,14 @@ class RankPool:
     Args:
         world_size: number of processes.
         env: set in the children before they import tpfuse or a module of tests.
+        alone: only rank 0 runs, in a fake group of ``world_size`` ranks whose reductions give back their input. For what
+            depends on the graph alone: it costs a compile on one rank, not on all.
     """
 
-    def __init__(self, world_size: int, env: Mapping[str, str] | None = None):
-        self.world_size = world_size
+    def __init__(self, world_size: int, env: Mapping[str, str] | None = None, alone: bool = False):
+        self.world_size = 1 if alone else world_size
+        self.group_size = world_size
+        self.alone = alone
         self.env = dict(env or {})
         self._context = warm.context()
         self._processes: list[Any] = []
@@ -111,7 +115,7 @@ class RankPool:
         self._processes = [
             self._context.Process(
                 target=_serve,
-                args=(rank, self.world_size, store, self._tasks[rank], self._results),
+                args=(rank, self.group_size, None if self.alone else store, self._tasks[rank], self._results),
                 daemon=True,
             )
             for rank in range(self.world_size)
@@ -165,20 +169,30 @@ class RankPool:
             self._folder = None
 
 
-def _serve(rank: int, world_size: int, store: str, tasks: Any, results: Any) -> None:
+def _join(rank: int, world_size: int, store: str | None) -> None:
+    import torch.distributed as dist
+
+    if store is None:
+        from torch.testing._internal.distributed.fake_pg import FakeStore
+
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+        return
+    dist.init_process_group(
+        "gloo",
+        store=dist.FileStore(store, world_size),
+        rank=rank,
+        world_size=world_size,
+        timeout=datetime.timedelta(seconds=300),
+    )
+
+
+def _serve(rank: int, world_size: int, store: str | None, tasks: Any, results: Any) -> None:
     """A rank's main loop: join the default group, then run functions until told to stop."""
     import torch
-    import torch.distributed as dist
 
     torch.set_num_threads(1)
     try:
-        dist.init_process_group(
-            "gloo",
-            store=dist.FileStore(store, world_size),
-            rank=rank,
-            world_size=world_size,
-            timeout=datetime.timedelta(seconds=300),
-        )
+        _join(rank, world_size, store)
     except Exception as error:
         results.put((rank, True, (_picklable(error), traceback.format_exc())))
         return

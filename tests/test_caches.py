@@ -128,8 +128,11 @@ def test_a_rank_reads_what_another_rank_of_the_same_group_compiled(root, pool, n
 
 @pytest.mark.parametrize(
     ("options", "count"),
-    [({"tpfuse.policy": "off"}, 0), ({"tpfuse.fuel": 1}, 1), ({"tpfuse.numerics": "relaxed"}, FUSED)],
-    ids=["policy", "fuel", "numerics"],
+    [
+        pytest.param({"tpfuse.policy": "off"}, 0, id="policy"),
+        pytest.param({"tpfuse.fuel": 1}, 1, id="fuel", marks=pytest.mark.slow),
+        pytest.param({"tpfuse.numerics": "relaxed"}, FUSED, id="numerics", marks=pytest.mark.slow),
+    ],
 )
 def test_a_changed_option_misses(root, pool, options, count):
     for result in pool.run(compile_once, folders(root, "ab"), options):

@@ -110,7 +110,15 @@ def test_it_decides_as_a_real_compile_on_gloo_ranks_does(pool, tmp_path, name, s
         assert decisions(found.reports) == real[rank]
 
 
-@pytest.mark.parametrize("sizes", [(4, 2, 1, 2), (4, 2, 1, 4), (4, 2, 1, 1), (4, 1, 1, None), (4, 4, 1, 1)], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (4, 2, 1, 2),
+        (4, 2, 1, 1),
+        *(pytest.param(s, marks=pytest.mark.slow) for s in ((4, 2, 1, 4), (4, 1, 1, None), (4, 4, 1, 1))),
+    ],
+    ids=str,
+)
 def test_the_graph_has_the_reductions_of_the_plan(tmp_path, sizes):
     models.config("deepseek_v3", **TINY_LAYERS["deepseek_v3"]).save_pretrained(tmp_path)
     assert explain(Request(str(tmp_path), ParallelConfig(*sizes), 3, dtype=torch.float32)).notes == []
@@ -122,12 +130,17 @@ def test_the_graph_has_the_reductions_of_the_plan(tmp_path, sizes):
 @pytest.mark.parametrize(
     ("sizes", "rank", "expected"),
     [
-        ((8, 1, 1, 8), 5, {("attention", ALL, "fused"): 4, ("mlp", ALL, "fused"): 4}),
         ((8, 2, 1, 4), 5, {("attention", HIGH, "fused"): 4, ("mlp", HIGH, "fused"): 4}),
-        ((8, 4, 1, 2), 5, {("attention", (4, 5), "fused"): 4, ("mlp", (4, 5), "fused"): 4}),
         ((8, 2, 1, 8), 5, {("attention", HIGH, "group-mismatch"): 4, ("mlp", ALL, "rows-move"): 4}),
         ((8, 2, 1, 1), 5, {}),
-        ((8, 8, 1, 1), 5, {}),
+        *(
+            pytest.param(*layout, marks=pytest.mark.slow)
+            for layout in (
+                ((8, 1, 1, 8), 5, {("attention", ALL, "fused"): 4, ("mlp", ALL, "fused"): 4}),
+                ((8, 4, 1, 2), 5, {("attention", (4, 5), "fused"): 4, ("mlp", (4, 5), "fused"): 4}),
+                ((8, 8, 1, 1), 5, {}),
+            )
+        ),
     ],
 )  # fmt: skip
 def test_a_dense_model_of_public_shape_at_every_layout(tmp_path, sizes, rank, expected):

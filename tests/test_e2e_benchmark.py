@@ -45,6 +45,7 @@ def test_llama_fuses_every_reduction_and_chooses_the_tokens_of_the_baseline(tmp_
     assert done.stdout.count("tpfuse / fastest baseline (gloo)") == 4  # as it goes, and in the table
 
 
+@pytest.mark.slow
 def test_a_wrong_number_of_fused_reductions_is_an_error(tmp_path: Path) -> None:
     arguments = ("--device", "cpu", "--tiny", "--worlds", 2, "--batch", 1, "--contenders", "tpfuse")
     done = e2e(*arguments, TPFUSE_POLICY="off")

@@ -17,8 +17,8 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
     ("name", "ranks", "says"),
     [
         ("plain_module", 2, "equals the plain module's bit for bit"),
-        ("dtensor_llama", 2, "4 fused"),
-        ("op_alone", 3, "normed 0.500 .. 1.500"),
+        pytest.param("dtensor_llama", 2, "4 fused", marks=pytest.mark.slow),
+        pytest.param("op_alone", 3, "normed 0.500 .. 1.500", marks=pytest.mark.slow),
         ("inductor_pass", 2, "1 fused"),
     ],
 )

@@ -18,9 +18,21 @@ ENV = {"TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0", "TORCHINDUCTOR_COMPILE
 
 
 @pytest.fixture(scope="module")
-def pool(tmp_path_factory):
+def env(tmp_path_factory):
     # One folder for all: equal kernels are then built once.
-    with RankPool(2, env={**ENV, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path_factory.mktemp("inductor"))}) as pool:
+    return {**ENV, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path_factory.mktemp("inductor"))}
+
+
+@pytest.fixture(scope="module")
+def pool(env):
+    with RankPool(2, env=env) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def alone(env):
+    """For what settings of a compiler do to a graph: one rank, whose sums are its own."""
+    with RankPool(2, env=env, alone=True) as pool:
         yield pool
 
 
@@ -105,14 +117,14 @@ INDUCTOR = {
 
 
 @pytest.mark.parametrize("settings", INDUCTOR.values(), ids=INDUCTOR)
-def test_inductor_settings(pool, settings):
-    check(pool.run(run_keywords, {"options": settings}))
+def test_inductor_settings(pool, alone, settings):
+    check((alone if settings else pool).run(run_keywords, {"options": settings}))
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune"])
-def test_inductor_modes(pool, mode, monkeypatch):
+def test_inductor_modes(alone, mode):
     # torch.compile takes either mode= or options=, so the inner compiler is the default one.
-    check(pool.run(run_keywords, {"options": None, "mode": mode}))
+    check(alone.run(run_keywords, {"options": None, "mode": mode}))
 
 
 def test_a_mode_without_post_grad_passes_is_refused(pool):
@@ -132,14 +144,24 @@ def refused(rank: int, world_size: int, mode: str) -> str:
     return "nothing was raised"
 
 
-@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
 @pytest.mark.parametrize(
-    "how",
-    [{"marked": True}, {"dynamic": True}, {"dynamic": True, "fullgraph": True}],
-    ids=["marked", "dynamic", "full"],
+    ("inner", "how"),
+    [
+        pytest.param("inductor", {"marked": True}, id="marked-inductor"),
+        pytest.param("aot_eager", {"dynamic": True}, id="dynamic-aot_eager"),
+        *(
+            pytest.param(inner, how, id=f"{name}-{inner}", marks=pytest.mark.slow)
+            for inner, name, how in (
+                ("inductor", "dynamic", {"dynamic": True}),
+                ("aot_eager", "marked", {"marked": True}),
+                ("inductor", "full", {"dynamic": True, "fullgraph": True}),
+                ("aot_eager", "full", {"dynamic": True, "fullgraph": True}),
+            )
+        ),
+    ],
 )
-def test_dynamic_rows_compile_once(pool, inner, how):
-    results = pool.run(run_keywords, {"options": {"tpfuse.inner": inner}, "lengths": (5, 7, 9), **how})
+def test_dynamic_rows_compile_once(alone, inner, how):
+    results = alone.run(run_keywords, {"options": {"tpfuse.inner": inner}, "lengths": (5, 7, 9), **how})
     check(results)
     assert any(isinstance(size, str) for shape in results[0]["shapes"] for size in shape)
 
@@ -157,8 +179,8 @@ OVERLAP = {
 
 
 @pytest.mark.parametrize("settings", OVERLAP.values(), ids=OVERLAP)
-def test_torchs_own_collective_passes_work_on_what_is_left(pool, settings):
-    results = pool.run(run_with_overlap, {"options": {**settings, "tpfuse.fuel": 2}})
+def test_torchs_own_collective_passes_work_on_what_is_left(alone, settings):
+    results = alone.run(run_with_overlap, {"options": {**settings, "tpfuse.fuel": 2}})
     check(results, fused=2)
     assert results[0]["reasons"] == ["fuel", "fuel"]
 
@@ -216,8 +238,8 @@ def _with_users_passes(rank: int, world_size: int) -> dict[str, Any]:
     return found
 
 
-def test_the_users_passes_run_before_ours_and_stay(pool):
-    found = pool.run(with_users_passes)
+def test_the_users_passes_run_before_ours_and_stay(alone):
+    found = alone.run(with_users_passes)
     for name in ("option", "config", "list", "plain function"):
         check([result[name] for result in found])
     assert found[0]["left in place"]
@@ -244,9 +266,9 @@ def generated(rank: int, world_size: int, options: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize("options", [{}, {"memory_planning": True}], ids=["default", "memory planning"])
-def test_the_partial_sum_is_not_copied(pool, options):
+def test_the_partial_sum_is_not_copied(alone, options):
     """The op reads the buffer that the matrix multiplication wrote; no kernel stands between the two."""
-    code = pool.run(generated, options)[0]
+    code = alone.run(generated, options)[0]
     calls = re.findall(r"tpfuse\.all_reduce_add_rms_norm\.default\((?:reinterpret_tensor\()?(\w+)", code)
     assert len(calls) == FUSED
     alias = dict(re.findall(r"(\w+) = (\w+); del \2\s+# reuse", code))
@@ -276,8 +298,8 @@ def layer_by_layer(rank: int, world_size: int, options: dict[str, Any]) -> dict[
 
 
 @pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
-def test_one_compile_a_layer_fuses_the_reduction_inside_it(pool, inner):
-    for result in pool.run(layer_by_layer, {"tpfuse.inner": inner}):
+def test_one_compile_a_layer_fuses_the_reduction_inside_it(alone, inner):
+    for result in alone.run(layer_by_layer, {"tpfuse.inner": inner}):
         one_layer = [("attention", True, None), ("mlp", False, "no-norm")]
         # Two layers of one class may share one graph; every compile shows the same two sites.
         assert result["sites"] in (one_layer, 2 * one_layer)
@@ -300,8 +322,8 @@ def broken_inside(rank: int, world_size: int, options: dict[str, Any]) -> dict[s
 
 @pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("policy", ["shared", "all"])
-def test_a_graph_break_inside_a_layer_costs_only_what_it_cuts(pool, inner, policy):
-    for result in pool.run(broken_inside, {"tpfuse.inner": inner, "tpfuse.policy": policy}):
+def test_a_graph_break_inside_a_layer_costs_only_what_it_cuts(alone, inner, policy):
+    for result in alone.run(broken_inside, {"tpfuse.inner": inner, "tpfuse.policy": policy}):
         attention = [s for s in result["sites"] if s[0] == "attention"]
         mlp = [s for s in result["sites"] if s[0] == "mlp"]
         assert attention, result
@@ -345,9 +367,11 @@ def run_functions(rank: int, world_size: int, inner: str, act: str) -> tuple[int
 
 
 @pytest.mark.parametrize("inner", ["inductor", "aot_eager"])
-@pytest.mark.parametrize("act", ["silu", "gelu", "elu", "mish"])
-def test_an_mlp_without_module_names_is_known_by_its_activation(pool, inner, act):
-    for fused, roles, error in pool.run(run_functions, inner, act):
+@pytest.mark.parametrize(
+    "act", ["silu", "mish", *(pytest.param(act, marks=pytest.mark.slow) for act in ("gelu", "elu"))]
+)
+def test_an_mlp_without_module_names_is_known_by_its_activation(alone, inner, act):
+    for fused, roles, error in alone.run(run_functions, inner, act):
         assert roles == ["attention", "mlp"] * 2
         assert fused == FUSED
         assert error < 1e-5

@@ -10,13 +10,32 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 import torch
-from interpreted_ranks import Call, Outcome, run
+import warm
+from interpreted_ranks import Call, Outcome, rounded_both_ways, run
 
 pytestmark = pytest.mark.ranks
 # The interpreter takes about 50 ms for a row on each rank: more ranks and more calls are for the slow tests.
 slow = pytest.mark.slow
+
+
+def test_the_short_cut_of_the_interpreter_rounds_as_the_kernels_do() -> None:
+    generator = np.random.default_rng(0)
+    halves = generator.integers(0, 1 << 16, 1 << 11, dtype=np.uint32) << 16
+    ties = halves | np.uint32(0x8000)
+    some = generator.integers(0, 1 << 32, 1 << 11, dtype=np.uint32)
+    odd = np.array([0, 1 << 31, 0x7F800000, 0xFF800000, 0x7FC00000, 0x7F7FFFFF, 0x477FF000, 0x33000001, 1], np.uint32)
+    bits = np.concatenate([halves, ties, some, np.resize(odd, 1 << 11)])
+    context = warm.context(interpret=True)
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=rounded_both_ways, args=(bits, send))
+    process.start()
+    assert receive.poll(300)
+    for in_steps, at_once in receive.recv():
+        assert (in_steps == at_once).all()
+    process.join()
 
 
 def _agree(outcomes: list[Outcome], ranks: int) -> None:
@@ -47,7 +66,7 @@ def test_zero_words_negative_zeros_nonfinite_values_and_denormals(world: int) ->
     assert one == two, "one-shot and two-shot give different bits"
 
 
-@pytest.mark.parametrize("world", (2, 3, pytest.param(4, marks=slow)))
+@pytest.mark.parametrize("world", (pytest.param(2, marks=slow), 3, pytest.param(4, marks=slow)))
 def test_rows_around_the_world_size(world: int) -> None:
     calls = [
         Call(rows, 64, algorithm, seed=rows)
@@ -78,7 +97,7 @@ def test_outputs_over_the_inputs_get_the_same_bits() -> None:
         for algorithm in ("one_shot", "two_shot")
         for n, kind in enumerate(kinds)
     ]
-    _agree(run(3, calls, delay=0.01), 3)
+    _agree(run(2, calls, delay=0.01), 2)
 
 
 def test_flavours_and_epilogues() -> None:
@@ -100,7 +119,7 @@ def test_flavours_and_epilogues() -> None:
 
 
 @pytest.mark.parametrize(
-    ("world", "count"), ((2, 40), (3, 40), pytest.param(2, 200, marks=slow), pytest.param(3, 200, marks=slow))
+    ("world", "count"), ((3, 30), pytest.param(2, 200, marks=slow), pytest.param(3, 200, marks=slow))
 )
 def test_calls_alternate_algorithm_rows_and_width_with_random_delays(world: int, count: int) -> None:
     rng = random.Random(world)
@@ -120,7 +139,7 @@ def test_calls_alternate_algorithm_rows_and_width_with_random_delays(world: int,
     _agree(run(world, calls, delay=0.003), world)
 
 
-@pytest.mark.parametrize("count", (30, pytest.param(200, marks=slow)))
+@pytest.mark.parametrize("count", (10, pytest.param(200, marks=slow)))
 def test_the_same_on_four_ranks_with_wide_rows(count: int) -> None:
     rng = random.Random(4)
     calls = [
@@ -172,8 +191,7 @@ def test_wide_programs_split_a_row_as_well() -> None:
 def test_the_width_of_a_program_does_not_change_the_bits_of_a_row() -> None:
     calls = [
         Call(3, hidden, algorithm, dtype, lanes=lanes, seed=hidden)
-        for hidden in (576, 2880)
-        for dtype in (torch.bfloat16, torch.float32)
+        for hidden, dtype in ((2880, torch.bfloat16), (1160, torch.float32))
         for algorithm in ("one_shot", "two_shot")
         for lanes in (128, 256, 512)
     ]
@@ -186,8 +204,8 @@ def test_the_width_of_a_program_does_not_change_the_bits_of_a_row() -> None:
 @pytest.mark.parametrize(
     ("world", "most", "some"),
     (
-        (3, 33, 7),
         (4, 13, 3),
+        pytest.param(3, 33, 7, marks=slow),
         pytest.param(3, 300, 64, marks=slow),
         pytest.param(4, 300, 64, marks=slow),
     ),
@@ -245,7 +263,7 @@ def test_a_row_of_several_groups_has_the_same_bits_alone_and_among_others() -> N
         assert bits[first + 2] == bits[first + 3]
 
 
-@pytest.mark.parametrize("algorithm", ("one_shot", "two_shot"))
+@pytest.mark.parametrize("algorithm", ("one_shot", pytest.param("two_shot", marks=slow)))
 def test_a_dead_rank_leaves_nan_on_the_others_and_a_record_that_keeps_naming_it(algorithm: str) -> None:
     calls = [
         Call(rows, 72, algorithm, dtype, residual=residual, post_norm=post, flavour=flavour, seed=n, programs=1)
@@ -273,7 +291,7 @@ def test_a_dead_rank_leaves_nan_on_the_others_and_a_record_that_keeps_naming_it(
         assert set(outcome.records[2:]) == {outcome.records[2]}, "a later call has overwritten the first cause"
 
 
-@pytest.mark.parametrize(("algorithm", "late_by"), (("one_shot", 2), ("two_shot", 1)))
+@pytest.mark.parametrize(("algorithm", "late_by"), (pytest.param("one_shot", 2, marks=slow), ("two_shot", 1)))
 def test_a_rank_that_comes_late_to_a_failed_plane_gets_right_rows_or_nan_and_a_reset_repairs_all(
     algorithm: str, late_by: int
 ) -> None:

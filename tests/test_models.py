@@ -1,7 +1,8 @@
 """Sixteen transformers architectures on two gloo ranks under transformers' own tensor parallelism.
 
-A golden table of what is found, fused and refused, and outputs equal to those in eager mode. Decode is compiled for each,
-prefill too for one of each kind, and for all where slow tests run.
+A golden table of what is found, fused and refused, and outputs equal to those in eager mode. Decode is compiled for each:
+on two ranks for one architecture of each kind, for the others on one rank of a fake group, whose sums are its own. Prefill
+too for two, and for all on two ranks where slow tests run.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ GOLDEN: dict[str, tuple[int, int, dict[str, int]]] = json.loads(
 )["default policy"]
 # Of each kind one: everything fuses, sums of reductions, the embedding is scaled or read before its norm, nothing fuses.
 KINDS = ("llama", "glm4_moe", "gemma2", "olmo2", "cohere2")
+PREFILL = ("llama", "glm4_moe")
 
 
 def forward(rank, world_size, folder, dtype_name, inner, prefill_too):
@@ -65,13 +67,29 @@ def pool():
         yield pool
 
 
+@pytest.fixture(scope="module")
+def alone():
+    with RankPool(WORLD, alone=True) as pool:
+        yield pool
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("name", [name for name in models.MODELS if name not in KINDS])
+def test_golden_counts_and_equal_outputs_on_one_rank(name, alone, tmp_path):
+    golden(name, False, alone, tmp_path)
+
+
 @pytest.mark.ranks
 @pytest.mark.parametrize(
     ("name", "prefill_too"),
-    [(name, name in KINDS) for name in models.MODELS]
-    + [pytest.param(name, True, marks=pytest.mark.slow) for name in models.MODELS if name not in KINDS],
+    [(name, name in PREFILL) for name in KINDS]
+    + [pytest.param(name, True, marks=pytest.mark.slow) for name in models.MODELS if name not in PREFILL],
 )
 def test_golden_counts_and_equal_outputs(name, prefill_too, pool, tmp_path):
+    golden(name, prefill_too, pool, tmp_path)
+
+
+def golden(name, prefill_too, pool, tmp_path):
     models.save(name, str(tmp_path), torch.bfloat16)
     results = pool.run(forward, str(tmp_path), "bfloat16", "aot_eager", prefill_too)
     found, fused, reasons = GOLDEN[name]
@@ -83,7 +101,7 @@ def test_golden_counts_and_equal_outputs(name, prefill_too, pool, tmp_path):
         assert equal == [True, True], "fused outputs differ from those of the model in eager mode"
         if fused > 1:
             assert all(shared for audit in layers for *_, shared in audit)
-    assert results[0][0] == results[1][0] and results[0][1] == results[1][1], "ranks disagree"
+    assert all(r[:2] == results[0][:2] for r in results), "ranks disagree"
 
 
 @pytest.mark.ranks

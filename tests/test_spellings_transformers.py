@@ -54,7 +54,7 @@ def judge(norm: spellings.NormClass, dtype: torch.dtype) -> str:
     return f"refused: {site.reason}"
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)], ids=str)
 def test_every_rms_norm_class_fuses_exactly_or_is_refused_by_name(dtype, capsys):
     classes = spellings.all_classes()
     assert len(classes) >= 150, "transformers has lost most of its RMSNorm classes; is the search still right?"

@@ -194,7 +194,15 @@ def pool(tmp_path_factory):
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize(("ir", "weights"), [(False, "own"), (True, "own"), (True, "gemma"), (True, "none")])
+@pytest.mark.parametrize(
+    ("ir", "weights"),
+    [
+        pytest.param(False, "own", marks=pytest.mark.slow),
+        (True, "own"),
+        (True, "gemma"),
+        pytest.param(True, "none", marks=pytest.mark.slow),
+    ],
+)
 def test_every_reduction_is_fused_with_the_same_bits(pool, ir, weights):
     """Both of vLLM's spellings; fp32 weights over a bf16 stream; no weights. In a copy that was unpickled."""
     results = pool.run(compile_as_vllm_does, ir, weights)

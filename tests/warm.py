@@ -49,7 +49,10 @@ RANKS = (
     "transformers.models.llama.modeling_llama",
     "transformers.models.deepseek_v3.modeling_deepseek_v3",
 )
-INTERPRETER = ("torch", "triton", "triton.language", "triton.runtime.interpreter")
+INTERPRETER = (
+    *("torch", "sympy", "torch.distributed", "torch._library.custom_ops", "torch._dynamo"),
+    *("triton", "triton.language", "triton.runtime.interpreter", "triton.experimental.gluon"),
+)
 
 
 class _Server(forkserver.ForkServer):
