@@ -1,9 +1,8 @@
-"""The models on which vLLM tests its own all-reduce fusion, written anew after
-``tests/compile/passes/distributed/test_fusion_all_reduce.py`` of github.com/vllm-project/vllm: four reductions in each, and vLLM's
-pass has to find four.
+"""The models on which vLLM tests its own fusion pass: four reductions in each, of which it has to find four. Written anew after
+``tests/compile/passes/distributed/test_fusion_all_reduce.py`` of github.com/vllm-project/vllm.
 
-vLLM's operators are stand-ins (``vllm_operators.py``), its quantization for FP4 an operator that the pass knows nothing of. On a fake
-group a sum over ranks is the partial sum itself, so the rewritten graph can be compared bit for bit without other processes.
+vLLM's operators are stand-ins (``vllm_operators.py``), its quantization for FP4 an operator that the pass knows nothing of. On a
+fake group a sum over ranks is the partial sum itself, so the rewritten graph can be compared bit for bit without other ranks.
 """
 
 from __future__ import annotations
