@@ -1,7 +1,7 @@
 """The fused op: schema, exact reference, selection, symmetric memory and kernels."""
 
 from . import settings
-from .flavour import GEMMA, GEMMA4, LLAMA, OLMO2, WEIGHTLESS, Flavour
+from .flavour import GEMMA, GEMMA4, LLAMA, OLMO2, SGLANG, VLLM, WEIGHTLESS, Flavour
 from .invariant import set_batch_invariant
 from .op import all_reduce_add_rms_norm
 from .paths import GroupPath, describe_path, raise_if_failed, reset, stream_class
@@ -14,6 +14,8 @@ __all__ = [
     "GEMMA4",
     "LLAMA",
     "OLMO2",
+    "SGLANG",
+    "VLLM",
     "WEIGHTLESS",
     "Flavour",
     "GroupPath",

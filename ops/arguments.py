@@ -77,6 +77,11 @@ def check(
         )
     if post_norm and residual is None:
         raise ValueError("all_reduce_add_rms_norm: post_norm=True needs a residual to add to; residual is None")
+    if post_norm and flavour.reads == "unrounded":
+        raise ValueError(
+            "all_reduce_add_rms_norm: post_norm=True adds the residual after the norm, so there is no residual sum that the norm "
+            "could read unrounded; use a flavour with reads='rounded'"
+        )
     if (weight is None) != (flavour.gain == "none"):
         given = "None" if weight is None else f"{weight.dtype} {tuple(weight.shape)}"
         raise ValueError(

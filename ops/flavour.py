@@ -8,7 +8,7 @@ vocabulary that the pass, the reference and the kernels share, and it travels th
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 
 COMPUTE = ("float32", "input")
@@ -18,11 +18,12 @@ NORMED = ("float32", "input")
 GAIN = ("none", "weight", "one_plus_weight")
 GAIN_DTYPE = ("own", "float32", "input")
 OUT = ("input", "promoted", "float32")
+READS = ("rounded", "unrounded")
 
 
 @dataclass(frozen=True)
 class Flavour:
-    """The rounding order of one RMSNorm. ``input`` always means the dtype of the normalised tensor ``h``.
+    """The rounding order of one RMSNorm. ``input`` always means the dtype of the sum over ranks, which the residual has too.
 
     Attributes:
         compute: dtype in which the square, mean, root and normalised value are computed. ``"input"`` rounds after
@@ -35,6 +36,9 @@ class Flavour:
         gain_dtype: dtype to which the weight is cast before it is used (and before 1 is added): ``"own"`` is no cast.
         out: dtype of the result: ``"input"``, ``"float32"``, or ``"promoted"``: whatever multiplying the normalised
             value by the gain gives, with no cast after it.
+        reads: what is normalised where a residual is added: ``"rounded"``: the residual sum as the residual keeps it;
+            ``"unrounded"``: sum and residual are added in fp32, and the norm reads that value before it is rounded for the
+            residual (vLLM, SGLang). Without a residual, and in fp32 and fp64, the two are the same.
     """
 
     compute: str = "float32"
@@ -44,15 +48,23 @@ class Flavour:
     gain: str = "weight"
     gain_dtype: str = "own"
     out: str = "promoted"
+    reads: str = "rounded"
 
     def __post_init__(self) -> None:
         for name, valid in _VALID.items():
             value = getattr(self, name)
             if value not in valid:
                 raise ValueError(f"flavour {name}={value!r} is not valid; valid values are {', '.join(valid)}")
+        if self.reads == "unrounded" and self.compute != "float32":
+            raise ValueError(
+                f"flavour reads='unrounded' with compute={self.compute!r}: the unrounded sum is fp32, so the norm computes in "
+                "fp32; use compute='float32', or reads='rounded'"
+            )
 
     def __str__(self) -> str:
-        return "/".join(getattr(self, f.name) for f in fields(self))
+        """All fields; the last one only where it says ``unrounded``, so that texts of older versions stay what they are."""
+        parts = [getattr(self, f.name) for f in fields(self)]
+        return "/".join(parts if self.reads == "unrounded" else parts[:-1])
 
     @classmethod
     def parse(cls, text: str) -> Flavour:
@@ -63,13 +75,14 @@ class Flavour:
         """The rounding order in words, for reports."""
         compute = "fp32" if self.compute == "float32" else "the input dtype"
         gain = {"none": "no weight", "weight": "weight", "one_plus_weight": "1 + weight"}[self.gain]
+        source = " the sum before it is rounded" if self.reads == "unrounded" else ""
         if self.gain == "none":
-            return f"normalise in {compute}; {gain}"
+            return f"normalise{source} in {compute}; {gain}"
         if self.normed == "input" and self.compute == "float32":
             order = f"round to the input dtype, then multiply by {gain}"
         else:
             order = f"multiply by {gain} in {compute}, then round"
-        return f"normalise in {compute} ({self.mean}, {self.root}); {order}"
+        return f"normalise{source} in {compute} ({self.mean}, {self.root}); {order}"
 
 
 _VALID = {
@@ -80,6 +93,7 @@ _VALID = {
     "gain": GAIN,
     "gain_dtype": GAIN_DTYPE,
     "out": OUT,
+    "reads": READS,
 }
 
 
@@ -87,9 +101,11 @@ _VALID = {
 def _parse(text: str) -> Flavour:
     parts = text.split("/")
     names = [f.name for f in fields(Flavour)]
-    if len(parts) != len(names):
-        raise ValueError(f"flavour {text!r} has {len(parts)} fields; expected {len(names)}: {'/'.join(names)}")
-    return Flavour(**dict(zip(names, parts, strict=True)))
+    if len(parts) not in (len(names) - 1, len(names)):
+        raise ValueError(
+            f"flavour {text!r} has {len(parts)} fields; expected {len(names) - 1} or {len(names)}: {'/'.join(names)}"
+        )
+    return Flavour(**dict(zip(names, parts, strict=False)))
 
 
 # The spellings that most models use, named after the model that made each one common.
@@ -99,6 +115,8 @@ OLMO2 = Flavour(normed="float32", gain="weight", gain_dtype="own", out="input")
 GEMMA4 = Flavour(root="pow", normed="float32", gain="weight", gain_dtype="float32", out="input")
 WEIGHTLESS = Flavour(gain="none", normed="input", out="promoted")
 ALL_IN_INPUT_DTYPE = Flavour(compute="input")
+VLLM = replace(LLAMA, reads="unrounded")  # vLLM's and nano-vllm's own norms
+SGLANG = replace(OLMO2, reads="unrounded")  # SGLang's RMSNorm, FlashInfer's kernel
 NAMED: dict[str, Flavour] = {
     "llama": LLAMA,
     "gemma": GEMMA,
@@ -106,4 +124,6 @@ NAMED: dict[str, Flavour] = {
     "gemma4": GEMMA4,
     "weightless": WEIGHTLESS,
     "input-dtype": ALL_IN_INPUT_DTYPE,
+    "vllm": VLLM,
+    "sglang": SGLANG,
 }

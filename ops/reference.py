@@ -12,17 +12,21 @@ from torch import Tensor
 from .flavour import Flavour
 
 
-def rms_norm(h: Tensor, weight: Tensor | None, eps: float, flavour: Flavour) -> Tensor:
+def rms_norm(
+    h: Tensor, weight: Tensor | None, eps: float, flavour: Flavour, input_dtype: torch.dtype | None = None
+) -> Tensor:
     """RMSNorm of ``h`` over its last dimension in the rounding order of ``flavour``.
 
     Args:
         h: ``(..., H)``, any floating dtype.
         weight: ``(H,)``, or None exactly when ``flavour.gain`` is ``"none"``.
         eps: added to the mean of squares.
+        input_dtype: what the flavour calls ``input``, where ``h`` is wider: a sum that was not rounded. Default: ``h``'s dtype.
     Returns:
         ``(..., H)`` in the dtype that ``flavour.out`` names.
     """
-    compute = torch.float32 if flavour.compute == "float32" else h.dtype
+    input_dtype = input_dtype or h.dtype
+    compute = torch.float32 if flavour.compute == "float32" else input_dtype
     c = h.to(compute)
     squares = c * c
     if flavour.mean == "mean":
@@ -37,17 +41,17 @@ def rms_norm(h: Tensor, weight: Tensor | None, eps: float, flavour: Flavour) -> 
         normed = c * torch.reciprocal(torch.sqrt(v))
     else:
         normed = c * torch.pow(v, -0.5)
-    normed = normed.to(torch.float32 if flavour.normed == "float32" else h.dtype)
+    normed = normed.to(torch.float32 if flavour.normed == "float32" else input_dtype)
     if flavour.gain != "none":
         if weight is None:
             raise ValueError(f"flavour {flavour} multiplies by a weight, but weight is None; pass weight of shape (H,)")
         if flavour.gain_dtype == "float32":
             weight = weight.to(torch.float32)
         elif flavour.gain_dtype == "input":
-            weight = weight.to(h.dtype)
+            weight = weight.to(input_dtype)
         normed = normed * (weight + 1.0 if flavour.gain == "one_plus_weight" else weight)
     if flavour.out == "input":
-        normed = normed.to(h.dtype)
+        normed = normed.to(input_dtype)
     elif flavour.out == "float32":
         normed = normed.to(torch.float32)
     return normed
@@ -74,6 +78,8 @@ def add_rms_norm(
         scale: multiplied in after the bias (1.0 is no multiplication).
         flavour: the rounding order of the norm.
         post_norm: False: ``h = residual + y``, returns ``(norm(h), h)``. True: returns ``(norm(y), residual + norm(y))``.
+
+    With a flavour that reads the unrounded sum the norm is that of ``residual + y`` in fp32; what is returned is rounded.
     """
     y = reduced
     if bias is not None:
@@ -85,6 +91,10 @@ def add_rms_norm(
             raise ValueError("post_norm=True adds the residual after the norm, but residual is None; pass a residual")
         normed = rms_norm(y, weight, eps, flavour)
         return normed, residual + normed
+    if residual is not None and flavour.reads == "unrounded":
+        wide = torch.promote_types(y.dtype, torch.float32)
+        unrounded = residual.to(wide) + y.to(wide)
+        return rms_norm(unrounded, weight, eps, flavour, y.dtype), unrounded.to(y.dtype)
     h = y if residual is None else residual + y
     return rms_norm(h, weight, eps, flavour), h
 

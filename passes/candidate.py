@@ -22,6 +22,7 @@ class Term:
         operand: what is added; None for a scale.
         factor: of a scale.
         path: alias nodes between the value before and this step; their reshapes are repeated on the partial sum.
+        casts: nodes that widen the operand to fp32; they go where nothing else reads them.
     """
 
     kind: str
@@ -29,6 +30,7 @@ class Term:
     operand: Node | None = None
     factor: float = 1.0
     path: tuple[Node, ...] = ()
+    casts: tuple[Node, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class Candidate:
         norm: what was found.
         post_add: the add after the norm when the residual is added there, else None.
         post_path: alias nodes between the norm and that add.
+        rounded: where ``h`` is a residual sum that was not rounded, the nodes that round it; none if nothing reads it rounded.
+            None where ``h`` itself is the rounded value.
     """
 
     collective: Collective
@@ -56,6 +60,14 @@ class Candidate:
     norm: NormForm
     post_add: Node | None = None
     post_path: tuple[Node, ...] = ()
+    rounded: tuple[Node, ...] | None = None
+
+    @property
+    def outputs(self) -> tuple[Node, ...]:
+        """What the two results of the fused op stand for: the norm, then every node that holds the residual sum."""
+        if self.post_add is not None:
+            return (self.norm.out, self.post_add)
+        return (self.norm.out, *((self.h.root,) if self.rounded is None else self.rounded))
 
     @property
     def pattern(self) -> str:
@@ -89,8 +101,8 @@ class Candidate:
     def nodes(self) -> tuple[Node, ...]:
         """The nodes that the fused op replaces, the all-reduce first."""
         region = [self.collective.node, *self.collective.waits]
-        region += [node for term in self.terms for node in (*term.path, term.node)]
-        region += [*self.norm.steps, self.norm.out]
+        region += [node for term in self.terms for node in (*term.path, *term.casts, term.node)]
+        region += [*(self.rounded or ()), *self.norm.steps, self.norm.out]
         if self.post_add is not None:
             region += [*self.post_path, self.post_add]
         return tuple(dict.fromkeys(region))

@@ -7,7 +7,7 @@ in the first.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -34,9 +34,13 @@ def derive(
     leaves: tuple[Leaf, ...],
     out: int,
     s_dtype: torch.dtype,
+    input_dtype: torch.dtype,
     at_base: bool,
 ) -> tuple[Flavour, int | None] | None:
-    """The flavour that the structure suggests, and the weight's leaf. The caller proves it."""
+    """The flavour that the structure suggests, and the weight's leaf. The caller proves it.
+
+    ``input_dtype`` is what a flavour calls so; ``s_dtype`` is wider where ``s`` is a sum that was not rounded.
+    """
     inside = ancestors(steps, out)
 
     def name(dtype: torch.dtype | None) -> str:
@@ -88,14 +92,16 @@ def derive(
                 gain_dtype = name(to)
     if normed is None:  # no gain: rounded once, at the end
         normed = name(out_dtype)
-    if s_dtype == torch.float32:
+    if input_dtype == torch.float32:
         normed = "input"
     weight_dtype = None if weight is None else leaves[weight].base if at_base else leaves[weight].dtype
-    promoted = Flavour(compute, mean, root, normed, gain, gain_dtype, "promoted")
-    out_name = "promoted"
-    if reference.output_dtype(s_dtype, weight_dtype, promoted) != out_dtype:
-        out_name = "input" if out_dtype == s_dtype else "float32"
-    return Flavour(compute, mean, root, normed, gain, gain_dtype, out_name), weight
+    reads = "rounded" if s_dtype == input_dtype else "unrounded"
+    if reads == "unrounded" and compute != "float32":
+        return None
+    promoted = Flavour(compute, mean, root, normed, gain, gain_dtype, "promoted", reads)
+    if reference.output_dtype(input_dtype, weight_dtype, promoted) == out_dtype:
+        return promoted, weight
+    return replace(promoted, out="input" if out_dtype == input_dtype else "float32"), weight
 
 
 def _reciprocal(chain: list[Step]) -> bool:
@@ -181,6 +187,7 @@ def _flavour_tree(
     eps: float,
     hidden: int,
     s_dtype: torch.dtype,
+    input_dtype: torch.dtype,
     weight: int | None,
     chain: list[tuple[str, Any]],
     base: Any,
@@ -197,7 +204,7 @@ def _flavour_tree(
         "pow": lambda: _commutes("mul", c, ("pow", v, -0.5)),
     }
     tree, have = roots[flavour.root](), compute
-    want = torch.float32 if flavour.normed == "float32" else s_dtype
+    want = torch.float32 if flavour.normed == "float32" else input_dtype
     tree, have = _cast(tree, have, want), want
     if flavour.gain != "none":
         gain: Any = ("w", weight)
@@ -207,18 +214,23 @@ def _flavour_tree(
                 gain, dtype = _cast(gain, dtype, to), to
             else:
                 gain = _commutes("add", gain, 1.0)
-        wanted = {"own": dtype, "float32": torch.float32, "input": s_dtype}[flavour.gain_dtype]
+        wanted = {"own": dtype, "float32": torch.float32, "input": input_dtype}[flavour.gain_dtype]
         gain, dtype = _cast(gain, dtype, wanted), wanted
         if flavour.gain == "one_plus_weight":
             gain = _commutes("add", gain, 1.0)
         result = torch.promote_types(have, dtype)
         tree, have = _commutes("mul", _cast(tree, have, result), _cast(gain, dtype, result)), result
-    final = {"input": s_dtype, "float32": torch.float32, "promoted": have}[flavour.out]
+    final = {"input": input_dtype, "float32": torch.float32, "promoted": have}[flavour.out]
     return _cast(tree, have, final)
 
 
 def same_order(
-    steps: tuple[Step, ...], leaves: tuple[Leaf, ...], match: Match, s_dtype: torch.dtype, hidden: int
+    steps: tuple[Step, ...],
+    leaves: tuple[Leaf, ...],
+    match: Match,
+    s_dtype: torch.dtype,
+    input_dtype: torch.dtype,
+    hidden: int,
 ) -> bool:
     """Whether the flavour runs the model's operations in the model's order."""
     if any(steps[i].kind == "fused" for i in ancestors(steps, match.out)):
@@ -228,7 +240,7 @@ def same_order(
     base = None if leaf is None else leaf.base
     model = _tree(steps, leaves, match.out, s_dtype)
     return model is not None and model == _flavour_tree(
-        match.flavour, match.eps, hidden, s_dtype, match.weight, chain, base
+        match.flavour, match.eps, hidden, s_dtype, input_dtype, match.weight, chain, base
     )
 
 

@@ -138,9 +138,7 @@ class Legality:
 
     def insertion_point(self, candidate: Candidate) -> Node | None:
         """The node before which the fused op goes: after all operands, before all readers; None when there is none."""
-        produced = {candidate.h.root, candidate.norm.out}
-        if candidate.post_add is not None:
-            produced.add(candidate.post_add)
+        produced = {candidate.h.root, *candidate.outputs}
         ready = max(self.order[n] for n in (candidate.collective.x, *candidate.operands))
         ready = max(ready, self.order[candidate.collective.node])
         if self.order[candidate.h.root] > ready:
@@ -159,6 +157,7 @@ class Legality:
         """Whether something in the region is overwritten between the first and the last node that the rewrite moves."""
         c = candidate.collective
         region = {*candidate.nodes, *candidate.h.names}
+        region.update(name for node in candidate.rounded or () for name in values.aliases(node, self.order).names)
         stores = {m for node in (*region, *candidate.operands, c.x) for m in storages.of(node)}
         first = min(self.order[n] for n in region)
         last = max(self.order[n] for n in (*region, point))

@@ -49,7 +49,12 @@ class NormForm:
 
 @lru_cache(maxsize=512)
 def _analyse(
-    steps: tuple[Step, ...], leaves: tuple[Leaf, ...], s_dtype: torch.dtype, hidden: int, relaxed: bool
+    steps: tuple[Step, ...],
+    leaves: tuple[Leaf, ...],
+    s_dtype: torch.dtype,
+    input_dtype: torch.dtype,
+    hidden: int,
+    relaxed: bool,
 ) -> Match | Refusal | None:
     """What a program is. Pure, so that a model's layers, which all look alike, share one answer."""
     meaning = Meaning(steps, leaves, hidden)
@@ -70,13 +75,13 @@ def _analyse(
     for out in complete or candidates[-1:]:
         g, eps = gains[out]
         for at_base in (True, False):
-            derived = derive(steps, leaves, out, s_dtype, at_base)
+            derived = derive(steps, leaves, out, s_dtype, input_dtype, at_base)
             if derived is None or (g == 1) != (derived[1] is None):
                 continue
             flavour, weight = derived
-            proof = prove(steps, leaves, out, s_dtype, hidden, flavour, weight, at_base, float(eps))
+            proof = prove(steps, leaves, out, s_dtype, input_dtype, hidden, flavour, weight, at_base, float(eps))
             match = Match(out, weight, at_base, float(eps), flavour, exact=False)
-            if proof.equal and same_order(steps, leaves, match, s_dtype, hidden):
+            if proof.equal and same_order(steps, leaves, match, s_dtype, input_dtype, hidden):
                 return replace(match, exact=True)
             failed = failed or flavour
             if proof.close and close is None:
@@ -86,7 +91,7 @@ def _analyse(
     seen = tuple(dict.fromkeys(s.kind for s in steps if s.kind not in ("same", "item")))
     nearest = f"; the nearest flavour, {failed}, gives other bits" if failed else ""
     return Refusal(
-        Reason.UNKNOWN_FLAVOUR, f"an RMSNorm in {s_dtype} whose casts the fused op does not repeat{nearest}", seen
+        Reason.UNKNOWN_FLAVOUR, f"an RMSNorm in {input_dtype} whose casts the fused op does not repeat{nearest}", seen
     )
 
 
@@ -94,13 +99,19 @@ def _is_tuple(step: Step) -> bool:
     return step.target in values.overloads("_fused_rms_norm.default")
 
 
-def match(source: values.Aliases, order: dict[Node, int], relaxed: bool = False) -> NormForm | Refusal | None:
+def match(
+    source: values.Aliases,
+    order: dict[Node, int],
+    relaxed: bool = False,
+    input_dtype: torch.dtype | None = None,
+) -> NormForm | Refusal | None:
     """The RMSNorm that reads ``source``, a refusal naming what is nearly one, or None when no norm reads it.
 
     Args:
         source: the value ``s`` under all its names.
         order: node positions.
         relaxed: accept a flavour that changes rounding.
+        input_dtype: the dtype to which ``source`` is rounded for the residual, where it is wider. Default: its own.
     """
     hidden = values.width(source.root)
     dtype = values.dtype(source.root)
@@ -111,7 +122,7 @@ def match(source: values.Aliases, order: dict[Node, int], relaxed: bool = False)
     program = read(source, order, hidden)
     if not any(step.kind in REDUCTIONS for step in program.steps):
         return None
-    found = _analyse(tuple(program.steps), tuple(program.leaves), dtype, hidden, relaxed)
+    found = _analyse(tuple(program.steps), tuple(program.leaves), dtype, input_dtype or dtype, hidden, relaxed)
     if not isinstance(found, Match):
         return found
     inside = ancestors(tuple(program.steps), found.out)

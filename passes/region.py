@@ -11,12 +11,13 @@ from dataclasses import replace
 
 from torch.fx import Node
 
-from . import legality, norms, values
+from . import legality, norms, values, widened
 from .candidate import Candidate, Found, Term, pattern_of
 from .collectives import Collective
 from .legality import ADD, MUL
 from .norms import NormForm
 from .reasons import Reason, Refusal
+from .widened import WideAdd
 
 MAX_TERMS = 4
 
@@ -32,7 +33,10 @@ def follow(c: Collective, order: dict[Node, int], relaxed: bool = False) -> Foun
     pattern = "all_reduce"
     current = values.aliases(c.value, order, also=c.waits)
     while True:
-        term = _term(current)
+        wide = widened.find(current, order)
+        if isinstance(wide, WideAdd) and wide.readers:
+            return Found(c, _unrounded(c, terms, wide, order, relaxed), pattern_of(terms, "add+norm?"))
+        term = wide if isinstance(wide, Refusal) else _term(current) if wide is None else _rounded(wide)
         # A scaled sum is normalised after the scale: s and 2 * s have one norm, up to eps and rounding.
         scaled = isinstance(term, Term) and term.kind == "scale"
         norm = None if scaled else norms.match(current, order, relaxed)
@@ -48,8 +52,10 @@ def follow(c: Collective, order: dict[Node, int], relaxed: bool = False) -> Foun
             return Found(c, term, pattern)
         if term is None or len(terms) == MAX_TERMS:
             return Found(c, legality.no_norm(current, terms), pattern)
-        name = next(a for a in term.node.all_input_nodes if a in current)
-        terms.append(replace(term, path=tuple(current.path(name))))
+        if wide is None:
+            name = next(a for a in term.node.all_input_nodes if a in current)
+            term = replace(term, path=tuple(current.path(name)))
+        terms.append(term)
         current = values.aliases(term.node, order)
 
 
@@ -70,19 +76,77 @@ def _term(current: values.Aliases) -> Term | Refusal | None:
     other = next((a for a in operands if a not in current), None)
     if other is None:
         return Refusal(Reason.RESIDUAL_DERIVED, f"{reader.name} adds the sum to itself") if mine else None
-    hidden = values.width(current.root)
     if values.dtype(other) != values.dtype(current.root):
         return Refusal(Reason.DTYPE, f"the sum is {values.dtype(current.root)}, {other.name} is {values.dtype(other)}")
-    rows = values.same_rows(other, mine[0])
-    if isinstance(hidden, int) and values.is_vector(other, hidden) and values.same_rows(reader, mine[0]):
+    return _added(reader, mine[0], other)
+
+
+def _added(add: Node, mine: Node, other: Node) -> Term | Refusal:
+    """What an add of ``other`` to the sum, known as ``mine``, is."""
+    hidden = values.width(mine)
+    rows = values.same_rows(other, mine)
+    if isinstance(hidden, int) and values.is_vector(other, hidden) and values.same_rows(add, mine):
         # A tensor of one row is a residual where the sum has one row too, unless its shape says vector.
         tensor = values.value(other)
-        if not rows or (tensor is not None and tensor.dim() == 1 and not values.same_shape(other, mine[0])):
-            return Term("bias", reader, other)
-    if not rows or not values.same_rows(reader, mine[0]):
-        shapes = f"{legality.shape_of(other)} to {legality.shape_of(mine[0])}"
-        return Refusal(Reason.RESIDUAL_SHAPE, f"{reader.name} adds {other.name}: {shapes}")
-    return Term("full", reader, other)
+        if not rows or (tensor is not None and tensor.dim() == 1 and not values.same_shape(other, mine)):
+            return Term("bias", add, other)
+    if not rows or not values.same_rows(add, mine):
+        shapes = f"{legality.shape_of(other)} to {legality.shape_of(mine)}"
+        return Refusal(Reason.RESIDUAL_SHAPE, f"{add.name} adds {other.name}: {shapes}")
+    return Term("full", add, other)
+
+
+def _wide_term(wide: WideAdd) -> Term | Refusal:
+    """The add in fp32 as a step towards a norm that reads it unrounded."""
+    term = _added(wide.node, wide.mine, wide.other)
+    return term if isinstance(term, Refusal) else replace(term, path=wide.path, casts=wide.casts)
+
+
+def _rounded(wide: WideAdd) -> Term | Refusal:
+    """The add in fp32 with the cast behind it: an add in the dtype of the sum."""
+    term = _wide_term(wide)
+    if isinstance(term, Refusal):
+        return term
+    if len(wide.rounded) != 1 or wide.rounded[0].args[0] is not wide.node:
+        names = ", ".join(n.name for n in wide.result.readers) or "nothing"
+        return Refusal(
+            Reason.DTYPE, f"{wide.node.name} adds in fp32, and is read by {names}, expected one cast to the sum's dtype"
+        )
+    return replace(term, node=wide.rounded[0], path=(*term.path, wide.node))
+
+
+def _unrounded(
+    c: Collective, terms: list[Term], wide: WideAdd, order: dict[Node, int], relaxed: bool
+) -> Candidate | Refusal:
+    """A norm that reads the residual sum before it is rounded."""
+    term = _wide_term(wide)
+    if isinstance(term, Refusal):
+        return term
+    dtype = values.dtype(wide.other)
+    norm = norms.match(wide.result, order, relaxed, dtype)
+    readers = ", ".join(r.name for r in wide.readers)
+    if norm is None:
+        return Refusal(
+            Reason.DTYPE,
+            f"{wide.node.name} adds to the sum in fp32, and is read by {readers} before it is rounded to {dtype}",
+        )
+    if isinstance(norm, Refusal):
+        return norm
+    if term.kind != "full":
+        return Refusal(
+            Reason.UNKNOWN_FLAVOUR,
+            f"the norm reads {wide.node.name}, which adds a vector to the sum in fp32, unrounded",
+        )
+    inside = {*norm.steps, norm.out}
+    kept = [n for n in norm.steps if any(user not in inside and not values.is_dead(user) for user in n.users)]
+    outside = [r for r in wide.readers if r not in inside] + kept
+    if outside:
+        return Refusal(
+            Reason.EXTRA_READER,
+            f"{outside[0].name} needs the residual sum before it is rounded, besides the norm; the fused op gives it rounded",
+        )
+    found = _candidate(c, [*terms, term], wide.result, norm, order)
+    return found if isinstance(found, Refusal) else replace(found, rounded=wide.rounded)
 
 
 def _candidate(

@@ -55,16 +55,16 @@ class Replacement:
 
     Attributes:
         steps: in order.
-        fused, normed, summed: the fused op, what readers of the norm read, what readers of the residual sum (with
-            post-norm: of the add behind the norm) read.
+        fused: the fused op.
+        outputs: for each of :attr:`Candidate.outputs` what its readers read: the norm, then the residual sum (with post-norm:
+            the add behind the norm).
     """
 
     candidate: Candidate
     mode: Any
     steps: list[Step] = field(default_factory=list)
     fused: Value = Value(-1)
-    normed: Value = Value(-1)
-    summed: Value = Value(-1)
+    outputs: list[tuple[Node, Value]] = field(default_factory=list)
 
     # -- building
 
@@ -159,15 +159,14 @@ def _resolve(tree: Any, actual: Callable[[Any], Any]) -> Any:
 
 def build(candidate: Candidate) -> Replacement | Refusal:
     """The replacement of a candidate, type-checked, or why there is none. Changes nothing."""
-    c, norm = candidate.collective, candidate.norm
+    c = candidate.collective
     fakes = [values.value(n) for n in (c.value, c.x, *candidate.operands)]
     new = Replacement(candidate, compat.fake_mode_of(fakes))
     try:
         _build(new)
     except Misfit as error:
         return Refusal(Reason.ROWS_MOVE, str(error))
-    replaced = [(norm.out, new.normed), (candidate.post_add or candidate.h.root, new.summed)]
-    for node, ref in replaced:
+    for node, ref in new.outputs:
         have, want = new._fake(ref), values.value(node)
         if want is None or have.dtype != want.dtype or not values.same_sizes(have.shape, want.shape):
             return Refusal(
@@ -210,9 +209,12 @@ def _build(new: Replacement) -> None:
     except ValueError as error:
         raise Misfit(f"the fused op does not take these operands: {error}") from error
     normed = new.call(operator.getitem, new.fused, 0)
-    new.summed = new.call(operator.getitem, new.fused, 1)
+    summed = new.call(operator.getitem, new.fused, 1)
     out = normed if post else new.repeat(candidate.reshapes, normed)
-    new.normed = cast(Value, new.fit(out, norm.out))
+    new.outputs.append((norm.out, cast(Value, new.fit(out, norm.out))))
+    for node in candidate.outputs[1:]:
+        path = [] if candidate.rounded is None else candidate.h.path(cast(Node, node.args[0]))
+        new.outputs.append((node, cast(Value, new.repeat(tuple(path), summed))))
 
 
 def _text(tensor: torch.Tensor | None) -> str:

@@ -93,6 +93,7 @@ def prove(
     leaves: tuple[Leaf, ...],
     out: int,
     s_dtype: torch.dtype,
+    input_dtype: torch.dtype,
     hidden: int,
     flavour: Flavour,
     weight: int | None,
@@ -106,10 +107,10 @@ def prove(
             operands = [_operand_value(leaf, base) for leaf, base in zip(leaves, bases, strict=True)]
             w = None if weight is None else bases[weight] if at_base else operands[weight]
             model = _replay(steps, out, s, operands)
-            ours = reference.rms_norm(s, w, eps, flavour)
+            ours = reference.rms_norm(s, w, eps, flavour, input_dtype)
             if model.dtype != ours.dtype or model.shape != ours.shape:
                 return Comparison(False, False)
             equal = equal and torch.equal(model, ours)
-            tolerance = 4 * torch.finfo(s_dtype).eps
+            tolerance = 4 * torch.finfo(input_dtype).eps
             close = close and torch.allclose(model.double(), ours.double(), rtol=tolerance, atol=tolerance)
     return Comparison(equal, close)

@@ -61,9 +61,9 @@ def apply(graph: Graph, decisions: Sequence[Decision]) -> list[Node]:
     names = [n.name for n in outputs]
     transaction = Transaction(graph)
     try:
-        checks = {user for d in decisions for node in _region(d) for user in node.users if user.target in values.CHECKS}
+        unread = {user for d in decisions for node in _region(d) for user in node.users if values.is_dead(user)}
         fused = _insert(graph, decisions)
-        dead = _dead(graph, decisions, checks | _shrink(graph, found))
+        dead = _dead(graph, decisions, unread | _shrink(graph, found))
         _check(graph, decisions, dead)
     except BaseException:
         transaction.roll_back()
@@ -87,7 +87,6 @@ def _insert(graph: Graph, decisions: Sequence[Decision]) -> list[Node]:
     for decision in decisions:
         new, candidate = decision.replacement, decision.candidate
         made = new.insert(graph, decision.point, moved)
-        normed, summed = made[new.normed.index], made[new.summed.index]
         fused.append(made[new.fused.index])
         mine = set(made)
 
@@ -95,13 +94,10 @@ def _insert(graph: Graph, decisions: Sequence[Decision]) -> list[Node]:
             old.replace_all_uses_with(to, delete_user_cb=lambda user: user not in mine, propagate_meta=False)
             moved[old] = to
 
-        redirect(candidate.norm.out, normed)
-        if candidate.post_add is not None:
-            redirect(candidate.post_add, summed)
-            continue
-        c = candidate.collective
-        for name in {candidate.h.root, *(c.waits if candidate.h.root in c.waits else ())}:
-            redirect(name, summed)
+        waits = candidate.collective.waits
+        for node, value in new.outputs:
+            for name in {node, *(waits if node in waits else ())}:  # without an addend the sum is its own residual sum
+                redirect(name, made[value.index])
     return fused
 
 
@@ -198,11 +194,8 @@ def verify(decision: Decision) -> str | None:
         theirs = dict(known)
         for same in (c.node, c.value, *c.waits):
             theirs[same] = known[c.x]
-        pairs = (
-            ("normed", norm.out, ours[new.normed.index]),
-            ("residual_out", candidate.post_add or candidate.h.root, ours[new.summed.index]),
-        )
-        for name, node, got in pairs:
+        for node, value in new.outputs:
+            name, got = "normed" if node is norm.out else "residual_out", ours[value.index]
             model = _run(node, theirs)
             if model.dtype != got.dtype or model.shape != got.shape:
                 return (

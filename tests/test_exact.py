@@ -29,6 +29,9 @@ def case(rank, flavour_name, dtype, weight_dtype, variant):
         if variant == "post":
             n = rms_norm(y, w, 1e-5, chosen)
             return n, r + n
+        if chosen.reads == "unrounded" and variant != "none":
+            h = r.float() + y.float()
+            return rms_norm(h, w, 1e-5, chosen, y.dtype), h.to(y.dtype)
         h = y if variant == "none" else r + y
         return rms_norm(h, w, 1e-5, chosen), h
 
@@ -43,6 +46,9 @@ def case(rank, flavour_name, dtype, weight_dtype, variant):
         unfused = graphs.trace(layer, (x, r, w, b))
         fused, report = graphs.fused_copy(unfused)
         assert graphs.count(fused) == 1 and graphs.all_reduces_left(fused) == 0
+        # In fp32 there is nothing to round, and without a residual nothing is added.
+        unrounded = chosen.reads == "unrounded" and variant != "none" and dtype != torch.float32
+        assert report.fused[0].flavour.endswith("/unrounded") == unrounded, report.fused[0].flavour
         with torch.no_grad():
             outputs = [fused(x, r, w, b), unfused(x, r, w, b), layer(x, r, w, b)]
         for a, b_, c in zip(*outputs, strict=True):
@@ -92,7 +98,8 @@ def cases() -> list[tuple[str, torch.dtype, torch.dtype, str]]:
     every = [(name, dtype, dtype, "add") for name in flavour.NAMED for dtype in DTYPES]
     every += [("llama", torch.bfloat16, torch.bfloat16, v) for v in ("bias", "scale", "post", "none")]
     every += [("gemma", torch.bfloat16, torch.bfloat16, "post"), ("olmo2", torch.float16, torch.float16, "post")]
-    every += [(name, torch.bfloat16, torch.float32, "add") for name in ("llama", "olmo2", "gemma")]
+    every += [("vllm", torch.bfloat16, torch.bfloat16, v) for v in ("bias", "scale", "none")]
+    every += [(name, torch.bfloat16, torch.float32, "add") for name in ("llama", "olmo2", "gemma", "vllm", "sglang")]
     return every
 
 

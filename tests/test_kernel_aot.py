@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import triton
-from tpfuse.ops.flavour import GEMMA, LLAMA, OLMO2, Flavour
+from tpfuse.ops.flavour import GEMMA, LLAMA, OLMO2, SGLANG, VLLM, Flavour
 from tpfuse.ops.geometry import Part, Room, geometry, register_bound
 from tpfuse.ops.kernels.add_norm import add_norm_kernel
 from tpfuse.ops.kernels.memory import NAN_WORD
@@ -122,6 +122,20 @@ def test_no_variant_of_the_table_spills(algorithm: str, arch: int, tmp_path: Pat
     ):
         for lanes in (128, 512):
             _check(algorithm, c, 8, Part(lanes, 1), arch, tmp_path)
+
+
+@pytest.mark.parametrize("arch", NVIDIA)
+@pytest.mark.parametrize("algorithm", sorted(KERNELS))
+def test_a_row_that_is_held_unrounded_fits_the_same_registers(algorithm: str, arch: int, tmp_path: Path) -> None:
+    """Twice the registers between add and norm: within the bounds that size the grid, so flavours share geometries."""
+    for world in (2, 4, 8):
+        room = Room(algorithm, world, 132)
+        for hidden in (4096, 8192, 16384):
+            chosen = {geometry(room, rows, hidden // 1024).part for rows in (1, 16, 64, 128, 4096)}
+            for part in sorted(chosen, key=str):
+                _check(algorithm, _constants(hidden, flavour=VLLM), world, part, arch, tmp_path)
+    _check(algorithm, _constants(dtype=torch.float16, flavour=SGLANG), 8, Part(512, 1), arch, tmp_path)
+    _check(algorithm, _constants(weight=torch.float32, flavour=SGLANG), 8, Part(512, 1), arch, tmp_path)
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))

@@ -9,6 +9,7 @@ rounding (fp32: four units in the last place), the residual bit for bit.
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -103,19 +104,43 @@ def test_outputs_over_the_inputs_get_the_same_bits() -> None:
 def test_flavours_and_epilogues() -> None:
     calls = [
         Call(2, 72, flavour=f, dtype=d)
-        for f in ("llama", "gemma", "olmo2", "gemma4", "weightless")
+        for f in ("llama", "gemma", "olmo2", "gemma4", "weightless", "vllm", "sglang")
         for d in (torch.bfloat16, torch.float16, torch.float32)
     ]
-    calls += [Call(2, 72, flavour=f, weight_dtype=torch.float32) for f in ("llama", "gemma", "olmo2", "gemma4")]
+    calls += [
+        Call(2, 72, flavour=f, weight_dtype=torch.float32) for f in ("llama", "gemma", "olmo2", "gemma4", "sglang")
+    ]
     calls += [
         Call(2, 72, algorithm, bias=bias, scale=scale, post_norm=post, flavour=flavour, seed=9)
         for bias in ("none", "row", "full")
         for scale in (1.0, 0.22)
-        for post, flavour in ((False, "llama"), (True, "olmo2"))
+        for post, flavour in ((False, "llama"), (True, "olmo2"), (False, "vllm"))
         for algorithm in ("one_shot", "two_shot")
     ]
     calls += [Call(2, 72, residual=False), Call(2, 72, residual=False, algorithm="two_shot", bias="row")]
     _agree(run(2, calls), 2)
+
+
+def test_a_norm_of_the_unrounded_sum_has_the_bits_of_its_reference_however_a_row_is_held() -> None:
+    """Several steps a program, several groups a step, over the inputs, with special values."""
+    kinds = [
+        {"hidden": 2880},
+        {"hidden": 2880, "lanes": 256, "dtype": torch.float16},
+        {"rows": 5, "hidden": 192, "in_place": True},
+        {"rows": 3, "hidden": 64, "special": "zeros"},
+        {"rows": 3, "hidden": 64, "special": "denormals"},
+    ]
+    calls = [
+        Call(**{"rows": 2, "algorithm": algorithm, "flavour": "vllm", "seed": 700 + n, **kind})  # type: ignore[arg-type]
+        for n, kind in enumerate(kinds)
+        for algorithm in ("one_shot", "two_shot")
+    ]
+    outcomes = run(2, calls)
+    _agree(outcomes, 2)
+    assert outcomes[0].digests[::2] == outcomes[0].digests[1::2]
+    rounded = run(2, [replace(call, flavour="llama") for call in calls])
+    _agree(rounded, 2)
+    assert rounded[0].digests[0] != outcomes[0].digests[0]
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import pytest
 import sglang_world as files
 import torch
 from ranks import RankPool
-from tpfuse.ops import GEMMA, LLAMA, OLMO2, reference
+from tpfuse.ops import GEMMA, SGLANG, VLLM, reference
 
 from tpfuse.engines import sglang as hook
 from tpfuse.parallel import ConfigError, ParallelConfig
@@ -265,27 +265,6 @@ def start(model: Any) -> None:
     hook.prepare(model, files.HIDDEN, torch.bfloat16, torch.device("cpu"))
 
 
-def in_the_order_of_the_op(model: Any, after_mlp: bool) -> None:
-    """Let the norms that the hook takes compute what the op's reference computes: the sum is rounded before it is read."""
-
-    def norm_of(norm: Any) -> Any:
-        own = norm._forward_method
-
-        def forward(x: Any, residual: Any = None, *rest: Any, **more: Any) -> Any:
-            if residual is None or x.shape[0] == 0:
-                return own(x, residual, *rest, **more)
-            return reference.add_rms_norm(
-                x, residual, norm.weight, None, norm.variance_epsilon, 1.0, hook.rounding(norm, x.dtype), False
-            )
-
-        return forward
-
-    for layer in model.model.layers:
-        layer.post_attention_layernorm._forward_method = norm_of(layer.post_attention_layernorm)
-        if after_mlp:
-            layer.input_layernorm._forward_method = norm_of(layer.input_layernorm)
-
-
 def leaves_sums(version: str, architecture: str) -> bool:
     """Whether the model leaves the sum of an MLP to the next layer: Qwen3 of 0.5.17 does not."""
     return not (version == "0.5.17" and architecture.startswith("Qwen3"))
@@ -302,8 +281,6 @@ def one_group(rank: int, world: int, version: str, architecture: str) -> dict[st
         tokens = tokens_of(rank, 6)
         plain = setup.model()
         found: dict[str, Any] = {"alone": setup.run(plain, tokens)}
-        in_the_order_of_the_op(plain, leaves_sums(version, architecture))
-        found["reference"] = setup.run(plain, tokens)
         targets = [h.target for h in hook._hooks(version)]
         if hook.SCHEDULER not in sys.modules:
             assert [t.rpartition(".")[2] for t in targets] == ["check_server_args"]
@@ -343,20 +320,18 @@ def test_one_attention_group(version, architecture, pools):
     for found in pools(version).run(one_group, version, architecture, timeout=600):
         assert torch.equal(found["alone"], found["not ready"])
         assert torch.equal(found["alone"], found["undone"]) and found["restored"]
-        assert torch.equal(found["hooked"], found["reference"])
-        close(found["hooked"], found["alone"])
+        assert torch.equal(found["hooked"], found["alone"])
         assert len(found["active"]) == 1
         after_mlp = {"after mlp": files.LAYERS - 1} if leaves_sums(version, architecture) else {}
         assert found["calls"] == {"after attention": files.LAYERS, **after_mlp}
 
 
 def close(a: torch.Tensor, b: torch.Tensor) -> None:
-    """Within what one rounding of bf16 before each of the norms may change.
+    """Within what one rounding of bf16 before each of the norms may change: groups of another size add in another order.
 
-    The op rounds h = residual + sum to bf16 before the norm reads it; SGLang's norm reads h in fp32. Each element of a norm's
-    input moves by at most half a step of bf16, 2**-9 of it, so its output by about 2**-9 of itself, and by one step more where
-    that crosses a rounding. Three layers of two norms, each followed by matrices of norm about 1: 6 * 2**-8 relative to the size
-    of a row.
+    Each element of a norm's input moves by at most half a step of bf16, 2**-9 of it, so its output by about 2**-9 of itself, and
+    by one step more where that crosses a rounding. Three layers of two norms, each followed by matrices of norm about 1:
+    6 * 2**-8 relative to the size of a row.
     """
     scale = b.float().pow(2).mean(-1, keepdim=True).sqrt()
     assert ((a.float() - b.float()).abs() / scale).pow(2).mean().sqrt() < 6 * 2**-8
@@ -377,8 +352,6 @@ def shared(rank: int, world: int, version: str, architecture: str, rows: tuple[i
         found["cut"] = mlp.down_proj.weight.clone()
         hook.undo()
         found["undone"] = setup.run(model, mine)
-        in_the_order_of_the_op(model, leaves_sums(version, architecture))
-        found["reference"] = setup.run(model, mine)
         return found
     finally:
         hook.undo()
@@ -408,7 +381,7 @@ def test_the_dense_mlp_shares_the_attention_group_under_attention_dp(version, ar
     assert torch.equal(found[0]["cut"], found[2]["cut"]) and not torch.equal(found[0]["cut"], found[1]["cut"])
     for rank, one in enumerate(found):
         assert one["weight"] == (files.HIDDEN, 128 // 2)
-        assert torch.equal(one["hooked"], one["reference"])
+        assert torch.equal(one["hooked"], one["undone"])
         count = rows[rank // 2]
         assert one["hooked"].shape == (count, files.HIDDEN)
         if count == 0:
@@ -416,7 +389,6 @@ def test_the_dense_mlp_shares_the_attention_group_under_attention_dp(version, ar
             continue
         after_mlp = {"after mlp": files.LAYERS - 1} if leaves_sums(version, architecture) else {}
         assert one["calls"] == {"after attention": files.LAYERS, **after_mlp}
-        close(one["hooked"], one["undone"])
         close(one["undone"], expected[rank][rank // 2])
 
 
@@ -537,16 +509,14 @@ def test_the_server_arguments_beside_parallel_config(version, pools):
     assert found == TABLE
 
 
-def norms(rank: int, world: int, version: str) -> dict[str, tuple[bool, bool, bool]]:
-    """For each norm of SGLang that the op stands in for: are residuals equal, are normed rows equal, the same on exact sums."""
+def norms(rank: int, world: int, version: str) -> dict[str, tuple[bool, bool]]:
+    """For each norm of SGLang that the op stands in for: are residuals equal, are normed rows equal."""
     setup = files.World(version, MODELS[0], rank, 4)
     try:
         from sglang.srt.layers.layernorm import GemmaRMSNorm, RMSNorm
 
         dice = torch.Generator().manual_seed(3)
         x, residual = (torch.randn(64, 256, generator=dice).bfloat16() for _ in range(2))
-        # Multiples of 1/8 below 8: the sum has at most 8 bits, so rounding it changes nothing.
-        exact = [(torch.randint(-60, 60, (64, 256), generator=dice) / 8).bfloat16() for _ in range(2)]
         found = {}
         for name, norm in {
             "once": RMSNorm(256),
@@ -563,13 +533,7 @@ def norms(rank: int, world: int, version: str) -> dict[str, tuple[bool, bool, bo
                 ours = reference.add_rms_norm(
                     x, residual, norm.weight, None, norm.variance_epsilon, 1.0, flavour, False
                 )
-                both = [norm.forward_native(*(t.clone() for t in exact))]
-                both += [reference.add_rms_norm(*exact, norm.weight, None, norm.variance_epsilon, 1.0, flavour, False)]
-            found[name] = (
-                torch.equal(theirs[1], ours[1]),
-                torch.equal(theirs[0], ours[0]),
-                all(torch.equal(a, b) for a, b in zip(*both, strict=True)),
-            )
+            found[name] = (torch.equal(theirs[1], ours[1]), torch.equal(theirs[0], ours[0]))
         refused = [
             RMSNorm(256, has_weight=False),
             RMSNorm(256, fp32_residual=True),
@@ -578,8 +542,8 @@ def norms(rank: int, world: int, version: str) -> dict[str, tuple[bool, bool, bo
             torch.nn.LayerNorm(256),
         ]
         assert [hook.rounding(norm, torch.bfloat16) for norm in refused] == [None] * len(refused)
-        assert hook.rounding(RMSNorm(256), torch.bfloat16) == OLMO2
-        assert hook.rounding(RMSNorm(256, cast_x_before_out_mul=True), torch.bfloat16) == LLAMA
+        assert hook.rounding(RMSNorm(256), torch.bfloat16) == SGLANG
+        assert hook.rounding(RMSNorm(256, cast_x_before_out_mul=True), torch.bfloat16) == VLLM
         assert hook.rounding(GemmaRMSNorm(256), torch.bfloat16) == GEMMA
         return found
     finally:
@@ -592,9 +556,8 @@ def norms(rank: int, world: int, version: str) -> dict[str, tuple[bool, bool, bo
 @pytest.mark.timeout(900)
 def test_the_rounding_order_of_sglangs_norms(version, pools):
     found = pools(version).run(norms, version, timeout=600)[0]
-    # The sum is rounded in the residual in both. SGLang's RMSNorm normalizes the sum before it is rounded, Gemma's after.
-    assert found.pop("gemma") == (True, True, True)
-    assert set(found.values()) == {(True, False, True)}
+    # SGLang's RMSNorm normalizes the sum before it is rounded, Gemma's after.
+    assert len(found) == 4 and set(found.values()) == {(True, True)}
 
 
 def scattered(rank: int, world: int, version: str) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from ranks import RankPool
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
+from vllm_operators import EPS, GROUP, define_operators, provider, provider_of, world
 
 import tpfuse
 from tpfuse import compat
@@ -34,65 +35,6 @@ from tpfuse.engines import vllm, vllm_compat, vllm_norms, vllm_reports
 from tpfuse.inspect import load
 
 ROOT = Path(__file__).resolve().parents[1]
-GROUP = "tp:0"
-EPS = 1e-5
-_libraries: list[Any] = []
-
-
-def define_operators() -> None:
-    """vLLM's operators by name and schema (0.32), computed as its CUDA kernels do."""
-    if _libraries:
-        return
-    space, ir, kernels = (torch.library.Library(n, "DEF") for n in ("vllm", "vllm_ir", "_C"))
-    _libraries.extend((space, ir, kernels))
-    space.define("all_reduce(Tensor tensor, str group_name) -> Tensor")
-    kernels.define("rms_norm(Tensor! result, Tensor input, Tensor? weight, float epsilon) -> ()")
-    kernels.define("fused_add_rms_norm(Tensor! input, Tensor! residual, Tensor? weight, float epsilon) -> ()")
-    ir.define("rms_norm(Tensor x, Tensor? weight, float epsilon, int? variance_size=None) -> Tensor")
-    ir.define(
-        "fused_add_rms_norm(Tensor x, Tensor x_residual, Tensor? weight, float epsilon, int? variance_size=None)"
-        " -> (Tensor, Tensor)"
-    )
-
-    def all_reduce(tensor: Tensor, group_name: str) -> Tensor:
-        assert group_name == GROUP
-        out = tensor.clone()
-        dist.all_reduce(out)
-        return out
-
-    def norm(x: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None) -> Tensor:
-        h = x.float()
-        part = h if variance_size is None else h[..., :variance_size]
-        h = h * torch.rsqrt(part.pow(2).mean(-1, keepdim=True) + epsilon)
-        return (h if weight is None else h.to(weight.dtype) * weight).to(x.dtype)
-
-    def add_norm(
-        x: Tensor, residual: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None
-    ) -> tuple[Tensor, Tensor]:
-        summed = x + residual
-        return norm(summed, weight, epsilon, variance_size), summed
-
-    def norm_into(result: Tensor, input: Tensor, weight: Tensor | None, epsilon: float) -> None:
-        result.copy_(norm(input, weight, epsilon))
-
-    def add_norm_in_place(input: Tensor, residual: Tensor, weight: Tensor | None, epsilon: float) -> None:
-        normed, summed = add_norm(input, residual, weight, epsilon)
-        input.copy_(normed)
-        residual.copy_(summed)
-
-    space.impl("all_reduce", all_reduce, "CPU")
-    space.impl("all_reduce", lambda tensor, group_name: torch.empty_like(tensor), "Meta")
-    ir.impl("rms_norm", norm, "CompositeExplicitAutograd")
-    ir.impl("fused_add_rms_norm", add_norm, "CompositeExplicitAutograd")
-    kernels.impl("rms_norm", norm_into, "CPU")
-    kernels.impl("rms_norm", lambda *a: None, "Meta")
-    kernels.impl("fused_add_rms_norm", add_norm_in_place, "CPU")
-    kernels.impl("fused_add_rms_norm", lambda *a: None, "Meta")
-
-
-def world(name: str) -> tuple[int, ...]:
-    """The ranks of every group name: found by name in another process, as pickle needs it."""
-    return tuple(range(dist.get_world_size()))
 
 
 @pytest.fixture(autouse=True)
@@ -100,6 +42,8 @@ def without_vllm(monkeypatch):
     """What the plugin asks of vLLM, answered without it; and nothing left for the next test."""
     define_operators()
     monkeypatch.setattr(vllm_compat, "all_reduce", lambda: torch.ops.vllm.all_reduce)
+    monkeypatch.setattr(vllm_compat, "norm_provider", provider_of)
+    monkeypatch.setitem(provider, "now", "native")
     monkeypatch.setattr(vllm, "_told", set())
     monkeypatch.setattr(vllm, "_recorder", vllm._Recorder())
     monkeypatch.setattr(vllm, "_watch", lambda: None)
@@ -146,11 +90,15 @@ class Model(nn.Module):
         return self.norm(hidden, residual, self.norms[len(self.rows)])
 
 
-def compile_as_vllm_does(rank: int, world_size: int, ir: bool, weights: str, fuel: int | None = None) -> dict[str, Any]:
+def compile_as_vllm_does(
+    rank: int, world_size: int, ir: bool, weights: str, lowered_to: str = "native", fuel: int | None = None
+) -> dict[str, Any]:
     define_operators()
     from torch._inductor import config
 
+    provider["now"] = lowered_to
     vllm_compat.all_reduce = lambda: torch.ops.vllm.all_reduce
+    vllm_compat.norm_provider = provider_of
     vllm._watch = lambda: None
     tpfuse.passes.collectives.unregister_collective(torch.ops.vllm.all_reduce)
     tpfuse.clear_reports()  # fuel counts from here
@@ -172,6 +120,7 @@ def compile_as_vllm_does(rank: int, world_size: int, ir: bool, weights: str, fue
     (report,) = ours.reports
     return {
         "patterns": [s.pattern for s in report.fused],
+        "unrounded": ["before it is rounded" in s.detail for s in report.fused],
         "found": len(report.sites),
         "groups": {s.group for s in report.sites},
         "reasons": [s.reason for s in report.kept],
@@ -195,18 +144,22 @@ def pool(tmp_path_factory):
 
 @pytest.mark.ranks
 @pytest.mark.parametrize(
-    ("ir", "weights"),
+    ("ir", "weights", "lowered_to"),
     [
-        pytest.param(False, "own", marks=pytest.mark.slow),
-        (True, "own"),
-        (True, "gemma"),
-        pytest.param(True, "none", marks=pytest.mark.slow),
+        (True, "own", "native"),
+        (True, "gemma", "native"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in ((False, "own", "native"), (True, "own", "vllm_c"), (True, "none", "native"))
+        ),
     ],
 )
-def test_every_reduction_is_fused_with_the_same_bits(pool, ir, weights):
-    """Both of vLLM's spellings; fp32 weights over a bf16 stream; no weights. In a copy that was unpickled."""
-    results = pool.run(compile_as_vllm_does, ir, weights)
+def test_every_reduction_is_fused_with_the_same_bits(pool, ir, weights, lowered_to):
+    """Both of vLLM's spellings and ways to lower one; fp32 weights over a bf16 stream; no weights. In an unpickled copy."""
+    results = pool.run(compile_as_vllm_does, ir, weights, lowered_to)
     for result in results:
+        # vLLM's own arithmetic reads the sum before it is rounded, its CUDA kernel after.
+        assert result["unrounded"] == [False] + 4 * [ir and lowered_to == "native"]
         assert result["patterns"] == ["all_reduce+rms_norm"] + 4 * ["all_reduce+add+rms_norm"], result["reasons"]
         assert result["found"] == 5
         assert result["groups"] == {(0, 1)}
@@ -218,7 +171,7 @@ def test_every_reduction_is_fused_with_the_same_bits(pool, ir, weights):
 
 @pytest.mark.ranks
 def test_what_is_not_fused_says_why_and_stays_right(pool):
-    for result in pool.run(compile_as_vllm_does, True, "own", 2):
+    for result in pool.run(compile_as_vllm_does, True, "own", "native", 2):
         assert len(result["patterns"]) == 2
         assert result["reasons"] == ["fuel"] * 3
         assert result["equal"]
@@ -252,6 +205,30 @@ def inputs(weight: torch.dtype | None = torch.bfloat16) -> tuple[Any, ...]:
 
 def targets(gm: torch.fx.GraphModule) -> list[str]:
     return [str(n.target) for n in gm.graph.nodes if n.op == "call_function" and n.target is not operator.getitem]
+
+
+def test_a_provider_whose_rounding_is_not_known_keeps_its_norms_and_is_named(group, monkeypatch, caplog):
+    monkeypatch.setitem(provider, "now", "oink")
+    gm = traced(piece, *inputs())
+    before = targets(gm)
+    with caplog.at_level(logging.WARNING, "vllm.tpfuse"):
+        made = vllm.make_pass(ranks=world)
+        made(gm.graph)
+    assert targets(gm) == before
+    assert [s.reason for s in made.reports[0].sites] == ["no-norm"]
+    assert "vLLM computes norms with oink, and where that rounds is not known" in caplog.text
+
+
+def test_a_provider_that_cannot_be_asked_for_leaves_the_graph(group, monkeypatch, caplog):
+    def moved(node: Any) -> str:
+        raise AttributeError("IrOp has no dispatch")
+
+    monkeypatch.setattr(vllm_compat, "norm_provider", moved)
+    gm = traced(piece, *inputs())
+    before = targets(gm)
+    with caplog.at_level(logging.WARNING, "vllm.tpfuse"):
+        vllm.make_pass(ranks=world)(gm.graph)
+    assert targets(gm) == before and "IrOp has no dispatch" in caplog.text
 
 
 @pytest.mark.parametrize("weight", [torch.bfloat16, torch.float32, None])
@@ -306,7 +283,7 @@ def test_a_norm_of_a_part_of_the_row_is_not_opened(group):
 def test_a_norm_that_reads_no_reduction_is_not_opened(group):
     gm = traced(lambda x, r, w: torch.ops.vllm_ir.fused_add_rms_norm(x, r, w, EPS), *inputs())
     opened: list[Any] = []
-    vllm_norms.open_norms(gm.graph, vllm._is_reduction, opened)
+    vllm_norms.open_norms(gm.graph, vllm._is_reduction, provider_of, opened)
     assert opened == []
 
 

@@ -20,7 +20,7 @@ import triton.language as tl
 from .call import spoil
 from .memory import NAN_WORD, store16
 from .packing import over_scalar, pack, plus, plus_scalar, plus_words, rounded, times, times_scalar, times_words, unpack
-from .rows import lane_elements, load_words, store_words, values_of, words_of
+from .rows import held_values, lane_elements, load_words, store_words, values_of, words_of
 from .split_rows import mean_of_squares, restore
 
 _NAN: tl.constexpr = tl.constexpr(NAN_WORD)
@@ -104,7 +104,10 @@ def accept(
     C: tl.constexpr,
     S: tl.constexpr,
 ):
-    """Bias, scale and residual add of one step; returns the words of what will be normalised.
+    """Bias, scale and residual add of one step; returns what will be normalised.
+
+    That is the words of the residual sum, or, where the norm reads it before it is rounded, its fp32 values: twice the
+    registers, for such a flavour only.
 
     Args:
         reduced: words of the sum over ranks.
@@ -112,12 +115,18 @@ def accept(
     """
     element, active = lane_elements(part, i, C, S)
     words = affine(reduced, loads[1], scale, C, S.ptx)
-    if C.has_residual and not C.post_norm:
+    if C.unrounded:
+        values = plus(unpack(loads[0], C.dtype), unpack(words, C.dtype))
+        words = pack(values, C.dtype, S.ptx)
+    elif C.has_residual and not C.post_norm:
         words = plus_words(loads[0], words, C.dtype, S.ptx)
     if not C.post_norm:
         address = io[4].to(tl.int64) + (row.to(tl.int64) * C.hidden + element) * C.item_bytes
         store16(address, words, active, S.ptx)
-    return words
+    if C.unrounded:
+        return values
+    else:
+        return words
 
 
 @triton.jit
@@ -153,7 +162,7 @@ def finish(
                 gain = loads[i][2]
             else:
                 gain = load_words(weight, element.to(tl.int64), active, C.weight_dtype, C.values, S.ptx)
-        out = normalised(unpack(held[i], C.dtype), mean, gain, eps, C, S.ptx)
+        out = normalised(held_values(held[i], C), mean, gain, eps, C, S.ptx)
         store_words(normed, row_start + element, out, active, C.out_dtype, S.ptx)
         if C.post_norm:
             r = ()

@@ -81,7 +81,7 @@ def one_shot_kernel(
     items = rows * S.split
     has_first = (first < items).to(tl.int32)
     # Before the phase is asked for: both are on their way together.
-    held = own_part(x, first, has_first, C, S)
+    to_push = own_part(x, first, has_first, C, S)
     phase = begin(state)
     io = (residual, weight, bias, normed, residual_out)
     if S.world > 4:  # the words of so many ranks leave no register for a second count
@@ -96,7 +96,7 @@ def one_shot_kernel(
     own_plane = own_base + offset
     watch = (state.to(tl.int64), peers.to(tl.int64), limit.to(tl.int64))
     # All pushes first: the later ones travel while the first rows are being reduced.
-    push_to_peers(held, first, (first < items).to(tl.int32), bases, offset, rank, C, S)
+    push_to_peers(to_push, first, (first < items).to(tl.int32), bases, offset, rank, C, S)
     for item in range(first + tl.num_programs(0), items, tl.num_programs(0)):
         push_to_peers(own_part(x, item, 1, C, S), item, 1, bases, offset, rank, C, S)
     pushed = now(S)

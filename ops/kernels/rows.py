@@ -42,6 +42,15 @@ def values_of(words, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def held_values(held, C: tl.constexpr):
+    """The fp32 values of what a program holds of a row between add and norm: words, or the values that were not rounded."""
+    if C.unrounded:
+        return held
+    else:
+        return unpack(held, C.dtype)
+
+
+@triton.jit
 def words_of(values, DTYPE: tl.constexpr, PTX: tl.constexpr):
     """The words of fp32 values rounded to ``DTYPE``: four, or eight for eight fp32 values."""
     words = pack(values, DTYPE, PTX)

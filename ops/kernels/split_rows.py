@@ -10,8 +10,8 @@ import triton.language as tl
 
 from . import state as at
 from .memory import clear, poll
-from .packing import unpack
 from .reduction import lane_sums_of_squares, over_lanes, over_lanes_period, sums_over_lanes
+from .rows import held_values
 
 MAX_GROUPS: tl.constexpr = tl.constexpr(at.MAX_GROUPS)
 PARTIALS: tl.constexpr = tl.constexpr(at.PARTIALS)
@@ -125,12 +125,12 @@ def restore(state, S: tl.constexpr):
 
 @triton.jit
 def mean_of_squares(held, part, row, state, phase, watch, C: tl.constexpr, S: tl.constexpr):
-    """Mean of squares of a row from the words of the groups that this program holds."""
+    """Mean of squares of a row from what this program holds of its groups."""
     STEPS: tl.constexpr = S.steps
     GROUPS: tl.constexpr = S.groups_a_step
     sums = ()
     for i in tl.static_range(STEPS):
-        sums = sums + (lane_sums_of_squares(unpack(held[i], C.dtype)),)
+        sums = sums + (lane_sums_of_squares(held_values(held[i], C)),)
     if S.split > 1:
         total = exchange(sums, part, row, state, phase, watch, C, S)
     elif S.ptx:

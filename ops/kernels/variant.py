@@ -43,6 +43,7 @@ class Constants:
     post_norm: bool
     root: str
     round_normed: bool
+    unrounded: bool  # the residual is added in fp32, and the norm reads that before it is rounded
     item_bytes: int
     values: int  # values a lane: 16 bytes of x
     row_bytes: int
@@ -140,6 +141,7 @@ def constants(
         post_norm=post_norm,
         root=flavour.root,
         round_normed=normed != torch.float32,
+        unrounded=flavour.reads == "unrounded" and has_residual and not post_norm and dtype != torch.float32,
         item_bytes=dtype.itemsize,
         values=16 // dtype.itemsize,
         row_bytes=hidden * dtype.itemsize,

@@ -38,6 +38,30 @@ def test_the_norms_have_the_arguments_that_are_read() -> None:
         assert "Optional" in str(weight.type), "a norm without a weight is legal"
 
 
+def test_the_provider_of_a_norm_follows_the_priorities_in_force() -> None:
+    import torch
+    import vllm.ir.ops
+    import vllm.kernels  # noqa: F401
+    from vllm.compilation.passes.ir import lowering_pass
+    from vllm.ir.op import IrOp
+
+    from tpfuse.engines import vllm_compat
+
+    assert "ir_op.dispatch(*fake_args)" in inspect.getsource(lowering_pass), (
+        "vLLM lowers a norm to what dispatch returns"
+    )
+    graph = torch.fx.Graph()
+    x, residual, weight = (graph.placeholder(name) for name in ("x", "residual", "weight"))
+    for node, shape in ((x, (2, 8)), (residual, (2, 8)), (weight, (8,))):
+        node.meta["val"] = torch.empty(shape, dtype=torch.bfloat16)
+    op = IrOp.registry["fused_add_rms_norm"]
+    node = graph.call_function(op.torch_op, (x, residual, weight, 1e-6))
+    assert str(node.target) == "vllm_ir.fused_add_rms_norm.default"
+    with op.set_priority(["native"]):
+        assert vllm_compat.norm_provider(node) == "native"
+    assert "vllm_c" in op.impls
+
+
 def test_group_names_and_ranks() -> None:
     from vllm.distributed import parallel_state
 

@@ -27,11 +27,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tpfuse.ops import GEMMA, LLAMA, OLMO2, Flavour, all_reduce_add_rms_norm, batch_invariant, raise_if_failed, settings
+from tpfuse.ops import GEMMA, SGLANG, VLLM, Flavour, all_reduce_add_rms_norm, batch_invariant, raise_if_failed, settings
 
 SUPPORTED = ("0.5.17", "0.5.23")
-# SGLang's RMSNorm multiplies in fp32 and rounds once, unless it is asked to round before the weight.
-ROUND_ONCE = OLMO2
+# SGLang's RMSNorm reads the residual sum before it is rounded, multiplies in fp32 and rounds once, unless it is asked to round
+# before the weight.
+ROUND_ONCE, ROUND_TWICE = SGLANG, VLLM
 # A process that runs models has imported this by the time it loads plugins; in the others, which check the arguments or turn
 # tokens into text, the modules of the layers are not imported for us.
 SCHEDULER = "sglang.srt.managers.scheduler"
@@ -395,7 +396,7 @@ def rounding(norm: Any, dtype: torch.dtype) -> Flavour | None:
         return None
     if norm.fp32_residual or norm.override_orig_dtype not in (None, dtype) or getattr(norm, "x_pad_to_multiple", 0):
         return None
-    return LLAMA if norm.cast_x_before_out_mul else ROUND_ONCE
+    return ROUND_TWICE if norm.cast_x_before_out_mul else ROUND_ONCE
 
 
 def takes(norm: Any, dtype: torch.dtype) -> bool:

@@ -115,7 +115,13 @@ class _Fusion:
             return
         opened: list[norms.Norm] = []
         try:
-            norms.open_norms(graph, _is_reduction, opened)
+            unknown = norms.open_norms(graph, _is_reduction, names.norm_provider, opened)
+            if unknown:
+                _warn(
+                    "provider",
+                    f"vLLM computes norms with {', '.join(sorted(unknown))}, and where that rounds is not known: those norms "
+                    "stay vLLM's. Leave ir_op_priority at its default, or start it with native or vllm_c",
+                )
             run_pass(graph, self.options, False, self.reports)
             _recorder.fresh.append(self.reports[-1])
             _recorder.folder = self.folder

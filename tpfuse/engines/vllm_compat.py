@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.fx.node import map_arg
 
 from tpfuse import compat
 
@@ -63,6 +64,18 @@ def pass_key() -> str:
     """The Inductor setting under which vLLM takes a custom pass. Why private: it belongs to the platform class."""
     platform = importlib.import_module("vllm.platforms").current_platform
     return str(getattr(platform, "pass_key", POST_PASS))
+
+
+def norm_provider(node: Any) -> str:
+    """The implementation that vLLM will lower a node of its IR to: ``native``, ``vllm_c``, or one that came later.
+
+    Why private: vLLM chooses when it lowers (``VllmIRLoweringPass``), after all other passes, from the priorities in force and
+    the node's operands. This asks the same question with the same operands.
+    """
+    registry = importlib.import_module("vllm.ir.op").IrOp.registry
+    name = str(node.target).removeprefix("vllm_ir.").removesuffix(".default")
+    operands = map_arg(node.args, lambda operand: operand.meta["val"])
+    return str(registry[name].dispatch(*operands, **node.kwargs).provider)
 
 
 def platform_can_fuse() -> bool:
