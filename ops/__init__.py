@@ -6,6 +6,7 @@ from .invariant import set_batch_invariant
 from .op import all_reduce_add_rms_norm
 from .paths import GroupPath, describe_path, raise_if_failed, reset, stream_class
 from .prepare import forget
+from .reduce_rows import reduce_rows_add_rms_norm
 from .select import Selection, select
 from .settings import batch_invariant
 
@@ -25,6 +26,7 @@ __all__ = [
     "describe_path",
     "forget",
     "raise_if_failed",
+    "reduce_rows_add_rms_norm",
     "reset",
     "select",
     "set_batch_invariant",

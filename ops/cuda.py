@@ -19,7 +19,7 @@ from .prepare import PREPARED, Prepared, forget_the_gone, prepare
 from .schedule import Launch, schedule_of
 
 
-def _aligned(t: Tensor | None) -> Tensor | None:
+def aligned(t: Tensor | None) -> Tensor | None:
     """``t`` contiguous and 16-byte aligned: what 16-byte accesses need."""
     if t is None:
         return None
@@ -83,7 +83,7 @@ def run(
     if c is None:
         found = library.exact(Operands(x, residual, weight, bias, eps, scale, prepared.flavour, post_norm, group_name))
         return found if out is None else (normed.copy_(found[0]), residual_out.copy_(found[1]))
-    x, residual, weight, bias = _aligned(x), _aligned(residual), _aligned(weight), _aligned(bias)  # type: ignore[assignment]
+    x, residual, weight, bias = aligned(x), aligned(residual), aligned(weight), aligned(bias)  # type: ignore[assignment]
     p = prepared.path.plane
     if p is not None:
         if p.seen[0]:

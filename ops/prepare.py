@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,7 +52,13 @@ def prepare(
     flavour: str,
     post_norm: bool,
     group_name: str,
+    load: Callable[[Prepared, Plane, torch.dtype], None] | None = None,
 ) -> Prepared:
+    """Everything about calls like this one; votes on the group's path where nobody has.
+
+    Args:
+        load: compiles and loads the kernels of such calls; None is for the kernels of the all-reduce.
+    """
     parsed = Flavour.parse(flavour)
     check(x, residual, weight, bias, parsed, post_norm)
     weight_dtype = None if weight is None else weight.dtype
@@ -88,7 +95,7 @@ def prepare(
         held=compat.group_reference(compat.resolve_group(group_name)),
     )
     if prepared.constants is not None and path.plane is not None:
-        _load_kernels(prepared, path.plane, x.dtype)
+        (load or _load_kernels)(prepared, path.plane, x.dtype)
     PREPARED[key] = prepared
     return prepared
 

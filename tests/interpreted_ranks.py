@@ -50,6 +50,8 @@ class Call:
     pool: int = 0  # rows that the seed makes; the call takes ``rows`` of them from ``start`` on. 0: just the call's own
     start: int = 0
     in_place: bool = False  # normed is written over x, and residual_out over the residual; for whole rows
+    blocks: int = 1  # of ``rows`` rows, each for as many ranks; see tpfuse.ops.kernels.received_rows
+    kept: tuple[int, ...] = ()  # rows that each rank keeps of its block; (): all
 
 
 @dataclass
@@ -88,7 +90,7 @@ def inputs(call: Call, world: int) -> Inputs:
             whole.bias[part].clone() if full else whole.bias,  # type: ignore[index]
         )
     g = torch.Generator().manual_seed(call.seed)
-    shape = (call.rows, call.hidden)
+    shape = (call.rows * call.blocks, call.hidden)
 
     def make(*size: int) -> torch.Tensor:
         t = torch.randn(*size, generator=g)
@@ -117,12 +119,27 @@ def inputs(call: Call, world: int) -> Inputs:
     return Inputs(xs, make(*shape) if call.residual else None, weight, None if bias is None else make(*bias))
 
 
+def of_rank(call: Call, given: Inputs, rank: int, world: int) -> Inputs:
+    """What a rank keeps of the rows: all of them, or the first ones of its block."""
+    if call.blocks == 1:
+        return given
+    start = rank * call.blocks // world * call.rows
+    mine = slice(start, start + (call.kept[rank] if call.kept else call.rows))
+    full = given.bias is not None and given.bias.dim() > 1
+    return Inputs(
+        [x[mine] for x in given.xs],
+        None if given.residual is None else given.residual[mine].clone(),
+        given.weight,
+        given.bias[mine].clone() if full else given.bias,  # type: ignore[index]
+    )
+
+
 def expected(call: Call, given: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     """The contract: fp32 sum in rank order from +0.0, rounded once, zeros positive; then the exact reference."""
     from tpfuse.ops import reference
     from tpfuse.ops.flavour import NAMED
 
-    total = torch.zeros(call.rows, call.hidden)
+    total = torch.zeros(given.xs[0].shape)
     for x in given.xs:
         total = total + x.float()
     reduced = total.to(call.dtype) + 0.0
@@ -298,6 +315,7 @@ def _worker(
         from tpfuse.ops.flavour import NAMED
         from tpfuse.ops.kernel import launch_plain
         from tpfuse.ops.kernels.one_shot import one_shot_kernel
+        from tpfuse.ops.kernels.received_rows import received_rows_kernel
         from tpfuse.ops.kernels.state import MAX_PROGRAMS, PARTIALS, RECORD
         from tpfuse.ops.kernels.two_shot import two_shot_kernel
         from tpfuse.ops.kernels.variant import GROUP_LANES, Variant, constants
@@ -340,7 +358,9 @@ def _worker(
                 plane.zero_()
                 state.zero_()
                 together.wait(800)
-            given = inputs(call, world)
+            everything = inputs(call, world)
+            given = of_rank(call, everything, rank, world)
+            kept = given.xs[0].shape[0]
             if delay:
                 time.sleep(rng.random() * delay)
             c = constants(
@@ -357,17 +377,17 @@ def _worker(
             steps = call.steps or -(-row_lanes // call.lanes)
             split = -(-row_lanes // (steps * call.lanes))
             programs = min(call.rows * split, call.programs) if program is None else call.programs
-            variant = Variant(world, call.lanes, steps, split, ptx=False)
+            variant = Variant(world, call.lanes, steps, split, ptx=False, blocks=call.blocks)
             to_torch = {tl.bfloat16: torch.bfloat16, tl.float16: torch.float16, tl.float32: torch.float32}
-            sizes = [call.rows * call.hidden * to_torch[d].itemsize // 4 for d in (c.out_dtype, c.residual_dtype)]
+            sizes = [kept * call.hidden * to_torch[d].itemsize // 4 for d in (c.out_dtype, c.residual_dtype)]
             # A new offset every other call keeps a sibling that is one call ahead out of what this one still reads.
             start = (number % 2) * (outs.numel() // 2)
             views = []
             for d, n in zip((c.out_dtype, c.residual_dtype), sizes, strict=True):
-                views.append(outs[start : start + n].view(to_torch[d]).view(call.rows, call.hidden))
+                views.append(outs[start : start + n].view(to_torch[d]).view(kept, call.hidden))
                 start += n
             if call.rows:
-                x = given.xs[rank].contiguous()
+                x = everything.xs[rank].contiguous()
                 none = x
                 residual = given.residual
                 if call.in_place:
@@ -384,12 +404,15 @@ def _worker(
                     state,
                     rank,
                     call.rows,
+                    *((kept, call.rows) if call.blocks > 1 else ()),
                     phase_bytes,
                     watchdog,
                     call.eps,
                     call.scale,
                 )
                 function = {"one_shot": one_shot_kernel, "two_shot": two_shot_kernel}[call.algorithm]
+                if call.blocks > 1:
+                    function = received_rows_kernel
                 if program is not None:
                     grid.append(programs)
                     launch_plain(function, 1, args, (c, variant))

@@ -76,6 +76,7 @@ class Variant:
     ptx: bool = True  # False: the portable bodies
     pdl: str = "off"  # programmatic dependent launch: "off", "end" or "early"
     stamps: bool = False  # True: leaves the times of its stages behind the state, for benchmarks/stages.py
+    blocks: int = 1  # of rows, each for as many ranks of the group; see received_rows.py
 
     @property
     def groups_a_step(self) -> int:
@@ -85,6 +86,11 @@ class Variant:
     def groups(self) -> int:
         """Groups of a row that one program holds, those beyond the row's end included."""
         return self.steps * self.groups_a_step
+
+    @property
+    def blocks_at_once(self) -> int:
+        """Blocks whose words of a row a thread holds at once: no more than its registers can take, and a divisor of all."""
+        return next(n for n in range(self.blocks, 0, -1) if self.blocks % n == 0 and (n == 1 or n * self.steps <= 8))
 
 
 def supports(
