@@ -1,8 +1,8 @@
 """Sixteen transformers architectures on two gloo ranks under transformers' own tensor parallelism.
 
 A golden table of what is found, fused and refused, and outputs equal to those in eager mode. Decode is compiled for each:
-on two ranks for one architecture of each kind, for the others on one rank of a fake group, whose sums are its own. Prefill
-too for two, and for all on two ranks where slow tests run.
+with prefill and on two ranks for a dense and a MoE model, for the others on one rank of a fake group, whose sums are its own;
+for all on two ranks where slow tests run.
 """
 
 from __future__ import annotations
@@ -24,9 +24,7 @@ WORLD = 2
 GOLDEN: dict[str, tuple[int, int, dict[str, int]]] = json.loads(
     (Path(__file__).parent / "matrix" / "golden.json").read_text()
 )["default policy"]
-# Of each kind one: everything fuses, sums of reductions, the embedding is scaled or read before its norm, nothing fuses.
-KINDS = ("llama", "glm4_moe", "gemma2", "olmo2", "cohere2")
-PREFILL = ("llama", "glm4_moe")
+KINDS = ("llama", "glm4_moe")  # everything fuses, sums of reductions
 
 
 def forward(rank, world_size, folder, dtype_name, inner, prefill_too):
@@ -82,8 +80,8 @@ def test_golden_counts_and_equal_outputs_on_one_rank(name, alone, tmp_path):
 @pytest.mark.ranks
 @pytest.mark.parametrize(
     ("name", "prefill_too"),
-    [(name, name in PREFILL) for name in KINDS]
-    + [pytest.param(name, True, marks=pytest.mark.slow) for name in models.MODELS if name not in PREFILL],
+    [(name, True) for name in KINDS]
+    + [pytest.param(name, True, marks=pytest.mark.slow) for name in models.MODELS if name not in KINDS],
 )
 def test_golden_counts_and_equal_outputs(name, prefill_too, pool, tmp_path):
     golden(name, prefill_too, pool, tmp_path)

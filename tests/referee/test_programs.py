@@ -88,11 +88,11 @@ def run(examples: int, as_written: bool) -> None:
 
 
 def test_compiled_programs_give_the_bits_of_eager():
-    run(80, as_written=False)
+    run(40, as_written=False)
 
 
 def test_graphs_with_their_writes_left_in_give_the_bits_of_eager():
-    run(80, as_written=True)
+    run(40, as_written=True)
 
 
 @pytest.mark.slow
