@@ -37,9 +37,11 @@ def _shape(x: Tensor, residual: Tensor | None, blocks: int) -> tuple[Any, ...]:
     """The shape of both results: that of the residual, or without one a block of ``x``."""
     if x.dim() < 2:
         raise ValueError(f"{NAME}: x has shape {tuple(x.shape)}; expected (rows, ..., H), the rows of all blocks")
+    if residual is not None:
+        return tuple(residual.shape)
     if x.shape[0] % blocks:
-        raise ValueError(f"{NAME}: x has shape {tuple(x.shape)}, which {blocks} blocks do not divide")
-    return (x.shape[0] // blocks, *x.shape[1:]) if residual is None else tuple(residual.shape)
+        raise ValueError(f"{NAME}: x has shape {tuple(x.shape)}, whose first dimension {blocks} blocks do not divide")
+    return (x.shape[0] // blocks, *x.shape[1:])
 
 
 def _count(shape: tuple[Any, ...]) -> Any:
@@ -73,7 +75,10 @@ def _check_blocks(x: Tensor, shape: tuple[Any, ...], group_name: str, blocks: in
 
 def _check_rows(x: Tensor, shape: tuple[int, ...], blocks: int) -> tuple[int, int]:
     """(rows of a block, rows that this rank keeps)."""
-    block, kept = _count(tuple(x.shape)) // blocks, _count(shape)
+    rows, kept = _count(tuple(x.shape)), _count(shape)
+    block = rows // blocks
+    if rows % blocks:
+        raise ValueError(f"{NAME}: x has {rows} rows, {tuple(x.shape)}, which {blocks} blocks do not divide")
     if kept > block:
         raise ValueError(
             f"{NAME}: residual has {kept} rows, but a block of x has {block}: x is {tuple(x.shape)}, in {blocks} blocks"

@@ -10,6 +10,7 @@ from . import values
 from .collectives import Collective
 from .norms import NormForm
 from .reasons import Refusal
+from .rows import RowBlock
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Candidate:
         post_path: alias nodes between the norm and that add.
         rounded: where ``h`` is a residual sum that was not rounded, the nodes that round it; none if nothing reads it rounded.
             None where ``h`` itself is the rounded value.
+        block: the rows of the sum that this rank keeps, where it does not keep all.
     """
 
     collective: Collective
@@ -61,6 +63,7 @@ class Candidate:
     post_add: Node | None = None
     post_path: tuple[Node, ...] = ()
     rounded: tuple[Node, ...] | None = None
+    block: RowBlock | None = None
 
     @property
     def outputs(self) -> tuple[Node, ...]:
@@ -70,8 +73,13 @@ class Candidate:
         return (self.norm.out, *((self.h.root,) if self.rounded is None else self.rounded))
 
     @property
+    def kept(self) -> Node:
+        """The node that holds the rows of the sum that this rank keeps."""
+        return self.block.nodes[-1] if self.block is not None and self.block.nodes else self.collective.value
+
+    @property
     def pattern(self) -> str:
-        parts = ["all_reduce"]
+        parts = [start_of(self.collective, self.block)]
         if self.bias is not None:
             parts.append("add" if any(t.kind == "full" and t.operand is self.bias for t in self.terms) else "bias")
         if self.scale != 1.0:
@@ -100,7 +108,7 @@ class Candidate:
     @property
     def nodes(self) -> tuple[Node, ...]:
         """The nodes that the fused op replaces, the all-reduce first."""
-        region = [self.collective.node, *self.collective.waits]
+        region = [self.collective.node, *self.collective.waits, *(self.block.nodes if self.block else ())]
         region += [node for term in self.terms for node in (*term.path, *term.casts, term.node)]
         region += [*(self.rounded or ()), *self.norm.steps, self.norm.out]
         if self.post_add is not None:
@@ -117,6 +125,11 @@ class Found:
     pattern: str
 
 
-def pattern_of(terms: list[Term], end: str | None) -> str:
+def start_of(c: Collective, block: RowBlock | None) -> str:
+    """How a pattern begins: ``all_reduce``, ``reduce_scatter``, or ``all_reduce+rows/2`` with one of two blocks kept."""
+    return c.kind if block is None or not block.nodes else f"{c.kind}+rows/{block.blocks}"
+
+
+def pattern_of(c: Collective, block: RowBlock | None, terms: list[Term], end: str | None) -> str:
     names = {"bias": "bias", "full": "add", "scale": "scale"}
-    return "+".join(["all_reduce", *(names[t.kind] for t in terms), *([end] if end else [])])
+    return "+".join([start_of(c, block), *(names[t.kind] for t in terms), *([end] if end else [])])

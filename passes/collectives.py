@@ -1,4 +1,4 @@
-"""Find every all-reduce of a graph, in whatever way it is spelled.
+"""Find every all-reduce and reduce-scatter of a graph, in whatever way it is spelled.
 
 A :class:`Collective` names the node that starts the reduction, the node that holds the finished sum, what is summed, how
 and over which global ranks. Nothing here changes the graph.
@@ -31,6 +31,7 @@ class CollectiveSpelling:
         reduce_op: position or keyword of the reduction's name, or None when the operator always sums.
         ranks: resolves the group argument to global ranks; None uses torch's own registry of groups.
         coalesced: the input is a list and the output is indexed.
+        kind: ``all_reduce``, or ``reduce_scatter`` of equal shares of the first dimension.
     """
 
     op: Any
@@ -39,11 +40,12 @@ class CollectiveSpelling:
     reduce_op: int | str | None = 1
     ranks: Callable[[Any], tuple[int, ...]] | None = None
     coalesced: bool = False
+    kind: str = "all_reduce"
 
 
 @dataclass(frozen=True)
 class Collective:
-    """One all-reduce of a graph.
+    """One reduction of a graph.
 
     Attributes:
         node: the node that starts it.
@@ -56,6 +58,7 @@ class Collective:
         waits: every wait of this reduction.
         index: position in a coalesced all-reduce, else None.
         error: why the group is unknown, else an empty string.
+        kind: ``all_reduce`` or ``reduce_scatter``.
     """
 
     node: Node
@@ -68,6 +71,7 @@ class Collective:
     waits: tuple[Node, ...]
     index: int | None = None
     error: str = ""
+    kind: str = "all_reduce"
 
 
 _registered: dict[Any, CollectiveSpelling] = {}
@@ -118,6 +122,9 @@ def _built_in() -> dict[Any, CollectiveSpelling]:
             packet = getattr(getattr(torch.ops, space), name, None)
             if packet is not None:
                 spellings[packet.default] = CollectiveSpelling(packet.default, coalesced=coalesced)
+        packet = getattr(getattr(torch.ops, space), "reduce_scatter_tensor", None)
+        if packet is not None:
+            spellings[packet.default] = CollectiveSpelling(packet.default, group=3, kind="reduce_scatter")
     return spellings
 
 
@@ -126,7 +133,7 @@ WAIT = torch.ops._c10d_functional.wait_tensor.default
 
 
 def spelling_of(node: Node) -> CollectiveSpelling | None:
-    """How this node spells an all-reduce, or None."""
+    """How this node spells an all-reduce or a reduce-scatter, or None."""
     if node.op != "call_function":
         return None
     return _BUILT_IN.get(node.target) or _registered.get(node.target)
@@ -171,7 +178,7 @@ def _argument(node: Node, where: int | str) -> Any:
 
 
 def find(graph: Graph) -> list[Collective]:
-    """All all-reduces of the graph in graph order, one entry per summed tensor."""
+    """All all-reduces and reduce-scatters of the graph in graph order, one entry per summed tensor."""
     found: list[Collective] = []
     for node in graph.nodes:
         spelling = spelling_of(node)
@@ -190,7 +197,9 @@ def _read(node: Node, spelling: CollectiveSpelling) -> Iterator[Collective]:
     if not spelling.coalesced:
         x = _argument(node, spelling.input)
         waits = _waits(node)
-        yield Collective(node, waits[0] if waits else node, x, reduce_op, group_arg, name, ranks, waits, None, error)
+        yield Collective(
+            node, waits[0] if waits else node, x, reduce_op, group_arg, name, ranks, waits, None, error, spelling.kind
+        )
         return
     items = {user.args[1]: user for user in node.users if user.target is operator.getitem}
     for index, x in enumerate(_argument(node, spelling.input)):

@@ -41,7 +41,7 @@ def guarded(c: collectives.Collective, options: PassOptions, look: Callable[[col
     except Exception as error:
         if options.verify:
             raise
-        return Found(c, internal(error), "all_reduce")
+        return Found(c, internal(error), c.kind)
 
 
 def kept(g: Graph, error: Exception) -> list[Site]:
@@ -49,7 +49,7 @@ def kept(g: Graph, error: Exception) -> list[Site]:
     refusal = internal(error)
     try:
         nowhere = sharing.Place("other", None, "")
-        return [site_of(Found(c, refusal, "all_reduce"), nowhere, []) for c in collectives.find(g)]
+        return [site_of(Found(c, refusal, c.kind), nowhere, []) for c in collectives.find(g)]
     except Exception:
         nodes = [n for n in g.nodes if collectives.spelling_of(n) is not None]
         reason = refusal.reason.value

@@ -91,7 +91,7 @@ def _rewrite(g: Graph, options: PassOptions, training: bool) -> tuple[list[Site]
             if replacement is not None:
                 built[item.outcome.norm.out] = replacement
     places = sharing.order_layers([sharing.place(c, legality.order) for c in found])
-    audits = sharing.audit(found, places)
+    audits = sharing.audit(found, places, _receivers(looked))
     judged = judge(looked, places, audits, options, training)
     sites = [site_of(f, p, audits) for f, p in zip(judged, places, strict=True)]
 
@@ -115,11 +115,17 @@ def _rewrite(g: Graph, options: PassOptions, training: bool) -> tuple[list[Site]
     return [replace(s, replaced_by=next(fused).name) if s.fused else s for s in sites], audits
 
 
+def _receivers(looked: list[Found]) -> dict[collectives.Collective, tuple[int, ...]]:
+    """Of all-reduces of which a rank keeps a proved block: who keeps it."""
+    blocks = ((f.collective, f.outcome.block) for f in looked if isinstance(f.outcome, Candidate))
+    return {c: block.receivers for c, block in blocks if block is not None and block.nodes}
+
+
 def _look(legality: Legality, options: PassOptions, c: collectives.Collective) -> Found:
-    """One all-reduce: can it be fused at all, what follows it, may that be rewritten?"""
+    """One reduction: can it be fused at all, what follows it, may that be rewritten?"""
     refusal = reduction(c)
     if refusal is not None:
-        return Found(c, refusal, "all_reduce")
+        return Found(c, refusal, c.kind)
     found = region.follow(c, legality.order, options.numerics == "relaxed")
     if isinstance(found.outcome, Candidate):
         refusal = legality.refusal(found.outcome)

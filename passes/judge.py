@@ -42,9 +42,10 @@ def _policy(
     ranks = item.collective.ranks
     if options.policy == "all":
         return None
+    block = item.outcome.block if isinstance(item.outcome, Candidate) else None
     if options.policy == "off":
         return Refusal(Reason.POLICY, "tpfuse.policy='off' rewrites nothing; 'all' would fuse it")
-    if ranks in shared:
+    if ranks in shared or block is not None:  # of a block it is proved who keeps it
         return None
     if layer is not None and layer.shared is False:
         return Refusal(Reason.GROUP_MISMATCH, f"{layer.detail}; tpfuse.policy='all' would fuse it")

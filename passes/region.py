@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from torch.fx import Node
 
-from . import legality, norms, values, widened
+from . import legality, norms, rows, values, widened
 from .candidate import Candidate, Found, Term, pattern_of
 from .collectives import Collective
 from .legality import ADD, MUL
@@ -30,21 +30,29 @@ def follow(c: Collective, order: dict[Node, int], relaxed: bool = False) -> Foun
         relaxed: accept a norm whose rounding the fused op does not repeat.
     """
     terms: list[Term] = []
-    pattern = "all_reduce"
+    block = rows.scattered(c)  # None for an all-reduce
     current = values.aliases(c.value, order, also=c.waits)
+    if block is None:
+        kept = rows.kept(c, current, order)
+        if isinstance(kept, Refusal):
+            return Found(c, kept, c.kind)
+        if kept is not None:
+            block, current = kept
     while True:
         wide = widened.find(current, order)
         if isinstance(wide, WideAdd) and wide.readers:
-            return Found(c, _unrounded(c, terms, wide, order, relaxed), pattern_of(terms, "add+norm?"))
+            found = _unrounded(c, terms, wide, order, relaxed)
+            return Found(c, _of_block(found, block), pattern_of(c, block, terms, "add+norm?"))
         term = wide if isinstance(wide, Refusal) else _term(current) if wide is None else _rounded(wide)
         # A scaled sum is normalised after the scale: s and 2 * s have one norm, up to eps and rounding.
         scaled = isinstance(term, Term) and term.kind == "scale"
         norm = None if scaled else norms.match(current, order, relaxed)
         if isinstance(norm, NormForm):
-            return Found(c, _candidate(c, terms, current, norm, order), pattern_of(terms, "rms_norm"))
+            found = _candidate(c, terms, current, norm, order)
+            return Found(c, _of_block(found, block), pattern_of(c, block, terms, "rms_norm"))
         if isinstance(norm, Refusal) and term is None:
-            return Found(c, norm, pattern_of(terms, "norm?"))
-        pattern = pattern_of(terms, None)
+            return Found(c, norm, pattern_of(c, block, terms, "norm?"))
+        pattern = pattern_of(c, block, terms, None)
         refusal = legality.several_readers(current, terms)
         if refusal is not None:
             return Found(c, refusal, pattern)
@@ -57,6 +65,10 @@ def follow(c: Collective, order: dict[Node, int], relaxed: bool = False) -> Foun
             term = replace(term, path=tuple(current.path(name)))
         terms.append(term)
         current = values.aliases(term.node, order)
+
+
+def _of_block(found: Candidate | Refusal, block: rows.RowBlock | None) -> Candidate | Refusal:
+    return replace(found, block=block) if isinstance(found, Candidate) else found
 
 
 def _term(current: values.Aliases) -> Term | Refusal | None:
@@ -84,13 +96,13 @@ def _term(current: values.Aliases) -> Term | Refusal | None:
 def _added(add: Node, mine: Node, other: Node) -> Term | Refusal:
     """What an add of ``other`` to the sum, known as ``mine``, is."""
     hidden = values.width(mine)
-    rows = values.same_rows(other, mine)
+    fits = values.same_rows(other, mine)
     if isinstance(hidden, int) and values.is_vector(other, hidden) and values.same_rows(add, mine):
         # A tensor of one row is a residual where the sum has one row too, unless its shape says vector.
         tensor = values.value(other)
-        if not rows or (tensor is not None and tensor.dim() == 1 and not values.same_shape(other, mine)):
+        if not fits or (tensor is not None and tensor.dim() == 1 and not values.same_shape(other, mine)):
             return Term("bias", add, other)
-    if not rows or not values.same_rows(add, mine):
+    if not fits or not values.same_rows(add, mine):
         shapes = f"{legality.shape_of(other)} to {legality.shape_of(mine)}"
         return Refusal(Reason.RESIDUAL_SHAPE, f"{add.name} adds {other.name}: {shapes}")
     return Term("full", add, other)

@@ -25,6 +25,7 @@ from .candidate import Candidate
 from .reasons import Reason, Refusal
 
 OP = torch.ops.tpfuse.all_reduce_add_rms_norm.default
+ROWS = torch.ops.tpfuse.reduce_rows_add_rms_norm.default
 aten = torch.ops.aten
 
 
@@ -137,13 +138,21 @@ class Replacement:
 
         for step in self.steps:
             args, kwargs = _resolve(step.args, actual), _resolve(step.kwargs, actual)
-            if step.target is OP:
-                x, residual, weight, bias, eps, scale, flavour, post, _ = args
+            if step.target in (OP, ROWS):
+                x, residual, weight, bias, eps, scale, flavour, post, *_ = args
+                if self.candidate.block is not None:
+                    x = self.candidate.block.of(x, _kept_shape(self.candidate) if residual is None else residual.shape)
                 args = (x, residual, weight, bias, eps, scale, Flavour.parse(flavour), post)
                 results.append(reference.add_rms_norm(*args))
             else:
                 results.append(step.target(*args, **kwargs))
         return results
+
+
+def _kept_shape(candidate: Candidate) -> tuple[int, ...]:
+    tensor = values.value(candidate.kept)
+    assert tensor is not None
+    return tuple(compat.example_size(n) for n in tensor.shape)
 
 
 def _resolve(tree: Any, actual: Callable[[Any], Any]) -> Any:
@@ -182,39 +191,47 @@ def build(candidate: Candidate) -> Replacement | Refusal:
 
 def _build(new: Replacement) -> None:
     candidate = new.candidate
-    c, norm = candidate.collective, candidate.norm
+    c, norm, block = candidate.collective, candidate.norm, candidate.block
     post = candidate.post_add is not None
-    x: Node | Value = c.x
-    addend: Node | Value | None = None  # a full one: it follows the sum through every later change of shape
-    for term in candidate.terms:
-        x = new.fit(new.repeat(term.path, x), term.node)
-        if addend is not None:
-            addend = new.fit(new.repeat(term.path, addend), term.node)
-        if term.kind == "full" and term.operand is not None and term.operand is candidate.bias:
-            addend = new.fit(term.operand, term.node)
-    if post:
-        assert candidate.post_add is not None
-        x = new.fit(new.fit(new.repeat(candidate.reshapes, x), norm.out), candidate.post_add)
-        if addend is not None:
-            addend = new.fit(new.fit(new.repeat(candidate.reshapes, addend), norm.out), candidate.post_add)
-    bias = addend
-    if bias is None and candidate.bias is not None:
-        bias = candidate.bias
-        if len(new.shape(bias)) != 1:
-            bias = new.call(aten.view.default, bias, [values.width(candidate.h.root)])
-    residual = None if candidate.residual is None else new.fit(candidate.residual, x)
+    bias: Node | Value | None = candidate.bias
+    full = next((n for n, t in enumerate(candidate.terms) if t.kind == "full" and t.operand is candidate.bias), None)
+    if bias is not None and full is not None:
+        bias = _followed(new, new.fit(bias, candidate.terms[full].node), full + 1)
+    elif bias is not None and len(new.shape(bias)) != 1:
+        bias = new.call(aten.view.default, bias, [values.width(candidate.h.root)])
+    x: Node | Value = c.x if block is not None else _followed(new, c.x, 0)
+    residual: Node | Value | None = candidate.residual
+    if residual is not None:
+        residual = new.fit(residual, x if block is None else candidate.post_add or candidate.terms[-1].node)
+    elif block is not None and block.nodes:
+        raise Misfit("without a residual nothing says how many rows of the block are kept")
     arguments = (norm.eps, candidate.scale, str(norm.flavour), post, c.group_name)
     try:
-        new.fused = new.call(OP, x, residual, norm.weight, bias, *arguments)
+        if block is None:
+            new.fused = new.call(OP, x, residual, norm.weight, bias, *arguments)
+        else:
+            new.fused = new.call(ROWS, x, residual, norm.weight, bias, *arguments, block.blocks, c.kind)
     except ValueError as error:
         raise Misfit(f"the fused op does not take these operands: {error}") from error
-    normed = new.call(operator.getitem, new.fused, 0)
-    summed = new.call(operator.getitem, new.fused, 1)
+    normed: Node | Value = new.call(operator.getitem, new.fused, 0)
+    summed: Node | Value = new.call(operator.getitem, new.fused, 1)
+    if block is not None and residual is None:
+        normed, summed = _followed(new, normed, 0), _followed(new, summed, 0)
     out = normed if post else new.repeat(candidate.reshapes, normed)
     new.outputs.append((norm.out, cast(Value, new.fit(out, norm.out))))
     for node in candidate.outputs[1:]:
         path = [] if candidate.rounded is None else candidate.h.path(cast(Node, node.args[0]))
         new.outputs.append((node, cast(Value, new.repeat(tuple(path), summed))))
+
+
+def _followed(new: Replacement, value: Node | Value, start: int) -> Node | Value:
+    """``value`` in the shape that the sum has at the end: through the changes of shape from step ``start`` on."""
+    candidate = new.candidate
+    for term in candidate.terms[start:]:
+        value = new.fit(new.repeat(term.path, value), term.node)
+    if candidate.post_add is not None:
+        value = new.fit(new.fit(new.repeat(candidate.reshapes, value), candidate.norm.out), candidate.post_add)
+    return value
 
 
 def _text(tensor: torch.Tensor | None) -> str:

@@ -192,8 +192,13 @@ def verify(decision: Decision) -> str | None:
             known[node] = _random(node, seed)
         ours = new.run(lambda node: _run(node, known))
         theirs = dict(known)
-        for same in (c.node, c.value, *c.waits):
-            theirs[same] = known[c.x]
+        if candidate.block is None:
+            theirs.update(dict.fromkeys((c.node, c.value, *c.waits), known[c.x]))
+        else:
+            tensor = values.value(candidate.kept)
+            assert tensor is not None
+            shape = tuple(compat.example_size(n) for n in tensor.shape)
+            theirs[candidate.kept] = candidate.block.of(known[c.x], shape)
         for node, value in new.outputs:
             name, got = "normed" if node is norm.out else "residual_out", ours[value.index]
             model = _run(node, theirs)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -148,17 +148,34 @@ def order_layers(places: Sequence[Place]) -> list[Place]:
     return numbered
 
 
-def audit(collectives: Sequence[Collective], places: Sequence[Place]) -> list[LayerAudit]:
-    """One entry per layer: the rank lists of its attention and of its MLP, and whether they are equal."""
+def audit(
+    collectives: Sequence[Collective],
+    places: Sequence[Place],
+    receivers: Mapping[Collective, tuple[int, ...]] | None = None,
+) -> list[LayerAudit]:
+    """One entry per layer: the rank lists of its attention and of its MLP, and whether they are equal.
+
+    Args:
+        receivers: of sums over more ranks than keep a row, the ranks that keep this rank's rows. They are what the next layer's
+            attention has to match, so they stand for the sum here.
+    """
+    receivers = receivers or {}
     ranks: dict[int, dict[str, set[tuple[int, ...]]]] = {}
+    returned: dict[int, tuple[int, ...]] = {}
     for c, p in zip(collectives, places, strict=True):
         if p.layer is not None and p.role in ("attention", "mlp"):
-            ranks.setdefault(p.layer, {}).setdefault(p.role, set()).add(c.ranks)
+            ranks.setdefault(p.layer, {}).setdefault(p.role, set()).add(receivers.get(c, c.ranks))
+            if c in receivers:
+                returned[p.layer] = c.ranks
     audits = []
     for layer in sorted(ranks):
         attention, attention_note = _one(ranks[layer].get("attention"), "attention")
         mlp, mlp_note = _one(ranks[layer].get("mlp"), "MLP")
         notes = [n for n in (attention_note, mlp_note) if n]
+        if layer in returned:
+            notes.append(
+                f"a sum over {list(returned[layer])} gives each of its blocks back to the ranks that brought it"
+            )
         if any("several" in n for n in notes):
             shared: bool | None = False
         elif attention is None or mlp is None:

@@ -115,14 +115,13 @@ class Boundary:
 
     @property
     def fuses(self) -> str:
-        """``yes``, ``first part`` (rows are gathered after), ``later`` (reduce-scatter, gather), ``no``, or ``-``: nothing."""
+        """``yes``, ``first part`` (rows are gathered after the norm), ``no``, or ``-``: nothing is summed."""
         ops = [step.op for step in self.steps]
-        if Op.REDUCE_SCATTER in ops or Op.ALL_GATHER in ops:
-            return "later"
-        if Op.ALL_REDUCE not in ops:
+        start = next((n for n, op in enumerate(ops) if op in (Op.ALL_REDUCE, Op.REDUCE_SCATTER)), None)
+        if start is None:
             return "-"
-        start = ops.index(Op.ALL_REDUCE)
-        if ops[start : start + 3] != [Op.ALL_REDUCE, Op.ADD, Op.NORM]:
+        between = ops[start + 1 : self._norm + 1]
+        if between not in ([Op.ADD, Op.NORM], [Op.SLICE_ROWS, Op.ADD, Op.NORM]):
             return "no"
         return "first part" if self.after_norm else "yes"
 

@@ -1,0 +1,169 @@
+"""Find: a sum of which each rank keeps some rows, and proof that ranks differ in nothing but their place.
+
+Two spellings: a reduce-scatter, and an all-reduce of which a slice is read. A slice alone proves nothing: the others' slices
+are in their own graphs, and one that begins at row 0 fits any number of blocks. What proves it is where the rows came from. A
+gather put them together, block by block, over a group whose rank list has one rank of each block, at this rank's place in it:
+then the blocks are the gather's, and the slice must be the own one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.fx import Node
+
+from tpfuse import compat
+
+from . import collectives, values
+from .collectives import Collective
+from .reasons import Reason, Refusal
+
+SELECTS = values.overloads("select.int")
+SLICES = values.overloads("slice.Tensor")
+GATHERS = "all_gather_into_tensor"
+MAX_STEPS = 3
+
+
+@dataclass(frozen=True)
+class RowBlock:
+    """The rows that this rank keeps: at most one of ``blocks`` equal blocks, from its beginning.
+
+    Attributes:
+        blocks: how many there are, a divisor of the group's size.
+        place: which one is this rank's.
+        receivers: global ranks that keep rows of this block.
+        nodes: what selects them behind an all-reduce, with the aliases between; none behind a reduce-scatter.
+    """
+
+    blocks: int
+    place: int
+    receivers: tuple[int, ...]
+    nodes: tuple[Node, ...] = ()
+
+    def of(self, whole: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        """The kept rows of a sum of all rows, in this shape."""
+        flat = whole.reshape(-1, whole.shape[-1])
+        start = self.place * (flat.shape[0] // self.blocks)
+        count = 1
+        for size in shape[:-1]:
+            count *= size
+        return flat[start : start + count].reshape(shape)
+
+
+def scattered(c: Collective) -> RowBlock | None:
+    """What a reduce-scatter keeps; None for an all-reduce."""
+    if c.kind != "reduce_scatter" or dist.get_rank() not in c.ranks:
+        return None
+    return RowBlock(len(c.ranks), c.ranks.index(dist.get_rank()), (dist.get_rank(),))
+
+
+def kept(
+    c: Collective, total: values.Aliases, order: dict[Node, int]
+) -> tuple[RowBlock, values.Aliases] | Refusal | None:
+    """The block of an all-reduced sum that alone is read, and its names; None where all rows are read.
+
+    A refusal where rows are selected and no proof says that they are this rank's block.
+    """
+    path: list[Node] = []
+    current, start = total, 0
+    while len(path) < MAX_STEPS * 4 and len(current.readers) == 1:
+        reader = current.readers[0]
+        if reader.target not in SELECTS | SLICES:
+            break
+        name = reader.args[0]
+        moved = _first_row(reader, name)
+        if not isinstance(name, Node) or moved is None:
+            return None  # not whole rows: what reads it is said as for every other reader
+        path += [*current.path(name), reader]
+        start = start + moved
+        current = values.aliases(reader, order)
+    if not path or compat.statically_true(_rows(values.value(total.root)) == _rows(values.value(current.root))):
+        return None
+    found = _proved(c, start, _rows(values.value(total.root)), _rows(values.value(current.root)), list(order))
+    if isinstance(found, Refusal):
+        return found
+    blocks, place = found
+    size = len(c.ranks) // blocks
+    receivers = c.ranks[place * size : (place + 1) * size]
+    return RowBlock(blocks, place, receivers, tuple(path)), current
+
+
+def _rows(tensor: torch.Tensor | None) -> Any:
+    if tensor is None:
+        return None
+    count: Any = 1
+    for size in tensor.shape[:-1]:
+        count = count * size
+    return count
+
+
+def _first_row(node: Node, name: Any) -> Any:
+    """How many rows a select or slice leaves out in front; None when what it takes is not one stretch of whole rows."""
+    source, taken = values.value(name), values.value(node)
+    if source is None or taken is None or source.dim() < 2:
+        return None
+    arguments = list(node.args[1:])
+    dim = arguments[0] if arguments else 0
+    if not isinstance(dim, int):
+        return None
+    dim %= source.dim()
+    if dim == source.dim() - 1 or not all(compat.statically_true(size == 1) for size in source.shape[:dim]):
+        return None
+    first: Any = arguments[1] if len(arguments) > 1 else 0
+    if isinstance(first, Node):
+        first = first.meta.get("val")
+    if node.target in SLICES:
+        if (arguments[3] if len(arguments) > 3 else node.kwargs.get("step", 1)) != 1:
+            return None
+        first = 0 if first is None else first
+    if first is None or node.kwargs:
+        return None
+    if compat.statically_true(first < 0):
+        first = first + source.shape[dim]
+    elif not compat.statically_true(first >= 0):
+        return None
+    inner: Any = 1
+    for size in source.shape[dim + 1 : -1]:
+        inner = inner * size
+    return first * inner
+
+
+def _proved(c: Collective, start: Any, rows: Any, kept_rows: Any, nodes: list[Node]) -> tuple[int, int] | Refusal:
+    """(blocks, own place) of the gather that put the rows together, or why there is no such proof."""
+    rank = dist.get_rank()
+    if rank not in c.ranks or rows is None or kept_rows is None:
+        return Refusal(Reason.ROWS_MOVE, "some rows of the sum are kept, and the group or the shapes are not known")
+    at = c.ranks.index(rank)
+    seen: set[int] = set()
+    for node in nodes:
+        if getattr(getattr(node.target, "overloadpacket", None), "__name__", "") != GATHERS:
+            continue
+        if not compat.statically_true(_rows(values.value(node)) == rows):
+            continue
+        names = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, str)]
+        members = collectives.group_ranks(names[-1])[0] if names else ()
+        if len(members) < 2 or len(c.ranks) % len(members):
+            continue
+        size = len(c.ranks) // len(members)
+        if members == tuple(c.ranks[n * size + at % size] for n in range(len(members))):
+            seen.add(len(members))
+    if len(seen) != 1:
+        why = f"gathers over {sorted(seen)} ranks disagree" if seen else "no gather of the graph put them together"
+        return Refusal(
+            Reason.ROWS_MOVE, f"some rows of the sum are kept, and {why} in blocks, one for each part of the group"
+        )
+    (blocks,) = seen
+    place = at // (len(c.ranks) // blocks)
+    if not compat.statically_true(start * blocks == place * rows):
+        return Refusal(
+            Reason.ROWS_MOVE,
+            f"the rows that are kept begin at {start} of {rows}, which is not block {place} of {blocks}",
+        )
+    if not compat.statically_true(kept_rows * blocks <= rows):
+        return Refusal(
+            Reason.ROWS_MOVE, f"{kept_rows} of {rows} rows are kept, which may be more than one of {blocks} blocks"
+        )
+    return blocks, place
