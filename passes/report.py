@@ -21,13 +21,14 @@ class ReportFormatError(ValueError):
 
 @dataclass(frozen=True)
 class Site:
-    """What happened to one all-reduce.
+    """What happened to one all-reduce or reduce-scatter.
 
     Attributes:
         fused: whether it was rewritten.
         reason: None when fused, else a code of :class:`tpfuse.passes.Reason`.
         detail: one sentence: what was seen here (for a fused site, what it became).
-        pattern: e.g. ``all_reduce+add+rms_norm``; for an unfused site the part that was found.
+        pattern: e.g. ``all_reduce+add+rms_norm``, ``reduce_scatter+add+rms_norm``, or ``all_reduce+rows/2+add+rms_norm`` where
+            this rank keeps the rows of one of two replicas; for an unfused site the part that was found.
         role: ``attention | mlp | embedding | other``.
         layer: index of the decoder layer, or None where the graph does not say.
         group: global ranks of the reduction, ascending as the group lists them; empty when unknown.
@@ -88,7 +89,7 @@ class GraphReport:
         graph_id: stable name of the graph within the process, e.g. ``graph-0``.
         rank: global rank of this process (0 without a process group).
         world_size: of the default group (1 without one).
-        sites: one per all-reduce, in graph order.
+        sites: one per all-reduce and reduce-scatter, in graph order.
         layers: the sharing audit, one per layer that the graph shows.
         policy: the policy in force.
         numerics: ``exact`` or ``relaxed``.
@@ -179,7 +180,9 @@ class GraphReport:
         others = (
             f", {self.reduce_scatters} reduce-scatters, {self.all_gathers} all-gathers" if self.reduce_scatters else ""
         )
-        return f"{self.graph_id}: {len(self.sites)} all-reduces, {len(self.fused)} fused, {kept}{others}"
+        scattered = sum(site.pattern.startswith("reduce_scatter") for site in self.sites)
+        what = "reductions" if scattered else "all-reduces"
+        return f"{self.graph_id}: {len(self.sites)} {what}, {len(self.fused)} fused, {kept}{others}"
 
 
 def _site(data: dict[str, Any]) -> Site:

@@ -84,7 +84,7 @@ def kept(
         return None
     found = _proved(c, start, _rows(values.value(total.root)), _rows(values.value(current.root)), list(order))
     if isinstance(found, Refusal):
-        return found
+        return Refusal(found.reason, f"{path[-1].name} keeps some rows of the sum: {found.detail}")
     blocks, place = found
     size = len(c.ranks) // blocks
     receivers = c.ranks[place * size : (place + 1) * size]
@@ -135,7 +135,7 @@ def _proved(c: Collective, start: Any, rows: Any, kept_rows: Any, nodes: list[No
     """(blocks, own place) of the gather that put the rows together, or why there is no such proof."""
     rank = dist.get_rank()
     if rank not in c.ranks or rows is None or kept_rows is None:
-        return Refusal(Reason.ROWS_MOVE, "some rows of the sum are kept, and the group or the shapes are not known")
+        return Refusal(Reason.ROWS_MOVE, "the group or the shapes are not known")
     at = c.ranks.index(rank)
     seen: set[int] = set()
     for node in nodes:
@@ -152,18 +152,14 @@ def _proved(c: Collective, start: Any, rows: Any, kept_rows: Any, nodes: list[No
             seen.add(len(members))
     if len(seen) != 1:
         why = f"gathers over {sorted(seen)} ranks disagree" if seen else "no gather of the graph put them together"
-        return Refusal(
-            Reason.ROWS_MOVE, f"some rows of the sum are kept, and {why} in blocks, one for each part of the group"
-        )
+        return Refusal(Reason.ROWS_MOVE, f"{why} in blocks, one for each part of the group")
     (blocks,) = seen
     place = at // (len(c.ranks) // blocks)
     if not compat.statically_true(start * blocks == place * rows):
         return Refusal(
             Reason.ROWS_MOVE,
-            f"the rows that are kept begin at {start} of {rows}, which is not block {place} of {blocks}",
+            f"they begin at {start} of {rows}, which is not block {place} of {blocks}",
         )
     if not compat.statically_true(kept_rows * blocks <= rows):
-        return Refusal(
-            Reason.ROWS_MOVE, f"{kept_rows} of {rows} rows are kept, which may be more than one of {blocks} blocks"
-        )
+        return Refusal(Reason.ROWS_MOVE, f"{kept_rows} of {rows} may be more than one of {blocks} blocks")
     return blocks, place

@@ -131,8 +131,8 @@ def test_the_graph_has_the_reductions_of_the_plan(tmp_path, sizes):
     ("sizes", "rank", "expected"),
     [
         ((8, 2, 1, 4), 5, {("attention", HIGH, "fused"): 4, ("mlp", HIGH, "fused"): 4}),
-        ((8, 2, 1, 8), 5, {("attention", HIGH, "group-mismatch"): 4, ("mlp", ALL, "rows-move"): 4}),
-        ((8, 2, 1, 1), 5, {}),
+        ((8, 2, 1, 8), 5, {("attention", HIGH, "fused"): 4, ("mlp", ALL, "fused"): 4}),
+        ((8, 2, 1, 1), 5, {("attention", HIGH, "fused"): 4}),
         *(
             pytest.param(*layout, marks=pytest.mark.slow)
             for layout in (
@@ -153,7 +153,7 @@ def test_a_dense_model_of_public_shape_at_every_layout(tmp_path, sizes, rank, ex
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(PUBLIC))
 def test_a_whole_model_of_public_shape_with_the_shared_group(tmp_path, name):
-    """Every layer: dense ones fuse both reductions over [4..7]; MoE layers fuse attention where a dense layer shares."""
+    """Every reduction of every layer: over [4..7], and over all ranks behind the experts, whose rows return to [4..7]."""
     folder = folder_of(name, tmp_path)
     started, cpu = time.perf_counter(), time.process_time()
     found = explain(Request(folder, ParallelConfig(8, 2, 1, 4), rank=5))
@@ -164,11 +164,9 @@ def test_a_whole_model_of_public_shape_with_the_shared_group(tmp_path, name):
     dense = {"llama": 126, "deepseek_v3": 3, "glm4_moe": 1, "qwen3_moe": 0}[name]
     experts = found.layers - dense
     assert any(row.into == "moe" for row in found.plan) == (experts > 0)
-    attention = (
-        {("attention", HIGH, "fused"): found.layers} if dense else {("attention", HIGH, "group-mismatch"): experts}
-    )
-    mlp = {("mlp", HIGH, "fused"): dense, ("mlp", ALL, "rows-move"): experts}
-    assert counts(found) == {**attention, **{key: count for key, count in mlp.items() if count}}
+    mlp = {("mlp", HIGH, "fused"): dense, ("mlp", ALL, "fused"): experts}
+    expected = {("attention", HIGH, "fused"): found.layers, **mlp}
+    assert counts(found) == {key: count for key, count in expected.items() if count}
     assert found.notes == []
 
 
@@ -199,7 +197,7 @@ def test_the_command_prints_groups_plan_sites_and_steps(tmp_path):
     ):
         assert line in lines
     # The number of the graph is the process's own count.
-    assert any(line.endswith(": 8 all-reduces, 7 fused, 1 kept (rows-move 1), rank 5 of 8") for line in lines)
+    assert any(line.endswith(": 8 all-reduces, 8 fused, 0 kept, rank 5 of 8") for line in lines)
     found = json.loads(data.read_text())
     assert found["schema"] == 1
     assert found["dense_shares_attention"] is True
@@ -207,7 +205,7 @@ def test_the_command_prints_groups_plan_sites_and_steps(tmp_path):
     assert len(found["graphs"][0]["sites"]) == 8
     page = html.read_text()
     assert "Groups of rank 5" in page
-    assert page.count('"rows-move"') >= 2
+    assert "all_reduce+rows/2+add+rms_norm" in page
 
 
 def test_json_can_go_to_stdout(tmp_path):

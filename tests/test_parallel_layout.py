@@ -29,7 +29,7 @@ SHARED = ["all_reduce(attn_tp)", "add", "norm"]
                 [*SHARED, "gather_blocks(attn_dp)"],
                 ["all_reduce(dense_tp)", "slice_rows", "add", "norm"],
             ],
-            ["-", "first part", "no"],
+            ["-", "first part", "yes"],
         ),
         (
             (4, 2, 1, 1),
@@ -38,7 +38,7 @@ SHARED = ["all_reduce(attn_tp)", "add", "norm"]
                 ["slice_residual", "reduce_scatter(attn_tp)", "add", "norm"],
                 ["add", "gather_residual(attn_tp)", "norm"],
             ],
-            ["-", "later", "-"],
+            ["-", "yes", "-"],
         ),
         ((4, 4, 1, 1), [["norm"], ["add", "norm"], ["add", "norm"]], ["-", "-", "-"]),
     ],
@@ -74,7 +74,7 @@ def test_with_the_shared_group_experts_still_span_all_ranks():
         (0, "attention", "attn_tp", True),
         (0, "mlp", "dense_tp", True),
         (1, "attention", "attn_tp", True),
-        (1, "mlp", "tp", False),
+        (1, "mlp", "tp", True),
     ]
 
 

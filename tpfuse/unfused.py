@@ -60,15 +60,7 @@ def look(reports: Sequence[GraphReport], policy: str, fuel: int | None) -> None:
         # An exception inside the pass has had its own warning.
         quiet = (Reason.GROUP_SIZE.value, Reason.INTERNAL.value)
         sites = [site for site in report.sites if site.reason not in quiet]
-        scatters, gathers = report.reduce_scatters or 0, report.all_gathers or 0
-        if scatters and scatters >= len(sites):
-            tell(
-                "sequence-parallel",
-                f"nothing was fused in {report.graph_id}: it has {scatters} reduce-scatters and {gathers} all-gathers, and "
-                f"{len(sites)} all-reduces. Sequence parallelism puts a reduce-scatter and an all-gather in the place of each "
-                "all-reduce, and only all-reduces are fused. Shard the model without sequence parallelism",
-            )
-        elif sites:
+        if sites:
             tell(*_about(report, sites))
 
 
@@ -80,6 +72,6 @@ def _about(report: GraphReport, sites: list[Site]) -> tuple[str, str]:
     why = ", ".join(f"{code} {n}" for code, n in counts.most_common())
     place = f" ({first.source})" if first.source else ""
     return reason, (
-        f"none of the {len(sites)} all-reduces of {report.graph_id} was fused: {why}. {first.remedy} "
+        f"none of the {len(sites)} reductions of {report.graph_id} was fused: {why}. {first.remedy} "
         f"E.g.{place} {first.detail or 'no detail'}. print(tpfuse.reports()[-1]) lists them"
     )

@@ -20,7 +20,7 @@ import torch
 import tpfuse
 from tpfuse import compat
 from tpfuse.ops.select import select
-from tpfuse.parallel import GROUP_NAMES, Op, ParallelConfig, Plan
+from tpfuse.parallel import GROUP_NAMES, ParallelConfig, Plan
 from tpfuse.parallel.architecture import architecture_of
 from tpfuse.parallel.model import exchange_rows, layout_of, parallelize
 from tpfuse.passes.options import PassOptions
@@ -326,12 +326,12 @@ def _algorithm(site: Site, rows: int, architecture: str) -> str:
 
 
 def _notes(plan: Plan, reports: Sequence[GraphReport], request: Request) -> list[str]:
-    """Where the graph does not have the all-reduces that the plan says it should."""
+    """Where the graph does not have the reductions that the plan says it should."""
     config, rank = request.config, request.rank
     planned = [
         (r.layer, r.role, tuple(config.group_of(r.group, rank)))
         for r in plan.reductions()
-        if r.op is Op.ALL_REDUCE and len(config.group_of(r.group, rank)) > 1
+        if len(config.group_of(r.group, rank)) > 1
     ]
     found = [(s.layer, s.role, s.group) for report in reports for s in report.sites]
     notes = []
@@ -342,7 +342,7 @@ def _notes(plan: Plan, reports: Sequence[GraphReport], request: Request) -> list
     for what, items in (("the plan has, the graph has not", missing), ("the graph has, the plan has not", extra)):
         if items:
             layer, role, group = items[0]
-            notes.append(f"{what}: {len(items)} all-reduces, first layer {layer} {role} over {words.ranks(group)}")
+            notes.append(f"{what}: {len(items)} reductions, first layer {layer} {role} over {words.ranks(group)}")
     return notes
 
 
