@@ -51,7 +51,7 @@ def open_files(files: Sequence[str], weights_only: bool) -> dict[str, Stored]:
     found: dict[str, Stored] = {}
     for file in files:
         with _open(file) as opened:
-            for name in opened.keys():
+            for name in opened.keys():  # noqa: SIM118 - not a dict: it cannot be iterated
                 tensor = opened.get_slice(name)
                 found[name] = _InFile(file, name, tensor.get_shape(), tensor.get_dtype())
     return found
