@@ -130,6 +130,9 @@ def _convert_then_cut(operations: Sequence[Any], whole: Mapping[str, Tensor], cu
     class ConvertThenCut(compat.conversion_base()):  # type: ignore[misc]
         """One group of tensors at a time: whole, converted, cut and freed."""
 
+        # By this transformers knows that tensors are unpacked here, and leaves their dtype alone.
+        hf_quantizer = next((op.hf_quantizer for op in operations if getattr(op, "hf_quantizer", None)), None)
+
         def convert(
             self, input_dict: dict[str, Any], full_layer_name: str = "", model: Any = None, **others: Any
         ) -> Any:

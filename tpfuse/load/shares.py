@@ -22,6 +22,8 @@ from .pieces import Meter
 ATTRIBUTE = "tpfuse_loading"
 # What decides where weights lie, and is decided by the sizes here.
 TAKEN = ("distributed_config", "device_mesh", "tp_plan", "tp_size")
+# The quantization that transformers unpacks while it loads, one parameter at a time.
+UNPACKED_BY_GROUPS = "fp8"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +168,8 @@ def _obstacle(state_dict: Any, files: Any, load_config: Any) -> str:
                 f"quantization with {method} makes packed weights, which cannot be cut by rows and columns; load without it "
                 "and quantize each rank's part after (docs/models.md), or unpack with dequantize=True where the method can"
             )
-        return f"its {method} weights are unpacked by transformers, whole"
+        if method != UNPACKED_BY_GROUPS:
+            return f"its {method} weights are unpacked by transformers, whole"
     if state_dict is not None or not files:
         return "its weights were given as a state_dict"
     devices = set((load_config.device_map or {}).values())
