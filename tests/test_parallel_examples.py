@@ -29,9 +29,9 @@ def test_shared_dense_tp_prints_plan_groups_report_and_equality():
     text = output_of("shared_dense_tp.py")
     assert "all_reduce(attn_tp [0,1]) → add → norm" in text
     assert "dense_tp [[0, 1], [2, 3]]" in text
-    assert "8 all-reduces, 6 fused, 2 kept (rows-move 2)" in text
+    assert "9 all-reduces, 7 fused, 2 kept (rows-move 2)" in text
     for rank, pair in enumerate(("[0, 1]", "[0, 1]", "[2, 3]", "[2, 3]")):
-        assert f"rank {rank}: 6 of 8 all-reduces fused, over {pair}; logits equal" in text
+        assert f"rank {rank}: 7 of 9 all-reduces fused, over {pair}; logits equal" in text
 
 
 def test_hf_generate_prints_tokens_and_what_fused():
