@@ -141,7 +141,9 @@ def test_a_pickled_checkpoint(tmp_path, as_rank):
 def test_the_checkpoint_of_a_model_without_its_head(tmp_path, as_rank):
     model = unsharded("llama", tie_word_embeddings=True, **LAYERS)
     model.save_pretrained(tmp_path)
-    rewrite(tmp_path, lambda held: {k.removeprefix("model."): v for k, v in held.items() if not k.startswith("lm_head")})
+    rewrite(
+        tmp_path, lambda held: {k.removeprefix("model."): v for k, v in held.items() if not k.startswith("lm_head")}
+    )
     equal_on_two_ranks(tmp_path, as_rank)
 
 
@@ -240,7 +242,9 @@ def test_one_device_for_all_is_read_in_slices(checkpoints, as_rank):
 
 def test_a_missing_weight_is_initialized_and_reported_as_by_transformers(tmp_path, as_rank, monkeypatch):
     unsharded("llama", **LAYERS).save_pretrained(tmp_path)
-    rewrite(tmp_path, lambda held: {k: v for k, v in held.items() if "layers.1.mlp.down_proj" not in k and "norm" not in k})
+    rewrite(
+        tmp_path, lambda held: {k: v for k, v in held.items() if "layers.1.mlp.down_proj" not in k and "norm" not in k}
+    )
     as_rank(3, 4)
     said = []
     logger = transformers.modeling_utils.logger
@@ -287,7 +291,9 @@ def test_packed_weights_are_refused_before_anything_is_read(checkpoints, as_rank
     monkeypatch.setattr(FineGrainedFP8HfQuantizer, "validate_environment", lambda *_, **__: None)  # it asks for a GPU
     checkpoints("llama")
     as_rank(0, 4)
-    with pytest.raises(ConfigError, match="quantization with fp8 makes packed weights, .* quantize each rank's part after"):
+    with pytest.raises(
+        ConfigError, match="quantization with fp8 makes packed weights, .* quantize each rank's part after"
+    ):
         hf.from_pretrained(checkpoints("llama"), FLAGSHIP, quantization_config=FineGrainedFP8Config())
 
 

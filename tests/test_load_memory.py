@@ -90,7 +90,9 @@ def check(tmp_path, layers, hidden, files, size):
     assert size <= total < 1.25 * size
     layout = ParallelConfig(4, 2, 1, 2)
     grown, share, largest, read, right = run_ranks(peak_of_loading, 1, str(tmp_path), layout, 2)[0]
-    print(f"checkpoint {total / MIB:.0f} MiB, share {share / MIB:.0f}, peak {grown / MIB:.0f}, largest {largest / MIB:.0f}")
+    print(
+        f"checkpoint {total / MIB:.0f} MiB, share {share / MIB:.0f}, peak {grown / MIB:.0f}, largest {largest / MIB:.0f}"
+    )
     assert right
     assert read == share < 0.51 * total
     assert share <= grown < share + largest + SLACK

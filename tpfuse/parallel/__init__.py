@@ -6,10 +6,10 @@ from .config import GROUP_NAMES, ConfigError, ParallelConfig
 from .cut import Cut
 from .groups import Groups, build_groups
 from .layout import Boundary, Op, Plan, Reduction, Rows, Step, plan
-from .model import Parallelized, exchange_rows, layout_of, parallelize
+from .model import Parallelized, exchange_rows, gather_logits, layout_of, parallelize
 from .pairing import PairingError
 from .shard import Shard
-from .vocabulary import Vocabulary, gather_logits
+from .vocabulary import Vocabulary
 
 __all__ = [
     "ARCHITECTURES",

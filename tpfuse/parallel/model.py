@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from tpfuse import compat
 
@@ -22,7 +22,7 @@ from .layout import plan as make_plan
 from .pairing import check_shards
 from .shard import Shard, apply_cuts, kind_of, layer_cuts, replace_parameter
 from .steps import Batch
-from .vocabulary import Vocabulary, install_vocabulary, plan_vocabulary
+from .vocabulary import Vocabulary, gather_parts, install_vocabulary, plan_vocabulary
 
 ATTRIBUTE = "tpfuse_parallel"
 LARGEST = "largest_block"  # keyword of a call: rows of the largest block
@@ -125,15 +125,17 @@ def without_adapter_wrapper(model: nn.Module) -> nn.Module:
 @torch.no_grad()
 def _cut_vocabulary(model: nn.Module, names: Architecture, tokens: Vocabulary) -> None:
     """Weights that were one parameter stay one."""
-    cut: dict[int, nn.Parameter] = {}
+    done: list[tuple[Any, Any]] = []
     for path, kept in tokens.cuts.items():
         parent, _, name = path.rpartition(".")
         owner = model.get_submodule(parent)
         whole = getattr(owner, name)
-        if id(whole) not in cut:
+        tied = [new for old, new in done if old is whole]
+        if tied:
+            setattr(owner, name, tied[0])
+        else:
             replace_parameter(model, path, kept)
-            cut[id(whole)] = getattr(owner, name)
-        setattr(owner, name, cut[id(whole)])
+            done.append((whole, getattr(owner, name)))
         if isinstance(owner, nn.Linear):
             owner.out_features = owner.weight.shape[0]
 
@@ -174,6 +176,21 @@ def exchange_rows(model: nn.Module, rows: int) -> int:
     count = torch.tensor([rows], device=device)
     dist.all_reduce(count, op=dist.ReduceOp.MAX, group=group)
     return int(count.item())
+
+
+def gather_logits(model: nn.Module, local: Tensor) -> Tensor:
+    """The logits of all tokens, out of what a model that was parallelized with ``gather_logits=False`` returns.
+
+    Collective over ``attn_tp``.
+
+    Args:
+        model: a parallelized model.
+        local: (..., tokens of this rank); ``layout_of(model).vocabulary.own`` says which these are.
+    Returns:
+        (..., tokens of the whole vocabulary); ``local`` itself where the vocabulary is whole.
+    """
+    parallelized = layout_of(model)
+    return gather_parts(local, parallelized.vocabulary, parallelized.groups.name_of("attn_tp"))
 
 
 def _check_supported(model: nn.Module, config: ParallelConfig) -> None:

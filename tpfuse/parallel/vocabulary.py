@@ -153,12 +153,12 @@ def _lookup(vocabulary: Vocabulary, group: str) -> Callable[..., Tensor]:
 def _logits(vocabulary: Vocabulary, group: str) -> Callable[..., Tensor]:
     def forward(head: nn.Linear, hidden: Tensor) -> Tensor:
         """hidden (batch, length, hidden) -> (batch, length, vocabulary)."""
-        return gather_logits(F.linear(hidden, head.weight, head.bias), vocabulary, group)
+        return gather_parts(F.linear(hidden, head.weight, head.bias), vocabulary, group)
 
     return forward
 
 
-def gather_logits(local: Tensor, vocabulary: Vocabulary, group: str) -> Tensor:
+def gather_parts(local: Tensor, vocabulary: Vocabulary, group: str) -> Tensor:
     """The logits of all tokens, from the part of each rank.
 
     Args:
