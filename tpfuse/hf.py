@@ -18,7 +18,7 @@ from torch import nn
 
 from tpfuse import unfused
 from tpfuse.load import load
-from tpfuse.load.shares import progress_of_rank_0
+from tpfuse.load.shares import has_adapter, progress_of_rank_0
 from tpfuse.parallel import ConfigError, ParallelConfig, exchange_rows
 from tpfuse.parallel import parallelize as _parallelize
 from tpfuse.parallel.model import ATTRIBUTE, LARGEST, token_shape
@@ -39,8 +39,8 @@ def from_pretrained(
     """Load a causal language model on every rank, sharded under ``config``. Collective.
 
     Each rank reads its share of the weights. Where attention and everything else share one group, transformers' own tensor
-    parallelism loads it. Otherwise (attention DP, ``moe_dense_tp_size=1``, expert parallelism, or an attention that
-    transformers does not shard) tpfuse cuts the empty model and reads slices for it, under NCCL into the memory of this rank's
+    parallelism loads it. Otherwise (attention DP, ``moe_dense_tp_size=1``, expert parallelism, an attention that
+    transformers does not shard, or a LoRA adapter) tpfuse cuts the empty model and reads slices for it, under NCCL into the memory of this rank's
     current CUDA device. What cannot be read in slices is loaded whole and then cut, with a warning that says why.
 
     Args:
@@ -69,7 +69,7 @@ def from_pretrained(
     if config.world_size == 1:
         with progress_of_rank_0(progress):
             model = auto_class.from_pretrained(path, **kwargs)
-    elif one_group(config) and _plan_shards_attention(transformers, path, kwargs):
+    elif one_group(config) and not has_adapter(path, kwargs) and _plan_shards_attention(transformers, path, kwargs):
         if dist.get_world_size() != config.tp_size:
             raise ConfigError(
                 f"transformers' tensor parallelism spans all {dist.get_world_size()} ranks of the default group, but "

@@ -88,7 +88,7 @@ def load(
         raise ConfigError(f"{given[0]} contradicts the ParallelConfig, which says where weights lie; leave it out")
     start = time.perf_counter()
     task = _Task(parallelize)
-    why = _adapter(path, kwargs) or compat.missing()
+    why = "it has an adapter, which is put into whole layers" if has_adapter(path, kwargs) else compat.missing()
     with progress_of_rank_0(progress) as shown:
         if not why:
             try:
@@ -178,13 +178,12 @@ def _obstacle(state_dict: Any, files: Any, load_config: Any) -> str:
     return ""
 
 
-def _adapter(path: Any, kwargs: dict[str, Any]) -> str:
-    """Why a folder with an adapter is loaded whole: transformers puts an adapter into a model after its weights."""
+def has_adapter(path: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a folder or repository holds an adapter of peft. transformers puts it into a model that has its weights."""
     from transformers.utils import find_adapter_config_file
 
     known = ("cache_dir", "revision", "token", "local_files_only", "subfolder")
-    found = find_adapter_config_file(path, **{k: kwargs[k] for k in known if kwargs.get(k) is not None})
-    return "it has an adapter, which is put into whole layers" if found is not None else ""
+    return find_adapter_config_file(path, **{k: kwargs[k] for k in known if kwargs.get(k) is not None}) is not None
 
 
 def _first() -> bool:
