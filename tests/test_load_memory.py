@@ -62,7 +62,7 @@ def in_memory(field: str) -> int:
 
 
 def peak_of_loading(_rank, _world_size, folder, layout, rank):
-    """(bytes the process grew by at most, bytes of the model, bytes of the largest tensor, bytes read, values are right)"""
+    """(grown by at most, size of the model, of its largest tensor, and what was read, in bytes; seconds; values are right)"""
     import torch.distributed as dist
 
     from tpfuse import compat, hf
@@ -80,7 +80,14 @@ def peak_of_loading(_rank, _world_size, folder, layout, rank):
     down = parameters["model.layers.0.mlp.down_proj.weight"]
     wanted = values(torch.Size((down.shape[0], layout.dense_tp_size * down.shape[1])))
     right = torch.equal(down, wanted[:, own * down.shape[1] : (own + 1) * down.shape[1]])
-    return grown, sum(v.nbytes for v in parameters.values()), largest, loading_of(model).read, right
+    return (
+        grown,
+        sum(v.nbytes for v in parameters.values()),
+        largest,
+        loading_of(model).read,
+        loading_of(model).seconds,
+        right,
+    )
 
 
 def check(tmp_path, layers, hidden, files, size):
@@ -89,9 +96,9 @@ def check(tmp_path, layers, hidden, files, size):
     total = write(tmp_path, layers, hidden, files)
     assert size <= total < 1.25 * size
     layout = ParallelConfig(4, 2, 1, 2)
-    grown, share, largest, read, right = run_ranks(peak_of_loading, 1, str(tmp_path), layout, 2)[0]
+    grown, share, largest, read, seconds, right = run_ranks(peak_of_loading, 1, str(tmp_path), layout, 2)[0]
     print(
-        f"checkpoint {total / MIB:.0f} MiB, share {share / MIB:.0f}, peak {grown / MIB:.0f}, largest {largest / MIB:.0f}"
+        f"{total / MIB:.0f} MiB: share {share / MIB:.0f}, peak {grown / MIB:.0f}, tensor {largest / MIB:.0f}; {seconds:.1f} s"
     )
     assert right
     assert read == share < 0.51 * total

@@ -40,8 +40,9 @@ def from_pretrained(
 
     Each rank reads its share of the weights. Where attention and everything else share one group, transformers' own tensor
     parallelism loads it. Otherwise (attention DP, ``moe_dense_tp_size=1``, expert parallelism, an attention that
-    transformers does not shard, or a LoRA adapter) tpfuse cuts the empty model and reads slices for it, under NCCL into the memory of this rank's
-    current CUDA device. What cannot be read in slices is loaded whole and then cut, with a warning that says why.
+    transformers does not shard, or a LoRA adapter) tpfuse cuts the empty model and reads slices for it, under NCCL into the
+    memory of this rank's current CUDA device. What cannot be read in slices is loaded whole and then cut, with a warning that
+    says why.
 
     Args:
         path: folder or Hub name, as for transformers.

@@ -65,11 +65,11 @@ def loading_through(load: Callable[..., Any]) -> Iterator[None]:
                 return original(*args, **kwargs)
             return load(original, *args, **kwargs)
 
-        base._load_pretrained_model = staticmethod(choose)
+        base._load_pretrained_model = staticmethod(choose)  # type: ignore[method-assign]
         try:
             yield
         finally:
-            base._load_pretrained_model = staticmethod(original)
+            base._load_pretrained_model = staticmethod(original)  # type: ignore[method-assign]
 
 
 def converters_of(weight_mapping: Sequence[Any] | None) -> list[Any]:
