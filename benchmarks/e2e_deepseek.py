@@ -176,7 +176,7 @@ def deepseek(rank: int, world: int, plan: Plan) -> list[Line]:
     warm, checks, steps, chain, chains = plan.steps
     context = -(-(PROMPT + warm + checks + steps + chain * chains) // 64) * 64
     longest = max([context, *(rows for phase, rows in plan.shapes if phase == "prefill")])
-    model = tpfuse.hf.parallelize(whole_model(sizes, device, longest), config)
+    model = tpfuse.hf.parallelize(whole_model(sizes, device, longest), config, vocabulary=False)  # layers are measured
     if plan.device == "cuda":
         torch.cuda.empty_cache()
     parallelized = layout_of(model)

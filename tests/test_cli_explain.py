@@ -53,6 +53,11 @@ def counts(found):
     return counted
 
 
+def embedding(group, decision):
+    """The vocabulary is cut over the ranks of one attention."""
+    return ("embedding", group, decision)
+
+
 # -- the tiny version of each architecture, on real ranks -----------------------------------------------------------
 
 
@@ -130,14 +135,17 @@ def test_the_graph_has_the_reductions_of_the_plan(tmp_path, sizes):
 @pytest.mark.parametrize(
     ("sizes", "rank", "expected"),
     [
-        ((8, 2, 1, 4), 5, {("attention", HIGH, "fused"): 4, ("mlp", HIGH, "fused"): 4}),
-        ((8, 2, 1, 8), 5, {("attention", HIGH, "fused"): 4, ("mlp", ALL, "fused"): 4}),
-        ((8, 2, 1, 1), 5, {("attention", HIGH, "fused"): 4}),
+        ((8, 2, 1, 4), 5, {embedding(HIGH, "fused"): 1, ("attention", HIGH, "fused"): 4, ("mlp", HIGH, "fused"): 4}),
+        ((8, 2, 1, 8), 5, {embedding(HIGH, "fused"): 1, ("attention", HIGH, "fused"): 4, ("mlp", ALL, "fused"): 4}),
+        ((8, 2, 1, 1), 5, {embedding(HIGH, "policy"): 1, ("attention", HIGH, "fused"): 4}),
         *(
             pytest.param(*layout, marks=pytest.mark.slow)
             for layout in (
-                ((8, 1, 1, 8), 5, {("attention", ALL, "fused"): 4, ("mlp", ALL, "fused"): 4}),
-                ((8, 4, 1, 2), 5, {("attention", (4, 5), "fused"): 4, ("mlp", (4, 5), "fused"): 4}),
+                ((8, 1, 1, 8), 5, {embedding(ALL, "fused"): 1, ("attention", ALL, "fused"): 4, ("mlp", ALL, "fused"): 4}),
+                (
+                    (8, 4, 1, 2), 5,
+                    {embedding((4, 5), "fused"): 1, ("attention", (4, 5), "fused"): 4, ("mlp", (4, 5), "fused"): 4},
+                ),
                 ((8, 8, 1, 1), 5, {}),
             )
         ),
@@ -165,7 +173,7 @@ def test_a_whole_model_of_public_shape_with_the_shared_group(tmp_path, name):
     experts = found.layers - dense
     assert any(row.into == "moe" for row in found.plan) == (experts > 0)
     mlp = {("mlp", HIGH, "fused"): dense, ("mlp", ALL, "fused"): experts}
-    expected = {("attention", HIGH, "fused"): found.layers, **mlp}
+    expected = {embedding(HIGH, "fused"): 1, ("attention", HIGH, "fused"): found.layers, **mlp}
     assert counts(found) == {key: count for key, count in expected.items() if count}
     assert found.notes == []
 
@@ -192,17 +200,17 @@ def test_the_command_prints_groups_plan_sites_and_steps(tmp_path):
         "Groups of rank 5; dense MLP and attention: shared",
         "attn_tp 4-7 4",
         "0-2 dense replica all_reduce(attn_tp [4-7]), add, norm yes",
-        "1 one_shot over 4-7 7 196.0 KiB",
+        "1 one_shot over 4-7 8 224.0 KiB",
         "4096 library over 4-7 0 0 B",
     ):
         assert line in lines
     # The number of the graph is the process's own count.
-    assert any(line.endswith(": 8 all-reduces, 8 fused, 0 kept, rank 5 of 8") for line in lines)
+    assert any(line.endswith(": 9 all-reduces, 9 fused, 0 kept, rank 5 of 8") for line in lines)
     found = json.loads(data.read_text())
     assert found["schema"] == 1
     assert found["dense_shares_attention"] is True
     assert [step["rows"] for step in found["steps"]] == [1, 64, 4096]
-    assert len(found["graphs"][0]["sites"]) == 8
+    assert len(found["graphs"][0]["sites"]) == 9
     page = html.read_text()
     assert "Groups of rank 5" in page
     assert "all_reduce+rows/2+add+rms_norm" in page
@@ -220,7 +228,7 @@ def test_json_can_go_to_stdout(tmp_path):
         (["lama", "--tp-size", 2], ["'lama' is neither a folder nor a model type", "did you mean llama"]),
         (["./absent", "--tp-size", 2], ["./absent does not exist", "config.json"]),
         (["vit", "--tp-size", 2], ["no causal language model", "model_type='vit'"]),
-        (["gemma2", "--tp-size", 2], ["no architecture is known", "llama"]),
+        (["granite", "--tp-size", 2], ["no architecture is known", "llama"]),
         (["llama", "--tp-size", 8, "--attn-dp-size", 2, "--moe-dense-tp-size", 2], ["moe_dense_tp_size=2", "attn_tp_size=4"]),
         (["llama", "--tp-size", 3], ["heads", "do not split over the 3 ranks"]),
         (["llama", "--tp-size", 2, "--rank", 2], ["rank 2 does not exist"]),

@@ -29,9 +29,10 @@ def test_shared_dense_tp_prints_plan_groups_report_and_equality():
     text = output_of("shared_dense_tp.py")
     assert "all_reduce(attn_tp [0,1]) → add → norm" in text
     assert "dense_tp [[0, 1], [2, 3]]" in text
-    assert "8 all-reduces, 8 fused, 0 kept" in text
+    assert "9 all-reduces, 9 fused, 0 kept" in text
     for rank, pair in enumerate(("[0, 1]", "[0, 1]", "[2, 3]", "[2, 3]")):
-        assert f"rank {rank}: 8 of 8 all-reduces fused, over {pair} and [0, 1, 2, 3]; logits equal" in text
+        over = ", ".join(sorted((pair, "[0, 1, 2, 3]"), key=lambda text: text.strip("[]").split(", ")))
+        assert f"rank {rank}: 9 of 9 all-reduces fused, over {over}; logits equal" in text
 
 
 def test_hf_generate_prints_tokens_and_what_fused():

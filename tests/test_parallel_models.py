@@ -25,6 +25,7 @@ pytestmark = pytest.mark.ranks
 LAYERS = {"num_hidden_layers": 4, "initializer_range": 0.2}
 MIXED = {**LAYERS, "first_k_dense_replace": 2}  # two dense and two MoE layers
 MODELS = {"llama": LAYERS, "qwen3": LAYERS, "glm4_moe": MIXED, "deepseek_v3": MIXED}
+TIED = {**LAYERS, "tie_word_embeddings": True}
 SIZES = [(4, 1, 1, None), (4, 2, 1, 2), (4, 2, 1, 1), (4, 2, 1, 4), (4, 4, 1, 1)]
 
 
@@ -92,6 +93,13 @@ def test_logits_equal_one_unsharded_process(pool, name, sizes):
 @pytest.mark.parametrize("sizes", [(4, 1, 1, None), (4, 2, 1, 2), (4, 4, 1, 1)], ids=str)
 def test_experts_split_whole_and_in_width(pool, sizes, ep_size):
     for differences in pool.run(eager_differences, "deepseek_v3", MIXED, sizes, ep_size):
+        assert max(differences) < 1e-5, differences
+
+
+@pytest.mark.parametrize("sizes", [(4, 2, 1, 2), (4, 2, 1, 1), (4, 2, 1, 4)], ids=str)
+@pytest.mark.parametrize("name", ["gemma2", "gemma3_text"])
+def test_norms_after_a_sublayer_see_its_whole_sum(pool, name, sizes):
+    for differences in pool.run(eager_differences, name, TIED, sizes, 1):
         assert max(differences) < 1e-5, differences
 
 
@@ -190,7 +198,7 @@ def test_a_weight_cut_over_other_ranks_than_it_is_reduced_over_is_refused(pool):
 
 
 def refusals(rank, world_size):
-    model = unsharded("gemma2")
+    model = unsharded("granite")
     cases = {
         "architecture": (model, ParallelConfig(4), {}),
         "heads": (
@@ -217,7 +225,7 @@ def refusals(rank, world_size):
 def test_what_cannot_be_sharded_says_what_to_provide(pool):
     messages = pool.run(refusals)[0]
     assert (
-        "no architecture is known for Gemma2ForCausalLM (model_type='gemma2'); known are deepseek_v3"
+        "no architecture is known for GraniteForCausalLM (model_type='granite'); known are deepseek_v3"
         in messages["architecture"]
     )
     assert "pass architecture=tpfuse.parallel.Architecture(...)" in messages["architecture"]
@@ -290,7 +298,7 @@ def test_with_the_shared_group_every_dense_layer_fuses_both_reductions(pool, nam
         assert len(reports) == 2  # prefill and decode, one graph each
         for report in reports:
             seen = [(site.layer, site.role, site.group, site.fused) for site in report.sites]
-            assert seen == planned
+            assert seen == [(None, "embedding", pair, True), *planned]
             dense = depth // 2 if mixed(name) else depth
             fused = {(site.layer, site.role) for site in report.sites if site.fused and site.group == pair}
             assert {(layer, role) for layer in range(dense) for role in ("attention", "mlp")} <= fused
@@ -309,7 +317,8 @@ def test_an_mlp_over_all_ranks_gives_each_replica_its_rows(pool, name, depth):
         pair = (0, 1) if rank < 2 else (2, 3)
         assert difference < 1e-5
         for report in reports:
-            assert [(site.layer, site.role, site.group, site.fused) for site in report.sites] == planned
+            seen = [(site.layer, site.role, site.group, site.fused) for site in report.sites]
+            assert seen == [(None, "embedding", pair, True), *planned]
             assert all(site.fused for site in report.sites)
             assert [(a.attention, a.mlp, a.shared) for a in report.layers] == [(pair, pair, True)] * depth
             assert {site.pattern for site in report.sites if site.role == "mlp"} == {"all_reduce+rows/2+add+rms_norm"}
@@ -325,12 +334,15 @@ def test_an_mlp_over_all_ranks_gives_each_replica_its_rows(pool, name, depth):
 )
 def test_other_layouts_compile_to_one_graph_and_show_what_the_plan_says(pool, sizes, depth):
     blocks = sizes[1]
-    for difference, reports, planned in pool.run(
-        compiled_outcome, "deepseek_v3", sizes, tuple(range(1, blocks + 1)), depth
+    for rank, (difference, reports, planned) in enumerate(
+        pool.run(compiled_outcome, "deepseek_v3", sizes, tuple(range(1, blocks + 1)), depth)
     ):
         assert difference < 1e-5
+        group = tuple(ParallelConfig(*sizes).group_of("attn_tp", rank))
+        embedding = [(None, "embedding", group)] if len(group) > 1 else []
         for report in reports:
-            assert [(site.layer, site.role, site.group, site.fused) for site in report.sites] == planned
+            seen = [(site.layer, site.role, site.group) for site in report.sites]
+            assert seen == embedding + [p[:3] for p in planned]
             assert all(site.fused for site in report.sites)
 
 

@@ -17,6 +17,8 @@ import torch.distributed as dist
 from torch import nn
 
 from tpfuse import unfused
+from tpfuse.load import load
+from tpfuse.load.shares import has_adapter, progress_of_rank_0
 from tpfuse.parallel import ConfigError, ParallelConfig, exchange_rows
 from tpfuse.parallel import parallelize as _parallelize
 from tpfuse.parallel.model import ATTRIBUTE, LARGEST, token_shape
@@ -24,24 +26,39 @@ from tpfuse.parallel.model import ATTRIBUTE, LARGEST, token_shape
 NORM_LIBRARIES = ("liger_kernel", "kernels")
 
 
-def from_pretrained(path: Any, config: ParallelConfig, *, auto_class: Any = None, **kwargs: Any) -> Any:
+def from_pretrained(
+    path: Any,
+    config: ParallelConfig,
+    *,
+    auto_class: Any = None,
+    progress: bool | None = None,
+    vocabulary: bool | None = None,
+    gather_logits: bool = True,
+    **kwargs: Any,
+) -> Any:
     """Load a causal language model on every rank, sharded under ``config``. Collective.
 
-    Where attention and everything else share one group, transformers' own tensor parallelism loads it, and each rank reads
-    only its share of the weights. Otherwise (attention DP, ``moe_dense_tp_size=1``, expert parallelism, or an attention that
-    transformers does not shard) every rank loads the whole model into host memory, keeps its share, and under NCCL moves it
-    to its current CUDA device.
+    Each rank reads its share of the weights. Where attention and everything else share one group, transformers' own tensor
+    parallelism loads it. Otherwise (attention DP, ``moe_dense_tp_size=1``, expert parallelism, an attention that
+    transformers does not shard, or a LoRA adapter) tpfuse cuts the empty model and reads slices for it, under NCCL into the
+    memory of this rank's current CUDA device. What cannot be read in slices is loaded whole and then cut, with a warning that
+    says why.
 
     Args:
         path: folder or Hub name, as for transformers.
         config: the sizes; ``config.world_size`` ranks.
         auto_class: transformers class to load with; ``AutoModelForCausalLM`` if None.
+        progress: whether rank 0 shows a progress bar and the time it took; None leaves that to
+            ``transformers.utils.logging``.
+        vocabulary, gather_logits: as for :func:`tpfuse.parallel.parallelize`; with transformers' own tensor parallelism its plan
+            decides, and these must be left as they are.
         kwargs: for the class's ``from_pretrained``, e.g. ``dtype=torch.bfloat16``.
     Returns:
-        The model in eval mode, without gradients.
+        The model in eval mode, without gradients. ``tpfuse.load.loading_of(model)`` says what was read.
     Raises:
         ImportError: transformers is not installed.
-        ConfigError: see :func:`tpfuse.parallel.parallelize`.
+        ConfigError: see :func:`tpfuse.parallel.parallelize`; or a quantization whose weights cannot be cut, or an argument for
+            transformers that contradicts the sizes.
     """
     transformers = _transformers()
     auto_class = auto_class or transformers.AutoModelForCausalLM
@@ -51,19 +68,30 @@ def from_pretrained(path: Any, config: ParallelConfig, *, auto_class: Any = None
             "e.g. under torchrun"
         )
     if config.world_size == 1:
-        model = auto_class.from_pretrained(path, **kwargs)
-    elif one_group(config) and _plan_shards_attention(transformers, path, kwargs):
+        with progress_of_rank_0(progress):
+            model = auto_class.from_pretrained(path, **kwargs)
+    elif one_group(config) and not has_adapter(path, kwargs) and _plan_shards_attention(transformers, path, kwargs):
         if dist.get_world_size() != config.tp_size:
             raise ConfigError(
                 f"transformers' tensor parallelism spans all {dist.get_world_size()} ranks of the default group, but "
                 f"tp_size={config.tp_size}; start as many processes as tp_size"
             )
+        if vocabulary is not None or not gather_logits:
+            raise ConfigError(
+                "vocabulary= and gather_logits= are for layouts that tpfuse cuts; here attention, MLP and experts share one "
+                "group and transformers' plan cuts embedding and head. Leave them out, or use tpfuse.hf.parallelize"
+            )
         distributed = transformers.distributed.DistributedConfig(tp_size=config.tp_size, tp_plan="auto")
-        model = auto_class.from_pretrained(path, distributed_config=distributed, **kwargs)
+        with progress_of_rank_0(progress):
+            model = auto_class.from_pretrained(path, distributed_config=distributed, **kwargs)
     else:
-        model = _parallelize(auto_class.from_pretrained(path, **kwargs), config)
-        if "device_map" not in kwargs and dist.get_backend() == "nccl":
-            model.to(torch.device("cuda", torch.cuda.current_device()))  # after the cut: only this rank's share moves
+        on_gpu = "device_map" not in kwargs and dist.get_backend() == "nccl"
+        device = f"cuda:{torch.cuda.current_device()}" if on_gpu else None
+
+        def cut(whole: nn.Module) -> nn.Module:
+            return _parallelize(whole, config, vocabulary=vocabulary, gather_logits=gather_logits)
+
+        model = load(auto_class, path, cut, progress, device, kwargs)
     _tell_when_generate_compiles_nothing(model)
     return model.eval().requires_grad_(False)
 

@@ -22,7 +22,7 @@ from tpfuse import compat
 from tpfuse.ops.select import select
 from tpfuse.parallel import GROUP_NAMES, ParallelConfig, Plan
 from tpfuse.parallel.architecture import architecture_of
-from tpfuse.parallel.model import exchange_rows, layout_of, parallelize
+from tpfuse.parallel.model import Parallelized, exchange_rows, layout_of, parallelize
 from tpfuse.passes.options import PassOptions
 from tpfuse.passes.report import GraphReport, Site
 
@@ -161,7 +161,8 @@ def explain(request: Request, tick: Tick | None = None, html: bool = False) -> E
         tick("sharding", 0, 1)
         parallelize(model, request.config)
         reports = _compile(model, request, folder if html else None, tick)
-        plan = layout_of(model).plan
+        layout = layout_of(model)
+        plan = layout.plan
         text_config = config.get_text_config()
         found = Explanation(
             request=request,
@@ -172,7 +173,7 @@ def explain(request: Request, tick: Tick | None = None, html: bool = False) -> E
             plan=_plan_rows(plan, request.rank),
             reports=reports,
             steps=[_step(rows, reports, request) for rows in request.rows],
-            notes=_notes(plan, reports, request),
+            notes=_notes(layout, reports, request),
         )
         if not html:
             return found
@@ -325,12 +326,16 @@ def _algorithm(site: Site, rows: int, architecture: str) -> str:
         return "library"
 
 
-def _notes(plan: Plan, reports: Sequence[GraphReport], request: Request) -> list[str]:
+def _notes(layout: Parallelized, reports: Sequence[GraphReport], request: Request) -> list[str]:
     """Where the graph does not have the reductions that the plan says it should."""
     config, rank = request.config, request.rank
-    planned = [
+    vocabulary = layout.vocabulary.ranks
+    planned: list[tuple[int | None, str, tuple[int, ...]]] = []
+    if len(vocabulary) > 1:
+        planned.append((None, "embedding", vocabulary))
+    planned += [
         (r.layer, r.role, tuple(config.group_of(r.group, rank)))
-        for r in plan.reductions()
+        for r in layout.plan.reductions()
         if len(config.group_of(r.group, rank)) > 1
     ]
     found = [(s.layer, s.role, s.group) for report in reports for s in report.sites]
@@ -342,7 +347,8 @@ def _notes(plan: Plan, reports: Sequence[GraphReport], request: Request) -> list
     for what, items in (("the plan has, the graph has not", missing), ("the graph has, the plan has not", extra)):
         if items:
             layer, role, group = items[0]
-            notes.append(f"{what}: {len(items)} reductions, first layer {layer} {role} over {words.ranks(group)}")
+            where = role if layer is None else f"layer {layer} {role}"
+            notes.append(f"{what}: {len(items)} reductions, first {where} over {words.ranks(group)}")
     return notes
 
 

@@ -3,11 +3,13 @@
 from .agreement import AgreementError, check_agreement
 from .architecture import ARCHITECTURES, Architecture, Projection, architecture_of
 from .config import GROUP_NAMES, ConfigError, ParallelConfig
+from .cut import Cut
 from .groups import Groups, build_groups
 from .layout import Boundary, Op, Plan, Reduction, Rows, Step, plan
-from .model import Parallelized, exchange_rows, layout_of, parallelize
+from .model import Parallelized, exchange_rows, gather_logits, layout_of, parallelize
 from .pairing import PairingError
 from .shard import Shard
+from .vocabulary import Vocabulary
 
 __all__ = [
     "ARCHITECTURES",
@@ -16,6 +18,7 @@ __all__ = [
     "Architecture",
     "Boundary",
     "ConfigError",
+    "Cut",
     "Groups",
     "Op",
     "PairingError",
@@ -27,10 +30,12 @@ __all__ = [
     "Rows",
     "Shard",
     "Step",
+    "Vocabulary",
     "architecture_of",
     "build_groups",
     "check_agreement",
     "exchange_rows",
+    "gather_logits",
     "layout_of",
     "parallelize",
     "plan",

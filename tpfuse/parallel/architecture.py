@@ -25,11 +25,14 @@ class Projection:
 class Architecture:
     """Names inside a pre-norm decoder: ``norm -> attention -> residual add -> norm -> MLP -> residual add``.
 
+    A decoder may norm the output of attention and MLP as well, before it is added (Gemma 2 and 3).
     Column projections are split by output, row projections by input and leave partial sums. The defaults fit Llama.
 
     Attributes:
         layers: path from the model to its list of decoder layers; the module before the last dot runs them.
         attention: attribute of a layer; ``mlp``, ``attention_norm`` and ``mlp_norm`` likewise.
+        attention_post_norm: attribute of a layer: the norm of attention's output; empty where there is none. ``mlp_post_norm``
+            likewise.
         attention_columns: column projections of attention.
         attention_rows: row projections of attention.
         mlp_columns: column projections of a dense MLP and of shared experts.
@@ -39,6 +42,8 @@ class Architecture:
         experts_columns: parameters of shape (experts, 2 * width, hidden): two halves packed along the second dimension.
         experts_rows: parameters of shape (experts, hidden, width).
         shared_experts: attribute of an MoE block that is an MLP for all rows, or an empty string.
+        embedding: path from the model to its token embedding; ``head`` likewise to the linear layer that makes logits. Empty
+            where there is none.
     """
 
     layers: str = "model.layers"
@@ -58,6 +63,10 @@ class Architecture:
     experts_columns: tuple[str, ...] = ("gate_up_proj",)
     experts_rows: tuple[str, ...] = ("down_proj",)
     shared_experts: str = "shared_experts"
+    attention_post_norm: str = ""
+    mlp_post_norm: str = ""
+    embedding: str = "model.embed_tokens"
+    head: str = "lm_head"
 
 
 LLAMA = Architecture()
@@ -69,10 +78,17 @@ DEEPSEEK_V3 = Architecture(
         Projection("kv_b_proj", "heads"),
     ),
 )
+GEMMA = Architecture(
+    attention_post_norm="post_attention_layernorm",
+    mlp_norm="pre_feedforward_layernorm",
+    mlp_post_norm="post_feedforward_layernorm",
+)
 
 # transformers' config.model_type -> names.
 ARCHITECTURES: dict[str, Architecture] = {
     "deepseek_v3": DEEPSEEK_V3,
+    "gemma2": GEMMA,
+    "gemma3_text": GEMMA,
     "glm4_moe": LLAMA,
     "llama": LLAMA,
     "mistral": LLAMA,

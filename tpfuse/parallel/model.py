@@ -8,19 +8,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from tpfuse import compat
 
 from . import layers as layer_forwards
 from .architecture import Architecture, architecture_of
 from .config import ConfigError, ParallelConfig
+from .cut import Cut
 from .groups import Groups, build_groups
 from .layout import Plan
 from .layout import plan as make_plan
 from .pairing import check_shards
-from .shard import Shard, kind_of, shard_layer
+from .shard import Shard, apply_cuts, kind_of, layer_cuts, replace_parameter
 from .steps import Batch
+from .vocabulary import Vocabulary, gather_parts, install_vocabulary, plan_vocabulary
 
 ATTRIBUTE = "tpfuse_parallel"
 LARGEST = "largest_block"  # keyword of a call: rows of the largest block
@@ -34,13 +36,17 @@ class Parallelized:
         config: the sizes.
         groups: this rank's groups.
         plan: the boundaries that the layers follow.
-        shards: every weight that was cut.
+        shards: every weight of a layer that was cut.
+        vocabulary: how embedding and head are laid out.
+        cuts: path of every parameter that was cut -> what this rank keeps of it.
     """
 
     config: ParallelConfig
     groups: Groups
     plan: Plan
     shards: tuple[Shard, ...]
+    vocabulary: Vocabulary
+    cuts: dict[str, Cut]
 
 
 def parallelize(
@@ -50,28 +56,36 @@ def parallelize(
     architecture: Architecture | None = None,
     plan: Plan | None = None,
     ranks: Sequence[int] | None = None,
+    vocabulary: bool | None = None,
+    gather_logits: bool = True,
 ) -> nn.Module:
     """Shard a decoder in place for inference. Collective: all ranks of the default group call it with equal arguments.
 
     Attention is cut over ``attn_tp``, the dense MLP over ``dense_tp``, experts over ``moe_ep`` and ``moe_tp``, shared
-    experts over ``tp``. Embedding, norms, routers and the output head stay whole. Each attention replica is called with
-    rows of its own; the ranks of one replica are called with the same rows.
+    experts over ``tp``, embedding and output head over ``attn_tp``. Norms and routers stay whole. Each attention replica is
+    called with rows of its own; the ranks of one replica are called with the same rows.
 
     Args:
-        model: a causal language model with whole weights, equal on all ranks.
+        model: a causal language model with whole weights, equal on all ranks, or on the meta device; LoRA adapters of peft
+            are cut with the layers that they are around.
         config: the sizes; ``attn_cp_size``, ``moe_dp_size`` and ``pp_size`` must be 1.
         architecture: names inside the model; None looks ``model.config.model_type`` up.
         plan: the boundaries; None derives them from the config.
         ranks: global ranks of the deployment; see :func:`build_groups`.
+        vocabulary: whether embedding and head are cut: None where that is possible, True always, False never.
+            ``layout_of(model).vocabulary`` says what was done and why.
+        gather_logits: False lets the head return the logits of this rank's tokens alone, for callers that sample from parts;
+            ``generate`` and losses need them all.
     Returns:
-        ``model``, in eval mode, without gradients.
+        ``model``, in eval mode, without gradients. After an error it is as it was.
     Raises:
         ConfigError: an unknown architecture, a size that the weights do not divide by, or one that is not supported here.
         PairingError: a weight is cut over other ranks than the plan reduces over.
     """
     _check_supported(model, config)
-    names = architecture or architecture_of(model)
-    stack, decoder_layers = _stack(model, names)
+    inner = without_adapter_wrapper(model)
+    names = architecture or architecture_of(inner)
+    stack, decoder_layers = _stack(inner, names)
     kinds = [kind_of(layer, names) for layer in decoder_layers]
     plan = plan or make_plan(config, kinds)
     if plan.config != config or plan.layers != tuple(kinds):
@@ -85,16 +99,45 @@ def parallelize(
             f"global rank {dist.get_rank()} is outside the deployment {list(groups.ranks)}; "
             "call parallelize on its ranks, and only build_groups elsewhere"
         )
-    text_config: Any = getattr(model, "config", None)
-    shards: list[Shard] = []
-    for number, layer in enumerate(decoder_layers):
-        shards += shard_layer(layer, number, text_config, names, groups)
+    text_config: Any = getattr(inner, "config", None)
+    of_layers = [layer_cuts(layer, n, text_config, names, groups) for n, layer in enumerate(decoder_layers)]
+    shards = [shard for found in of_layers for shard in found.shards]
     check_shards(shards, plan, groups)
-    for number, layer in enumerate(decoder_layers):
+    tokens = plan_vocabulary(inner, names, groups, vocabulary, gather_logits)
+    cuts = dict(tokens.cuts)
+    _cut_vocabulary(inner, names, tokens)
+    install_vocabulary(inner, names, groups, tokens)
+    for number, (layer, found) in enumerate(zip(decoder_layers, of_layers, strict=True)):
+        apply_cuts(layer, found.cuts, text_config, names, groups)
+        cuts.update({f"{names.layers}.{number}.{path}": cut for path, cut in found.cuts.items()})
         layer_forwards.install(layer, number, plan, names, groups)
-    setattr(model, ATTRIBUTE, Parallelized(config, groups, plan, tuple(shards)))
-    stack.register_forward_pre_hook(_batch_hook(model), with_kwargs=True)
+    setattr(inner, ATTRIBUTE, Parallelized(config, groups, plan, tuple(shards), tokens, cuts))
+    stack.register_forward_pre_hook(_batch_hook(inner), with_kwargs=True)
     return model.eval().requires_grad_(False)
+
+
+def without_adapter_wrapper(model: nn.Module) -> nn.Module:
+    """The transformers model inside of a ``PeftModel``; any other model itself."""
+    inner = getattr(model, "get_base_model", None)
+    return inner() if callable(inner) else model
+
+
+@torch.no_grad()
+def _cut_vocabulary(model: nn.Module, names: Architecture, tokens: Vocabulary) -> None:
+    """Weights that were one parameter stay one."""
+    done: list[tuple[Any, Any]] = []
+    for path, kept in tokens.cuts.items():
+        parent, _, name = path.rpartition(".")
+        owner = model.get_submodule(parent)
+        whole = getattr(owner, name)
+        tied = [new for old, new in done if old is whole]
+        if tied:
+            setattr(owner, name, tied[0])
+        else:
+            replace_parameter(model, path, kept)
+            done.append((whole, getattr(owner, name)))
+        if isinstance(owner, nn.Linear):
+            owner.out_features = owner.weight.shape[0]
 
 
 def layout_of(model: nn.Module) -> Parallelized:
@@ -133,6 +176,21 @@ def exchange_rows(model: nn.Module, rows: int) -> int:
     count = torch.tensor([rows], device=device)
     dist.all_reduce(count, op=dist.ReduceOp.MAX, group=group)
     return int(count.item())
+
+
+def gather_logits(model: nn.Module, local: Tensor) -> Tensor:
+    """The logits of all tokens, out of what a model that was parallelized with ``gather_logits=False`` returns.
+
+    Collective over ``attn_tp``.
+
+    Args:
+        model: a parallelized model.
+        local: (..., tokens of this rank); ``layout_of(model).vocabulary.own`` says which these are.
+    Returns:
+        (..., tokens of the whole vocabulary); ``local`` itself where the vocabulary is whole.
+    """
+    parallelized = layout_of(model)
+    return gather_parts(local, parallelized.vocabulary, parallelized.groups.name_of("attn_tp"))
 
 
 def _check_supported(model: nn.Module, config: ParallelConfig) -> None:

@@ -1,8 +1,11 @@
-"""Cut the weights of a decoder to this rank's share, and record over which ranks each was cut."""
+"""Cut the weights of a decoder layer to this rank's share, and record over which ranks each was cut.
+
+What is cut where is worked out first, from shapes alone, and done after: a layer that cannot be cut stays as it was, and a
+checkpoint can be read by the same cuts.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +14,10 @@ from torch import Tensor, nn
 
 from .architecture import Architecture, Projection
 from .config import ConfigError
+from .cut import Cut
 from .groups import Groups
 from .layout import mlp_group
+from .linear import check_plain, linear_cuts
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,19 @@ class Shard:
     kind: str
     group: str
     ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class LayerCuts:
+    """How one layer is cut.
+
+    Attributes:
+        shards: one record for each weight and group.
+        cuts: path of a parameter within the layer -> what this rank keeps of it.
+    """
+
+    shards: list[Shard]
+    cuts: dict[str, Cut]
 
 
 @dataclass(frozen=True)
@@ -59,77 +77,114 @@ def kind_of(layer: nn.Module, names: Architecture) -> str:
     return "moe" if hasattr(getattr(layer, names.mlp), names.experts) else "dense"
 
 
-@torch.no_grad()
-def shard_layer(layer: nn.Module, number: int, config: Any, names: Architecture, groups: Groups) -> list[Shard]:
-    """Replace the weights of one decoder layer by this rank's share of them.
+def layer_cuts(layer: nn.Module, number: int, config: Any, names: Architecture, groups: Groups) -> LayerCuts:
+    """What this rank keeps of one decoder layer. Reads shapes only, so the layer may be on the meta device.
 
     Args:
-        layer: a decoder layer with whole weights; it is changed.
+        layer: a decoder layer with whole weights; it is not changed.
         number: its index, for messages and the record.
         config: has ``num_attention_heads`` and ``num_key_value_heads``.
         names: where attention, MLP and experts are.
         groups: this rank's groups.
     Returns:
-        One record for each weight that was cut; none where the group has one rank.
+        The cuts; none where a group has one rank.
     Raises:
-        ConfigError: a width does not divide by the group's size.
+        ConfigError: a width does not divide by the group's size, or a weight is not a plain tensor.
     """
-    shards = _shard_attention(layer, number, config, names, groups)
+    found = LayerCuts([], {})
+    _cut_attention(found, layer, number, config, names, groups)
     mlp = getattr(layer, names.mlp)
     if kind_of(layer, names) == "dense":
-        share = _share(groups, number, "mlp", mlp_group(groups.config, "dense"))
-        return shards + _shard_mlp(mlp, names.mlp, names, share)
-    shards += _shard_experts(mlp, names, groups, number)
+        _cut_mlp(found, mlp, names.mlp, names, _share(groups, number, "mlp", mlp_group(groups.config, "dense")))
+        return found
+    _cut_experts(found, mlp, names, groups, number)
     if names.shared_experts and getattr(mlp, names.shared_experts, None) is not None:
         # Every rank adds a part of the shared experts to its routed experts: one partial sum, so one reduction.
         share = _share(groups, number, "mlp", mlp_group(groups.config, "moe"))
-        path = f"{names.mlp}.{names.shared_experts}"
-        shards += _shard_mlp(getattr(mlp, names.shared_experts), path, names, share)
-    return shards
+        _cut_mlp(found, getattr(mlp, names.shared_experts), f"{names.mlp}.{names.shared_experts}", names, share)
+    return found
+
+
+@torch.no_grad()
+def apply_cuts(layer: nn.Module, cuts: dict[str, Cut], config: Any, names: Architecture, groups: Groups) -> None:
+    """Replace the weights of a layer by what this rank keeps, and let its modules know their new sizes."""
+    for path, cut in cuts.items():
+        replace_parameter(layer, path, cut)
+    size = len(groups.ranks_of("attn_tp"))
+    attention = getattr(layer, names.attention)
+    if (
+        size > 1
+        and hasattr(attention, "num_key_value_groups")
+        and any(p.units == "kv_heads" for p in names.attention_columns)
+    ):
+        heads, kv_heads = _head_counts(config)
+        attention.num_key_value_groups = (heads // size) // max(1, kv_heads // size)
+    mlp = getattr(layer, names.mlp)
+    if kind_of(layer, names) == "moe" and len(groups.ranks_of("moe_ep")) > 1:
+        _run_own_experts(getattr(mlp, names.experts), groups.index_in("moe_ep"))
+
+
+def replace_parameter(module: nn.Module, path: str, cut: Cut) -> None:
+    """Put what a rank keeps of a parameter in its place."""
+    parent, _, name = path.rpartition(".")
+    owner = module.get_submodule(parent)
+    whole = getattr(owner, name).detach()
+    setattr(owner, name, nn.Parameter(cut.take(whole, whole.shape), requires_grad=False))
+    if isinstance(owner, nn.Linear) and name == "weight":
+        owner.out_features, owner.in_features = owner.weight.shape
 
 
 def _share(groups: Groups, layer: int, role: str, group: str) -> _Share:
     return _Share(layer, role, group, groups.ranks_of(group), groups.index_in(group))
 
 
-def _shard_attention(layer: nn.Module, number: int, config: Any, names: Architecture, groups: Groups) -> list[Shard]:
-    share = _share(groups, number, "attention", "attn_tp")
-    if share.size == 1:
-        return []
-    attention = getattr(layer, names.attention)
+def _head_counts(config: Any) -> tuple[int, int]:
     heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    return heads, getattr(config, "num_key_value_heads", None) or heads
+
+
+def _cut_attention(
+    found: LayerCuts, layer: nn.Module, number: int, config: Any, names: Architecture, groups: Groups
+) -> None:
+    share = _share(groups, number, "attention", "attn_tp")
+    attention = getattr(layer, names.attention)
+    heads, kv_heads = _head_counts(config)
     counts = {"heads": heads, "kv_heads": kv_heads}
-    shards = list(_cut_all(attention, names.attention, names.attention_columns, "column", share, counts))
-    shards += _cut_all(attention, names.attention, names.attention_rows, "row", share, counts)
-    if hasattr(attention, "num_key_value_groups") and any(p.units == "kv_heads" for p in names.attention_columns):
-        attention.num_key_value_groups = (heads // share.size) // max(1, kv_heads // share.size)
-    return shards
+    _cut_all(found, attention, names.attention, names.attention_columns, "column", share, counts)
+    _cut_all(found, attention, names.attention, names.attention_rows, "row", share, counts)
 
 
-def _shard_mlp(mlp: nn.Module, path: str, names: Architecture, share: _Share) -> list[Shard]:
-    if share.size == 1:
-        return []
-    shards = list(_cut_all(mlp, path, names.mlp_columns, "column", share, {}))
-    return shards + list(_cut_all(mlp, path, names.mlp_rows, "row", share, {}))
+def _cut_mlp(found: LayerCuts, mlp: nn.Module, path: str, names: Architecture, share: _Share) -> None:
+    _cut_all(found, mlp, path, names.mlp_columns, "column", share, {})
+    _cut_all(found, mlp, path, names.mlp_rows, "row", share, {})
 
 
 def _cut_all(
-    module: nn.Module, path: str, projections: tuple[Projection, ...], kind: str, share: _Share, counts: dict[str, int]
-) -> Iterator[Shard]:
+    found: LayerCuts,
+    module: nn.Module,
+    path: str,
+    projections: tuple[Projection, ...],
+    kind: str,
+    share: _Share,
+    counts: dict[str, int],
+) -> None:
+    if share.size == 1:
+        return
     for projection in projections:
         linear = getattr(module, projection.name, None)
         if linear is None:
             continue
         where = f"{path}.{projection.name}.weight"
-        dim = 0 if kind == "column" else 1
-        units = counts.get(projection.units, linear.weight.shape[dim])
+        prefix = f"{path}.{projection.name}"
+        check_plain(linear, f"layer {share.layer}: {prefix}")
+        width = linear.weight.shape[0 if kind == "column" else 1]
+        units = counts.get(projection.units, width)
         mine = _own_units(units, projection.units, share, where)
-        linear.weight = _parameter(_take_units(linear.weight, dim, units, mine))
-        if linear.bias is not None:
-            linear.bias = _parameter(_own_bias(linear.bias, kind, units, mine, share))
-        _set_features(linear)
-        yield share.record(where, kind)
+        each = width // units
+        kept = range(mine.start * each, mine.stop * each)
+        for name, cut in linear_cuts(linear, kind, kept, first=share.index == 0):
+            found.cuts[f"{prefix}.{name}"] = cut
+        found.shards.append(share.record(where, kind))
 
 
 def _own_units(units: int, what: str, share: _Share, where: str) -> range:
@@ -146,54 +201,42 @@ def _own_units(units: int, what: str, share: _Share, where: str) -> range:
     )
 
 
-def _take_units(weight: Tensor, dim: int, units: int, mine: range) -> Tensor:
-    width = weight.shape[dim] // units
-    return weight.narrow(dim, mine.start * width, len(mine) * width)
-
-
-def _own_bias(bias: Tensor, kind: str, units: int, mine: range, share: _Share) -> Tensor:
-    """A column's bias is cut with it. A row's bias is added once: by the first rank of the sum."""
-    if kind == "column":
-        return _take_units(bias, 0, units, mine)
-    return bias if share.index == 0 else torch.zeros_like(bias)
-
-
-def _set_features(linear: nn.Module) -> None:
-    if isinstance(linear, nn.Linear):
-        linear.out_features, linear.in_features = linear.weight.shape
-
-
-def _parameter(value: Tensor) -> nn.Parameter:
-    # A copy, so that the whole weight can be freed.
-    return nn.Parameter(value.detach().clone(memory_format=torch.contiguous_format), requires_grad=False)
-
-
-def _shard_experts(moe: nn.Module, names: Architecture, groups: Groups, number: int) -> list[Shard]:
+def _cut_experts(found: LayerCuts, moe: nn.Module, names: Architecture, groups: Groups, number: int) -> None:
     """Whole experts over moe_ep, and the width of each expert over moe_tp."""
     experts = getattr(moe, names.experts)
     whole = _share(groups, number, "mlp", "moe_ep")
     width = _share(groups, number, "mlp", "moe_tp")
-    shards = []
+    if whole.size == width.size == 1:
+        return
+    _check_experts(experts, names, f"layer {number}: {names.mlp}.{names.experts}")
     for name in (*names.experts_columns, *names.experts_rows):
         path = f"{names.mlp}.{names.experts}.{name}"
-        weight = getattr(experts, name)
+        shape = getattr(experts, name).shape
+        ranges: dict[int, tuple[range, ...]] = {}
         if whole.size > 1:
-            mine = _own_units(weight.shape[0], "experts", whole, path)
-            weight = weight[mine.start : mine.stop]
-            shards.append(whole.record(path, "expert"))
+            ranges[0] = (_own_units(shape[0], "experts", whole, path),)
+            found.shards.append(whole.record(path, "expert"))
         if width.size > 1 and name in names.experts_columns:
-            half = weight.shape[1] // 2
+            half = shape[1] // 2
             mine = _own_units(half, "columns", width, path)
-            weight = torch.cat([part[:, mine.start : mine.stop] for part in weight.split(half, dim=1)], dim=1)
-            shards.append(width.record(path, "column"))
+            ranges[1] = (mine, range(half + mine.start, half + mine.stop))
+            found.shards.append(width.record(path, "column"))
         elif width.size > 1:
-            mine = _own_units(weight.shape[2], "columns", width, path)
-            weight = weight[:, :, mine.start : mine.stop]
-            shards.append(width.record(path, "row"))
-        setattr(experts, name, _parameter(weight))
-    if whole.size > 1:
-        _run_own_experts(experts, whole.index)
-    return shards
+            ranges[2] = (_own_units(shape[2], "columns", width, path),)
+            found.shards.append(width.record(path, "row"))
+        found.cuts[path] = Cut(ranges)
+
+
+def _check_experts(experts: nn.Module, names: Architecture, where: str) -> None:
+    """Every parameter of the experts must be one that is cut: a bias left whole would be summed once a rank."""
+    known = (*names.experts_columns, *names.experts_rows)
+    check_plain(experts, where, known)
+    for name in known:
+        if not hasattr(experts, name):
+            held = ", ".join(key for key, _ in experts.named_parameters()) or "no parameters"
+            raise ConfigError(
+                f"{where} has no {name!r}, but {held}; give the names in Architecture(experts_columns=..., experts_rows=...)"
+            )
 
 
 def _run_own_experts(experts: Any, index: int) -> None:

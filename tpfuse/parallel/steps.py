@@ -6,6 +6,7 @@ a sum and its residual add there is nothing that moves rows.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -67,7 +68,13 @@ def bind(step: Step, groups: Groups) -> BoundStep:
     return BoundStep(step.op, groups.name_of(name), len(groups.ranks_of(name)), groups.index_in(name))
 
 
-def run(steps: tuple[BoundStep, ...], y: Tensor, residual: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+def run(
+    steps: tuple[BoundStep, ...],
+    y: Tensor,
+    residual: Tensor,
+    batch: Batch,
+    post_norm: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
     """Execute steps other than the norm.
 
     Args:
@@ -75,15 +82,16 @@ def run(steps: tuple[BoundStep, ...], y: Tensor, residual: Tensor, batch: Batch)
         y: output of the sublayer before: ``(batch, length, H)`` for the rows of a replica, else ``(1, rows, H)``.
         residual: ``(batch, length, H)``, or ``(1, share, H)`` where it is scattered.
         batch: shape of this forward.
+        post_norm: norm of the sublayer's whole sum, row by row, right before it is added.
     Returns:
         ``(y, residual)``; after an ``ADD`` both are the new residual.
     """
     for step in steps:
         if step.op is Op.ADD:
-            residual = residual + y
+            residual = residual + (y if post_norm is None else post_norm(y))
             y = residual
         elif step.op is Op.ALL_REDUCE:
-            y = _all_reduce(y, step)
+            y = all_reduce(y, step.group)
         elif step.op is Op.REDUCE_SCATTER:
             y = _reduce_scatter(y, step)
         elif step.op is Op.ALL_GATHER:
@@ -99,11 +107,12 @@ def run(steps: tuple[BoundStep, ...], y: Tensor, residual: Tensor, batch: Batch)
     return y, residual
 
 
-def _all_reduce(y: Tensor, step: BoundStep) -> Tensor:
+def all_reduce(y: Tensor, group: str) -> Tensor:
+    """The sum of y (batch, length, H) over a group, given by torch's name for it."""
     # Skipped only when there are no rows: then no rank of the group has any, since they hold the same blocks.
     if y.shape[0] * y.shape[1] == 0:
         return y
-    return c10d.wait_tensor(c10d.all_reduce(y.contiguous(), "sum", step.group))
+    return c10d.wait_tensor(c10d.all_reduce(y.contiguous(), "sum", group))
 
 
 def _reduce_scatter(y: Tensor, step: BoundStep) -> Tensor:
