@@ -17,9 +17,13 @@ import torch.distributed as dist
 from torch import nn
 
 from tpfuse import unfused
+from tpfuse.hf_generate import generate, install
+from tpfuse.hf_local import localize
 from tpfuse.parallel import ConfigError, ParallelConfig, exchange_rows
 from tpfuse.parallel import parallelize as _parallelize
 from tpfuse.parallel.model import ATTRIBUTE, LARGEST, token_shape
+
+__all__ = ["compile", "from_pretrained", "generate", "hidden_norms", "localize", "one_group", "parallelize"]
 
 NORM_LIBRARIES = ("liger_kernel", "kernels")
 
@@ -65,7 +69,8 @@ def from_pretrained(path: Any, config: ParallelConfig, *, auto_class: Any = None
         if "device_map" not in kwargs and dist.get_backend() == "nccl":
             model.to(torch.device("cuda", torch.cuda.current_device()))  # after the cut: only this rank's share moves
     _tell_when_generate_compiles_nothing(model)
-    return model.eval().requires_grad_(False)
+    localize(model.eval())
+    return model.requires_grad_(False)
 
 
 def parallelize(model: nn.Module, config: ParallelConfig, **kwargs: Any) -> nn.Module:
@@ -109,14 +114,18 @@ def compile(
         mode, options = None, {**options, "tpfuse.mode": mode}
     for note in hidden_norms(model):
         warnings.warn(note, stacklevel=2)
+    localize(model)
     compiled = torch.compile(model, backend="tpfuse", mode=mode, options=options, fullgraph=fullgraph, dynamic=dynamic)
     if getattr(model, "generation_config", None) is not None:
         config = transformers.CompileConfig(
             backend="tpfuse", mode=mode, options=options, fullgraph=fullgraph, dynamic=dynamic
         )
+        if mode is None and options is None:
+            config.options = {}  # transformers' continuous batching looks into one of the two
         # transformers compiles on accelerators only unless told so.
         config._compile_all_devices = True
         model.generation_config.compile_config = config  # type: ignore[union-attr]
+        install(model)
     _tell_when_generate_compiles_nothing(model)
     parallelized = getattr(model, ATTRIBUTE, None)
     if parallelized is not None and parallelized.plan.gathers_blocks:
