@@ -31,7 +31,8 @@ class Buffers:
         ids: (batch, capacity + 1), prompt and chosen tokens. ``column``: (1,), where the next token goes.
         tokens, positions: (batch, 1), what the next step reads.
         mask: (batch, capacity), 0 on padding.
-        unfinished: (batch,), 1 until a sequence has ended. ``invalid``: a flag, see :func:`tpfuse.hf_tokens.draw`.
+        unfinished: (batch,), 1 until a sequence has ended. ``finished``: a flag, all have.
+        invalid: a flag, see :func:`tpfuse.hf_tokens.draw`.
         graphs: captured steps, by what is fixed in them; they share one pool of memory.
         warm: how many steps of a kind have run without a graph.
     """
@@ -46,6 +47,7 @@ class Buffers:
         self.positions = torch.zeros(batch, 1, dtype=torch.long, device=device)
         self.mask = torch.ones(batch, capacity, dtype=torch.long, device=device)
         self.unfinished = torch.ones(batch, dtype=torch.long, device=device)
+        self.finished = torch.zeros((), dtype=torch.bool, device=device)
         self.invalid = torch.zeros((), dtype=torch.bool, device=device)
         self.pad = torch.zeros((), dtype=torch.long, device=device)
         self.eos: dict[int, Tensor] = {}
@@ -81,6 +83,7 @@ class Buffers:
         if mask is not None:
             self.mask[:, :length] = mask
         self.unfinished.fill_(1)
+        self.finished.fill_(False)
         self.invalid.fill_(False)
 
     def fix(self, choice: Choice) -> Choice:
@@ -100,6 +103,7 @@ class Buffers:
         self.column.add_(1)
         if ended is not None:
             self.unfinished.mul_(~ended)
+            torch.eq(self.unfinished.max(), 0, out=self.finished)
 
 
 def weights(model: Any) -> tuple[Any, ...]:

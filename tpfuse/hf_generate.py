@@ -73,6 +73,8 @@ def generate(model: Any, inputs: Tensor | None = None, *, cuda_graph: bool = Tru
 def install(model: Any) -> None:
     """Let ``model.generate`` decode this way where it was going to compile. Pipelines call it too."""
     model.generate = types.MethodType(_compiled_generate, model)
+    if hasattr(model, "init_continuous_batching"):
+        model.init_continuous_batching = types.MethodType(_tell_of_continuous_batching, model)
 
 
 def _compiled_generate(model: Any, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -80,6 +82,17 @@ def _compiled_generate(model: Any, inputs: Any = None, *args: Any, **kwargs: Any
     if args:  # by position, as few call it: transformers sorts them out
         return type(model).generate(model, inputs, *args, **kwargs)
     return _generate(model, inputs, True, compiled_only=True, **kwargs)
+
+
+def _tell_of_continuous_batching(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """``model.init_continuous_batching``, through which ``generate_batch`` goes too; with a warning."""
+    unfused.tell(
+        "generate-batch",
+        "continuous batching (generate_batch) gives the right tokens, and nothing of it is fused: transformers keeps the update "
+        "of its paged cache out of torch.compile, so a graph ends inside every attention, between a sum and its norm. For "
+        "batches of one length use generate(..., cache_implementation='static'); to serve many requests use vLLM or SGLang with tpfuse",
+    )
+    return type(model).init_continuous_batching(model, *args, **kwargs)
 
 
 def _generate(

@@ -110,6 +110,5 @@ class Kept:
         from transformers.generation import GenerateDecoderOnlyOutput
 
         pool.drop(buffers)  # the cache is the caller's now
-        return GenerateDecoderOnlyOutput(
-            sequences=sequences, scores=self.scores, logits=self.logits, **{buffers.name: buffers.cache}
-        )
+        values: dict[str, Any] = {"sequences": sequences, "scores": self.scores, "logits": self.logits}
+        return GenerateDecoderOnlyOutput(**values, **{buffers.name: buffers.cache})

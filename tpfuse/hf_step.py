@@ -56,10 +56,13 @@ def plain_mode(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings of ``torch.compile`` without CUDA graphs of Inductor's: a step is one graph as a whole."""
     options = dict(settings.get("options") or {})
     options.pop("triton.cudagraphs", None)
-    if (inner := options.get("tpfuse.mode")) in GRAPH_MODES:
-        options["tpfuse.mode"] = GRAPH_MODES[inner]
-    mode = settings.get("mode")
-    return {**settings, "mode": GRAPH_MODES.get(mode, mode), "options": options or None}
+    if "tpfuse.mode" in options:
+        options["tpfuse.mode"] = _plain(options["tpfuse.mode"])
+    return {**settings, "mode": _plain(settings.get("mode")), "options": options or None}
+
+
+def _plain(mode: str | None) -> str | None:
+    return mode if mode is None else GRAPH_MODES.get(mode, mode)
 
 
 def logits_of(outputs: Any) -> Tensor:

@@ -56,7 +56,7 @@ class Watch:
         slot = self._free.popleft()
         finished, tokens, event = slot
         if self.eos:
-            finished.copy_(self.buffers.unfinished.max() == 0, non_blocking=True)
+            finished.copy_(self.buffers.finished, non_blocking=True)
         if self.streamer is not None:
             tokens.copy_(self.buffers.tokens[:, 0], non_blocking=True)
         if event is not None:
