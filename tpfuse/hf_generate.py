@@ -90,7 +90,7 @@ def _tell_of_continuous_batching(model: Any, *args: Any, **kwargs: Any) -> Any:
         "generate-batch",
         "continuous batching (generate_batch) gives the right tokens, and nothing of it is fused: transformers keeps the update "
         "of its paged cache out of torch.compile, so a graph ends inside every attention, between a sum and its norm. For "
-        "batches of one length use generate(..., cache_implementation='static'); to serve many requests use vLLM or SGLang with tpfuse",
+        "batches of one length use generate(..., cache_implementation='static'); to serve many requests, vLLM or SGLang",
     )
     return type(model).init_continuous_batching(model, *args, **kwargs)
 
@@ -171,12 +171,12 @@ def why_not(model: Any, input_ids: Tensor, generation_config: Any, model_kwargs:
         return "some layers keep something other than keys and values"
     if attention not in MASKED_ATTENTION:
         return f"attention is {attention}; load the model with attn_implementation='sdpa'"
+    if generation_config.output_attentions or generation_config.output_hidden_states:
+        return "attentions or hidden states are asked for"
     if given - KNOWN_INPUTS:
         return f"the model is given {', '.join(sorted(given - KNOWN_INPUTS))} as well"
     if input_ids.dim() != 2 or (positions is not None and positions.dim() != 2):
         return "ids or positions have more than two dimensions"
-    if generation_config.output_attentions or generation_config.output_hidden_states:
-        return "attentions or hidden states are asked for"
     if generation_config.prefill_chunk_size is not None:
         return "the prefill is in chunks"
     for method in ("_sample", "_prefill", "_update_model_kwargs_for_generation"):
