@@ -336,6 +336,19 @@ def test_a_cache_of_ones_own_is_continued(llama):
     assert text.tolist() == reference(llama, **PLAIN, max_new_tokens=20).tolist()
 
 
+def test_stop_strings(llama):
+    """They need the tokenizer, which transformers gives to its own loops only."""
+    tokenizers, transformers = pytest.importorskip("tokenizers"), pytest.importorskip("transformers")
+    # The criterion encodes "abcdef" to see how this tokenizer joins tokens.
+    vocabulary = {"abcdef": 0, **{f"w{n}": n for n in range(1, 128)}}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="w1"))
+    words.decoder = tokenizers.decoders.Fuse()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words)
+    end = {"stop_strings": [f"w{first_eos(llama, **PLAIN)}"], "tokenizer": tokenizer}
+    expected, got = reference(llama, **PLAIN, **end), ours(llama, **PLAIN, **end)
+    assert got.tolist() == expected.tolist()
+
+
 def test_beams_and_flash_attention_are_transformers_business(llama):
     assert ours(llama, **PLAIN, num_beams=2).tolist() == reference(llama, **PLAIN, num_beams=2).tolist()
     config = llama.generation_config

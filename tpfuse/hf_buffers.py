@@ -126,8 +126,12 @@ def static_cache(model: Any, capacity: int) -> Any:
 
 
 def holds_full_attention_only(cache: Any) -> bool:
-    """Whether :func:`static_cache` can stand for this cache of ``generate``: attention layers and nothing else."""
-    return all(type(layer) in hf_compat.static_layers() for layer in getattr(cache, "layers", [None]))
+    """Whether :func:`static_cache` can stand for this cache of ``generate``: attention layers that count on the device."""
+    kinds = hf_compat.static_layers()
+    return all(
+        type(layer) in kinds and isinstance(getattr(layer, "cumulative_length", None), Tensor)
+        for layer in getattr(cache, "layers", [None])
+    )
 
 
 class Pool:

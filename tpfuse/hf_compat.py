@@ -84,13 +84,13 @@ def for_decode(model: Any) -> AbstractContextManager[Any]:
     return nullcontext() if context is None else context()
 
 
-def mode_of(model: Any, generation_config: Any, kwargs: dict[str, Any]) -> str:
-    """How a call of ``generate`` would choose tokens, e.g. ``sample``, with all defaults filled in.
+def completed(model: Any, generation_config: Any, kwargs: dict[str, Any]) -> Any:
+    """The configuration that a call of ``generate`` would use, with all defaults filled in.
 
-    Why private: the public ``get_generation_mode`` needs a configuration that ``generate`` has completed.
+    Why private: ``generate`` completes its configuration inside, and ``get_generation_mode`` needs a complete one.
     """
     prepared, _ = model._prepare_generation_config(generation_config, **kwargs)
-    return str(prepared.get_generation_mode(kwargs.get("assistant_model")).value)
+    return prepared
 
 
 def own_decoding(model: Any) -> Callable[..., Any]:

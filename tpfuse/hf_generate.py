@@ -108,15 +108,19 @@ def _generate(
     original = type(model).generate
     kwargs = {**kwargs, "streamer": streamer} if streamer is not None else kwargs
     foreign = custom_generate is not None or kwargs.get("assistant_model") is not None or kwargs.get("synced_gpus")
-    if foreign or hf_compat.mode_of(model, **_for_mode(kwargs)) not in ("greedy_search", "sample"):
+    if foreign or not _is_ours(model, kwargs):
         return original(model, inputs, custom_generate=custom_generate, **kwargs)
     loop = functools.partial(_decode, streamer=streamer, cuda_graph=cuda_graph, compiled_only=compiled_only)
     return original(model, inputs, custom_generate=loop, **kwargs)
 
 
-def _for_mode(kwargs: dict[str, Any]) -> dict[str, Any]:
-    rest = {k: v for k, v in kwargs.items() if k not in ("generation_config", "streamer")}
-    return {"generation_config": kwargs.get("generation_config"), "kwargs": rest}
+def _is_ours(model: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a call is a greedy search or sampling that ``generate`` can hand to a callable with all it needs."""
+    rest = {key: value for key, value in kwargs.items() if key not in ("generation_config", "streamer", "tokenizer")}
+    config = hf_compat.completed(model, kwargs.get("generation_config"), rest)
+    if config.stop_strings is not None or config.token_healing:
+        return False  # both need the tokenizer, which generate gives to its own loops only
+    return config.get_generation_mode().value in ("greedy_search", "sample")
 
 
 def _decode(
@@ -129,7 +133,6 @@ def _decode(
     streamer: Any = None,
     cuda_graph: bool = True,
     compiled_only: bool = False,
-    tokenizer: Any = None,  # generate reads the signature, and hands its tokenizer to the criterion on strings
     **model_kwargs: Any,
 ) -> Any:
     """Decode as ``generate`` prepared it: here, or in transformers' own loop where this one would not give the same."""
@@ -168,7 +171,7 @@ def why_not(model: Any, input_ids: Tensor, generation_config: Any, model_kwargs:
     if getattr(cache, "offloading", False):
         return "the cache is offloaded to the CPU"
     if not holds_full_attention_only(cache):
-        return "some layers keep something other than keys and values"
+        return "some layers keep something other than keys and values, or count their tokens on the host"
     if attention not in MASKED_ATTENTION:
         return f"attention is {attention}; load the model with attn_implementation='sdpa'"
     if generation_config.output_attentions or generation_config.output_hidden_states:
