@@ -107,7 +107,8 @@ def test_completed(llama):
     assert mode(num_beams=3) == "beam_search"
     assert mode(prompt_lookup_num_tokens=3) == "assisted_generation"
     config = hf_compat.completed(llama, None, {"stop_strings": ["x"]})
-    assert (config.stop_strings, config.token_healing) == (["x"], False)
+    assert config.stop_strings == ["x"]
+    assert not config.token_healing
 
 
 def test_own_decoding(llama):
