@@ -8,7 +8,7 @@ from models import unsharded
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tpfuse
-from tpfuse import hf, hf_buffers, hf_generate, hf_step, hf_tokens, unfused
+from tpfuse import hf, hf_buffers, hf_generate, hf_loop, hf_step, hf_tokens, unfused
 
 LAYERS = {"num_hidden_layers": 2, "initializer_range": 0.2}
 EAGER = {"tpfuse.inner": "eager"}
@@ -125,6 +125,25 @@ def test_a_streamer_sees_the_same(llama, eos):
         assert streamer.ended
         seen.append(streamer.parts)
     assert seen[0] == seen[1]
+
+
+@pytest.mark.parametrize("step", [0, 4, 8, 9])
+@pytest.mark.parametrize("lag", [1, 2])
+def test_a_late_look_at_the_end_changes_nothing(llama, monkeypatch, lag, step):
+    """As on a GPU, where the host looks at a step while the next one runs: tokens, streamer and random numbers are the same."""
+    monkeypatch.setitem(hf_loop.LAG, "cpu", lag)
+    prompt = {"input_ids": PLAIN["input_ids"][:1]}
+    for way in ({}, {"do_sample": True}):
+        end = {"eos_token_id": reference(llama, **prompt, **way)[0, 4 + step].item()}
+        for new in (9, 10):  # the end comes by itself in the last step, in the one before, or not
+            seen = []
+            for run in (reference, ours):
+                streamer = Seen()
+                tokens = run(llama, **prompt, **way, **end, max_new_tokens=new, streamer=streamer)
+                seen.append((tokens.tolist(), streamer.parts, streamer.ended, torch.rand(1).item()))
+            assert seen[0] == seen[1]
+        both = [run(llama, **PLAIN, **way, **end).tolist() for run in (reference, ours)]
+        assert both[0] == both[1]
 
 
 def test_criteria_of_ones_own_and_time(llama):

@@ -14,6 +14,9 @@ from tpfuse.hf_step import Forward, Step, run_prefill
 from tpfuse.hf_stop import Watch
 from tpfuse.hf_tokens import Choice
 
+# Steps between a step and the host's look at it. On a CPU there is nothing to wait for.
+LAG = {"cuda": 1}
+
 
 @dataclass
 class Call:
@@ -51,7 +54,8 @@ def run(model: Any, pool: Pool, forward: Forward, call: Call, graph: bool) -> An
     step = Step(model, forward, buffers, choice, inputs, positions is not None, mask is not None, graph)
     keep = Kept(call.config)
     # The cache that is returned must not hold a step too many, and a criterion of the user's own looks at every step.
-    watch = Watch(buffers, eos is not None, call.streamer, lag=0 if keep.wanted or others else 1)
+    lag = 0 if keep.wanted or others else LAG.get(model.device.type, 0)
+    watch = Watch(buffers, eos is not None, call.streamer, lag)
 
     first = {**inputs, "attention_mask": mask, "position_ids": positions}
     step.first(run_prefill(model, forward, buffers, ids, {k: v for k, v in first.items() if v is not None}), length)

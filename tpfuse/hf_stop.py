@@ -30,8 +30,7 @@ class Watch:
 
     def __init__(self, buffers: Buffers, eos: bool, streamer: Any, lag: int) -> None:
         self.buffers, self.eos, self.streamer = buffers, eos, streamer
-        self.device = buffers.tokens.device
-        self.lag = lag if self.device.type == "cuda" else 0
+        self.device, self.lag = buffers.tokens.device, lag
         pinned = self.device.type == "cuda"
         self._free = deque(
             (
@@ -42,7 +41,7 @@ class Watch:
             for _ in range(self.lag + 1)
         )
         # Per step under way: its slot, and the generator's state after it.
-        self._pending: deque[tuple[tuple[Any, Tensor, Any], int | None]] = deque()
+        self._pending: deque[tuple[tuple[Any, Tensor, Any], Any]] = deque()
 
     @property
     def idle(self) -> bool:
@@ -61,20 +60,19 @@ class Watch:
             tokens.copy_(self.buffers.tokens[:, 0], non_blocking=True)
         if event is not None:
             event.record()
-        offset = compat.generator_offset(_generator(self.device)) if drawn and self.lag else None
-        self._pending.append((slot, offset))
+        self._pending.append((slot, random_state(self.device) if drawn and self.lag else None))
         return len(self._pending) > self.lag and self._look()
 
     def _look(self) -> bool:
-        (finished, tokens, event), offset = self._pending.popleft()
+        (finished, tokens, event), state = self._pending.popleft()
         if event is not None:
             event.synchronize()
         if self.streamer is not None:
             self.streamer.put(tokens.clone())
         self._free.append((finished, tokens, event))
         ended = bool(finished) if self.eos else False
-        if ended and offset is not None and self._pending:
-            compat.set_generator_offset(_generator(self.device), offset)  # the steps after it never drew
+        if ended and state is not None and self._pending:
+            set_random_state(self.device, state)  # the steps after it never drew
         return ended
 
     def finish(self, ended: bool) -> int:
@@ -91,6 +89,18 @@ class Watch:
         if bool(self.buffers.invalid):
             raise RuntimeError(INVALID)
         return extra
+
+
+def random_state(device: torch.device) -> Any:
+    """Where the device's default generator is. On a GPU a number that the host has; the device is not asked."""
+    return compat.generator_offset(_generator(device)) if device.type == "cuda" else torch.get_rng_state()
+
+
+def set_random_state(device: torch.device, state: Any) -> None:
+    if device.type == "cuda":
+        compat.set_generator_offset(_generator(device), state)
+    else:
+        torch.set_rng_state(state)
 
 
 def _generator(device: torch.device) -> torch.Generator:
