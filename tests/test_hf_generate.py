@@ -4,12 +4,13 @@ import warnings
 
 import pytest
 import torch
-from models import unsharded
+from models import cache_argument, unsharded
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tpfuse
 from tpfuse import hf, hf_buffers, hf_generate, hf_loop, hf_step, hf_tokens, unfused
 
+CACHE = cache_argument()
 LAYERS = {"num_hidden_layers": 2, "initializer_range": 0.2}
 EAGER = {"tpfuse.inner": "eager"}
 PADDED = {
@@ -176,11 +177,11 @@ def test_scores_logits_and_the_cache_come_back(llama):
         assert len(got[name]) == len(expected[name])
         for one, other in zip(got[name], expected[name], strict=True):
             torch.testing.assert_close(one, other)
-    length = got.cache.get_seq_length()
-    kept = got.cache.layers[0].keys.clone()
-    assert length == expected.cache.get_seq_length()
+    length = got[CACHE].get_seq_length()
+    kept = got[CACHE].layers[0].keys.clone()
+    assert length == expected[CACHE].get_seq_length()
     ours(llama, **PADDED)
-    assert torch.equal(got.cache.layers[0].keys, kept), "the next call wrote into a cache that was given away"
+    assert torch.equal(got[CACHE].layers[0].keys, kept), "the next call wrote into a cache that was given away"
 
 
 @pytest.mark.parametrize("name", ["gemma3_text", "mistral", "gpt_oss", "deepseek_v3"])
@@ -214,17 +215,17 @@ def test_prompts_and_lengths_of_all_kinds_need_two_graphs():
 
 def test_a_longer_call_needs_a_new_cache_and_shorter_ones_use_it(llama):
     pool = hf_buffers.Pool()
-    first = pool.take(llama, "cache", 2, 100)
+    first = pool.take(llama, CACHE, 2, 100)
     assert first.capacity == 256
     keys = first.cache.layers[0].keys
-    assert pool.take(llama, "cache", 2, 256) is first
-    second = pool.take(llama, "cache", 2, 257)
+    assert pool.take(llama, CACHE, 2, 256) is first
+    second = pool.take(llama, CACHE, 2, 257)
     assert second.capacity == 512
-    assert pool.take(llama, "cache", 2, 3) is second
-    assert pool.take(llama, "cache", 1, 3) is not second
+    assert pool.take(llama, CACHE, 2, 3) is second
+    assert pool.take(llama, CACHE, 1, 3) is not second
     assert second.cache.layers[0].keys.data_ptr() != keys.data_ptr()
     for batch in range(3, 3 + hf_buffers.KEPT):
-        pool.take(llama, "cache", batch, 3)
+        pool.take(llama, CACHE, batch, 3)
     assert 2 not in pool.kept
     assert len(pool.kept) == hf_buffers.KEPT
 
@@ -351,7 +352,7 @@ def test_a_cache_of_ones_own_is_continued(llama):
     for _ in range(2):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", tpfuse.FusionWarning)
-            text = ours(llama, input_ids=text, cache=cache)
+            text = ours(llama, input_ids=text, **{CACHE: cache})
     assert text.tolist() == reference(llama, **PLAIN, max_new_tokens=20).tolist()
 
 
@@ -371,7 +372,7 @@ def test_stop_strings(llama):
 def test_beams_and_flash_attention_are_transformers_business(llama):
     assert ours(llama, **PLAIN, num_beams=2).tolist() == reference(llama, **PLAIN, num_beams=2).tolist()
     config = llama.generation_config
-    inputs = {"cache": hf_buffers.static_cache(llama, 8), "use_cache": True}
+    inputs = {CACHE: hf_buffers.static_cache(llama, 8), "use_cache": True}
     assert hf_generate.why_not(llama, PLAIN["input_ids"], config, inputs) is None
     llama.config._attn_implementation = "flash_attention_2"
     try:

@@ -38,9 +38,16 @@ def dtensors(model):
 
 
 def whole(state):
+    """Whole tensors; this rank's share where parts are interleaved, which torch 2.11 cannot put together."""
     from torch.distributed.tensor import DTensor
 
-    return {key: (value.full_tensor() if isinstance(value, DTensor) else value).clone() for key, value in state.items()}
+    def of(value):
+        if not isinstance(value, DTensor):
+            return value
+        plain = all(placement.is_shard() or placement.is_replicate() for placement in value.placements)
+        return value.full_tensor() if plain else value.to_local()
+
+    return {key: of(value).clone() for key, value in state.items()}
 
 
 def localized(model):

@@ -64,7 +64,7 @@ def hook_of(module: nn.Module) -> Hook | None:
 def cache_name(model_kwargs: dict[str, Any]) -> str | None:
     """The name under which ``generate`` hands a model its cache; None when there is none.
 
-    ``cache`` since transformers 5.20, ``past_key_values`` before.
+    ``cache`` in transformers 5.24, ``past_key_values`` in 5.22.
     """
     return next((key for key in ("cache", "past_key_values") if model_kwargs.get(key) is not None), None)
 
