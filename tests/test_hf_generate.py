@@ -256,6 +256,19 @@ def test_a_step_reads_nothing_back(llama, way):
     assert counts["reference", 20] > counts["reference", 3]
 
 
+def test_release_gives_the_caches_back(llama):
+    import weakref
+
+    ours(llama, **PLAIN)
+    pool = getattr(llama, hf_generate.DECODER).pool
+    keys = weakref.ref(pool.kept[2].cache.layers[0].keys)
+    hf.release(llama)
+    torch._dynamo.reset()
+    assert not pool.kept
+    assert keys() is None
+    assert ours(llama, **PLAIN).tolist() == reference(llama, **PLAIN).tolist()
+
+
 class Graph:
     """Stands in for a CUDA graph: a replay runs what was recorded, into the tensors of the recording."""
 

@@ -17,13 +17,13 @@ import torch.distributed as dist
 from torch import nn
 
 from tpfuse import unfused
-from tpfuse.hf_generate import generate, install
+from tpfuse.hf_generate import generate, install, release
 from tpfuse.hf_local import localize
 from tpfuse.parallel import ConfigError, ParallelConfig, exchange_rows
 from tpfuse.parallel import parallelize as _parallelize
 from tpfuse.parallel.model import ATTRIBUTE, LARGEST, token_shape
 
-__all__ = ["compile", "from_pretrained", "generate", "hidden_norms", "localize", "one_group", "parallelize"]
+__all__ = ["compile", "from_pretrained", "generate", "hidden_norms", "localize", "one_group", "parallelize", "release"]
 
 NORM_LIBRARIES = ("liger_kernel", "kernels")
 
@@ -99,10 +99,11 @@ def compile(
 
     The whole model, because reductions cross layers: compiled layer by layer, a graph ends before the norm that reads its
     last sum. ``generate(..., cache_implementation="static")`` compiles its decode step with the same backend, on a CPU as
-    well.
+    well, and decodes as :func:`generate` does: on a GPU a step is one CUDA graph. DTensor parameters of transformers' own
+    tensor parallelism become plain ones, see :func:`localize`; the model is changed in place.
 
     Args:
-        model: a transformers model, sharded or not.
+        model: a transformers model in eval mode, sharded or not.
         mode, options, fullgraph, dynamic: as in ``torch.compile``; options may have ``tpfuse.*`` keys, and mode and options
             may be given together.
     Returns:

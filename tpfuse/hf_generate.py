@@ -70,6 +70,13 @@ def generate(model: Any, inputs: Tensor | None = None, *, cuda_graph: bool = Tru
     return _generate(model, inputs, cuda_graph, **kwargs)
 
 
+def release(model: Any) -> None:
+    """Give back the caches and CUDA graphs that :func:`generate` keeps for later calls. The next call makes new ones."""
+    decoder = getattr(getattr(model, "_orig_mod", model), DECODER, None)
+    if decoder is not None:
+        decoder.pool.kept.clear()
+
+
 def install(model: Any) -> None:
     """Let ``model.generate`` decode this way where it was going to compile. Pipelines call it too."""
     model.generate = types.MethodType(_compiled_generate, model)
