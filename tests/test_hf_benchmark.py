@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 pytestmark = pytest.mark.ranks
 
@@ -40,11 +39,7 @@ def test_tokens_are_compared_and_all_sums_fused_and_the_rest_left_out_when_time_
         assert x["contender"] in done.stdout
 
 
-def test_what_cannot_run_is_one_clear_line() -> None:
+def test_a_wrong_name_is_one_clear_line() -> None:
     wrong = benchmark("--contenders", "eagre")
     assert wrong.returncode == 2
     assert "no contender is called eagre; they are eager, inductor reduce-overhead" in wrong.stderr
-    if not torch.cuda.is_available():
-        refused = benchmark()
-        assert (refused.returncode, refused.stdout) == (2, "")
-        assert "2 ranks need a GPU each, and 0 are visible" in refused.stderr

@@ -409,7 +409,7 @@ def test_a_compiled_model_generates_so_too_and_a_copy_has_graphs_of_its_own():
     import copy
     import pickle
 
-    model = unsharded("llama", **LAYERS)
+    model = unsharded("llama", num_hidden_layers=1, initializer_range=0.2)
     expected = reference(model, **PLAIN).tolist()
     compiled = hf.compile(model, options=EAGER, fullgraph=True)
     static = {**COMMON, "do_sample": False, "cache_implementation": "static"}

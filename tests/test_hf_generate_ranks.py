@@ -10,6 +10,7 @@ from tpfuse import hf, hf_generate
 from tpfuse.parallel import ParallelConfig
 
 LAYERS = {"num_hidden_layers": 2, "initializer_range": 0.2}
+ONE = {**LAYERS, "num_hidden_layers": 1}
 PADDED = {
     "input_ids": torch.tensor([[0, 0, 5, 6, 7], [3, 4, 5, 6, 7]]),
     "attention_mask": torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]),
@@ -58,7 +59,7 @@ def both(rank, world_size, folder, inner):
 @pytest.mark.parametrize(
     ("name", "sites"),
     [
-        ("llama", (5, 5)),  # the embedding is cut as well
+        ("llama", (3, 3)),  # the embedding is cut as well
         pytest.param("qwen2", (5, 5), marks=pytest.mark.slow),
         pytest.param("qwen3", (5, 5), marks=pytest.mark.slow),
         pytest.param("phi3", (5, 5), marks=pytest.mark.slow),
@@ -70,7 +71,7 @@ def both(rank, world_size, folder, inner):
     ],
 )
 def test_tokens_are_those_of_transformers_own_sharding(pool, tmp_path, name, sites):
-    save(name, str(tmp_path), **LAYERS)
+    save(name, str(tmp_path), **(ONE if name == "llama" else LAYERS))
     results = pool.run(both, str(tmp_path), "aot_eager")
     for expected, got, again, longer, graphs, kept, fused in results:
         assert got == expected
@@ -92,7 +93,7 @@ def test_tokens_with_inductor(pool, tmp_path):
 def layout_of_ours(rank, world_size, config):
     """A model that tpfuse cut, by the loop where that is possible."""
     torch._dynamo.reset()
-    whole = unsharded("llama", **LAYERS)
+    whole = unsharded("llama", **ONE)
     expected = tokens(whole, PLAIN, do_sample=False, disable_compile=True)
     model = hf.compile(hf.parallelize(whole, config), options={"tpfuse.inner": "aot_eager"})
     return tokens(model, PLAIN, do_sample=False) == expected, hasattr(model, hf_generate.DECODER)
@@ -102,7 +103,7 @@ def layout_of_ours(rank, world_size, config):
     ("config", "loop"),
     [
         (ParallelConfig(2), True),
-        (ParallelConfig(2, 2, 1, 1), True),
+        pytest.param(ParallelConfig(2, 2, 1, 1), True, marks=pytest.mark.slow),
         (ParallelConfig(2, 2), False),  # blocks agree on their row counts before every step
     ],
     ids=str,
