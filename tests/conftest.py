@@ -22,6 +22,7 @@ LONG = (
     *("test_kernel_protocol", "test_programs", "test_models", "test_caches", "test_inner", "test_exact", "test_vllm"),
     *("test_export", "test_agreement_of_ranks", "test_e2e_benchmark", "test_kernel_aot", "test_parallel_models"),
     *("test_spellings_transformers", "test_examples", "test_cli", "test_snippets", "test_hf", "test_cli_explain"),
+    *("test_hf_generate_ranks", "test_hf_generate"),
 )
 
 

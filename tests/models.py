@@ -110,3 +110,10 @@ def sharded(folder: str, world_size: int, dtype: torch.dtype = torch.float32) ->
     return AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, distributed_config=DistributedConfig(tp_size=world_size, tp_plan="auto")
     ).eval()
+
+
+def cache_argument() -> str:
+    """What models call their cache: it depends on the release of transformers."""
+    from transformers import LlamaForCausalLM
+
+    return "cache" if "cache" in LlamaForCausalLM.forward.__annotations__ else "past_key_values"

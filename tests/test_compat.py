@@ -526,3 +526,30 @@ def test_compile_in_this_process():
 def test_auto_functionalized():
     assert isinstance(compat.auto_functionalized(), torch._ops.HigherOrderOperator)
     assert compat.auto_functionalized().name() == "auto_functionalized"
+
+
+def test_may_vary():
+    tensor = torch.zeros(3, 4)
+    compat.may_vary(tensor, 1)
+    frames = torch._dynamo.testing.CompileCounter()
+    torch._dynamo.reset()
+    function = torch.compile(lambda x: x + 1, backend=frames)
+    function(tensor)
+    function(torch.zeros(3, 5))
+    assert frames.frame_count == 1
+
+
+def test_room_for_recompiles():
+    before = torch._dynamo.config.recompile_limit
+    with compat.room_for_recompiles():
+        assert torch._dynamo.config.recompile_limit >= 64
+    assert torch._dynamo.config.recompile_limit == before
+
+
+# Of a generator for CPUs torch keeps no offset; that the two functions exist is what can be checked without a GPU.
+def test_generator_offset():
+    assert callable(torch.Generator.get_offset)
+
+
+def test_set_generator_offset():
+    assert callable(torch.Generator.set_offset)

@@ -194,6 +194,22 @@ def test_using_hugging_face(pool, folder):
 
 
 @pytest.mark.ranks
+def test_using_transformers_sharding(pool, folder):
+    on_ranks(pool, folder, one("using.md", "Hugging Face models", 1))
+
+
+@pytest.mark.ranks
+def test_troubleshooting_slow_decode(pool, folder):
+    text = one("troubleshooting.md", "My decode is slow")
+    for printed in pool.run(
+        printed_by,
+        stand_in(text, {"torch.cuda.synchronize()": "", "Activity.CUDA": "Activity.CPU", "=64": "=6"}),
+        folder,
+    ):
+        assert re.fullmatch(r"\d+\.\d\d ms a token, the GPU is busy for 0\.00 ms of it\n", printed)
+
+
+@pytest.mark.ranks
 def test_using_options(pool, folder):
     on_ranks(pool, folder, one("using.md", "Options"))
 

@@ -14,7 +14,7 @@ import torch
 from torch.fx import GraphModule
 
 import tpfuse as package
-from tpfuse import compat, store, unfused
+from tpfuse import compat, store, unfused, wrappers
 from tpfuse.inner import compiler
 from tpfuse.inner.inductor import graph_pass, set_batch_invariant
 from tpfuse.options import OptionError, parse
@@ -64,6 +64,7 @@ def tpfuse(
     # Here, and not at the first call: nothing of the graph has run yet, and a call stays as cheap as it is.
     agree_on(new, f"tpfuse {package.__version__}, {parsed.decisive()}")
     unfused.look(new, parsed.policy, parsed.fuel)
+    wrappers.look(new, example_inputs)
     return compiled
 
 

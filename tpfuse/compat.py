@@ -381,3 +381,28 @@ def auto_functionalized() -> Any:
     from torch._higher_order_ops.auto_functionalize import auto_functionalized as operator
 
     return operator
+
+
+def may_vary(tensor: torch.Tensor, dim: int) -> None:
+    """Let Dynamo make one size of an input a symbol, if the code allows. Why semi-private: only the name is documented."""
+    torch._dynamo.maybe_mark_dynamic(tensor, dim)
+
+
+def room_for_recompiles() -> AbstractContextManager[Any]:
+    """A context in which a function may have a graph for each of many shapes.
+
+    Why private: past ``recompile_limit`` (8) Dynamo runs a function eagerly or, with ``fullgraph``, raises. A server's batch
+    sizes are more than 8.
+    """
+    config = torch._dynamo.config
+    return config.patch(recompile_limit=max(64, config.recompile_limit))  # type: ignore[no-any-return]
+
+
+def generator_offset(generator: torch.Generator) -> int:
+    """How many numbers a CUDA generator has given. Why semi-private: torch does not document it; the whole state is a copy."""
+    return int(generator.get_offset())
+
+
+def set_generator_offset(generator: torch.Generator, offset: int) -> None:
+    """Go back to an earlier :func:`generator_offset`."""
+    generator.set_offset(offset)

@@ -17,11 +17,15 @@ import torch.distributed as dist
 from torch import nn
 
 from tpfuse import unfused
+from tpfuse.hf_generate import generate, install, release
+from tpfuse.hf_local import localize
 from tpfuse.load import load
 from tpfuse.load.shares import has_adapter, progress_of_rank_0
 from tpfuse.parallel import ConfigError, ParallelConfig, exchange_rows
 from tpfuse.parallel import parallelize as _parallelize
 from tpfuse.parallel.model import ATTRIBUTE, LARGEST, token_shape
+
+__all__ = ["compile", "from_pretrained", "generate", "hidden_norms", "localize", "one_group", "parallelize", "release"]
 
 NORM_LIBRARIES = ("liger_kernel", "kernels")
 
@@ -93,7 +97,8 @@ def from_pretrained(
 
         model = load(auto_class, path, cut, progress, device, kwargs)
     _tell_when_generate_compiles_nothing(model)
-    return model.eval().requires_grad_(False)
+    localize(model.eval())
+    return model.requires_grad_(False)
 
 
 def parallelize(model: nn.Module, config: ParallelConfig, **kwargs: Any) -> nn.Module:
@@ -122,10 +127,11 @@ def compile(
 
     The whole model, because reductions cross layers: compiled layer by layer, a graph ends before the norm that reads its
     last sum. ``generate(..., cache_implementation="static")`` compiles its decode step with the same backend, on a CPU as
-    well.
+    well, and decodes as :func:`generate` does: on a GPU a step is one CUDA graph. DTensor parameters of transformers' own
+    tensor parallelism become plain ones, see :func:`localize`; the model is changed in place.
 
     Args:
-        model: a transformers model, sharded or not.
+        model: a transformers model in eval mode, sharded or not.
         mode, options, fullgraph, dynamic: as in ``torch.compile``; options may have ``tpfuse.*`` keys, and mode and options
             may be given together.
     Returns:
@@ -137,14 +143,18 @@ def compile(
         mode, options = None, {**options, "tpfuse.mode": mode}
     for note in hidden_norms(model):
         warnings.warn(note, stacklevel=2)
+    localize(model)
     compiled = torch.compile(model, backend="tpfuse", mode=mode, options=options, fullgraph=fullgraph, dynamic=dynamic)
     if getattr(model, "generation_config", None) is not None:
         config = transformers.CompileConfig(
             backend="tpfuse", mode=mode, options=options, fullgraph=fullgraph, dynamic=dynamic
         )
+        if mode is None and options is None:
+            config.options = {}  # transformers' continuous batching looks into one of the two
         # transformers compiles on accelerators only unless told so.
         config._compile_all_devices = True
         model.generation_config.compile_config = config  # type: ignore[union-attr]
+        install(model)
     _tell_when_generate_compiles_nothing(model)
     parallelized = getattr(model, ATTRIBUTE, None)
     if parallelized is not None and parallelized.plan.gathers_blocks:
