@@ -526,3 +526,14 @@ def test_compile_in_this_process():
 def test_auto_functionalized():
     assert isinstance(compat.auto_functionalized(), torch._ops.HigherOrderOperator)
     assert compat.auto_functionalized().name() == "auto_functionalized"
+
+
+def test_tracing_through_compiled():
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    wrapped = torch.compile(lambda x: x.sin() + 1)
+    with pytest.raises(RuntimeError, match="symbolically trace a dynamo-optimized function"):
+        make_fx(wrapped)(torch.zeros(2))
+    with compat.tracing_through_compiled():
+        graph = make_fx(wrapped)(torch.zeros(2)).graph
+    assert [str(n.target) for n in graph.nodes if n.op == "call_function"] == ["aten.sin.default", "aten.add.Tensor"]
