@@ -7,7 +7,7 @@
 
 Checked: sites found and fused as counted, on both ranks, as the user's process sees them; greedy tokens equal with and
 without the plugin; a second start hits vLLM's cache with the report intact; spawned and forked workers; Gemma2 starts; the
-switch in ``--compilation-config``; vLLM's own mode on a CPU; the canaries of ``vllm_canaries.py``.
+switch in ``--compilation-config``; vLLM's own modes on a CPU; the canaries of ``vllm_canaries.py``.
 """
 
 from __future__ import annotations
@@ -278,6 +278,18 @@ def cpu(r: Runner) -> None:
     print("   ", found["text"].replace("\n", "\n    "))
 
 
+def gloo(r: Runner) -> None:
+    """vLLM's own mode on a CPU, sums by torch.distributed: one graph, its norms traced to arithmetic. In bf16.
+
+    Inductor rounds where the model does, so that the norms of both engines compute the same.
+    """
+    own = {**ONE_PROCESS, "TPFUSE_TEST_VLLM_GPU_LIKE": "gloo", "TORCHINDUCTOR_EMULATE_PRECISION_CASTS": "1"}
+    r.start("gloo-plain", "llama", "bfloat16", **own)
+    found = r.start("gloo", "llama", "bfloat16", **ON, **own)
+    r.whole("gloo", found)
+    r.same_tokens("gloo", "gloo-plain")
+
+
 def canaries(r: Runner) -> None:
     done = subprocess.run(
         [str(r.python), str(HERE / "vllm_canaries.py")], capture_output=True, text=True, check=False, env=r.env
@@ -285,7 +297,7 @@ def canaries(r: Runner) -> None:
     r.check("canaries", done.returncode == 0, (done.stdout + done.stderr)[-1500:])
 
 
-CASES = {f.__name__: f for f in (canaries, llama, warm, fork, shared, qwen3, gemma2, config, cpu)}
+CASES = {f.__name__: f for f in (canaries, llama, warm, fork, shared, qwen3, gemma2, config, cpu, gloo)}
 
 
 def main() -> int:
