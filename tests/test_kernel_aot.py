@@ -227,8 +227,11 @@ def test_the_portable_bodies_compile_for_an_amd_gpu(algorithm: str) -> None:
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_add_and_norm_compiles_for_every_nvidia_target(arch: int) -> None:
-    c = _constants(hidden=4096)
+@pytest.mark.parametrize(("hidden", "flavour"), ((4096, LLAMA), (16384, VLLM)), ids=("llama", "vllm"))
+def test_add_and_norm_compiles_for_every_nvidia_target(
+    arch: int, hidden: int, flavour: Flavour, tmp_path: Path
+) -> None:
+    c = _constants(hidden=hidden, flavour=flavour)
     names = add_norm_kernel.arg_names
     kinds = ("*bf16",) * 6 + ("i32", "fp32", "fp32")
     constexprs = (c, Variant(world=1, lanes=GROUP_LANES, steps=c.groups, split=1))
@@ -239,4 +242,5 @@ def test_add_and_norm_compiles_for_every_nvidia_target(arch: int) -> None:
         dict(zip(names[9:], constexprs, strict=True)),
         {(i,): [["tt.divisibility", 16]] for i in range(6)},
     )
-    assert triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options).asm["cubin"]
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    assert _resources(compiled.asm["ptx"], tmp_path)[1] == 0, "spills"
