@@ -124,11 +124,14 @@ def test_no_variant_of_the_table_spills(algorithm: str, arch: int, tmp_path: Pat
             _check(algorithm, c, 8, Part(lanes, 1), arch, tmp_path)
 
 
+@pytest.mark.parametrize("worlds", ((8,), pytest.param((2, 4), marks=pytest.mark.slow)), ids=str)
 @pytest.mark.parametrize("arch", NVIDIA)
 @pytest.mark.parametrize("algorithm", sorted(KERNELS))
-def test_a_row_that_is_held_unrounded_fits_the_same_registers(algorithm: str, arch: int, tmp_path: Path) -> None:
+def test_a_row_that_is_held_unrounded_fits_the_same_registers(
+    algorithm: str, arch: int, worlds: tuple[int, ...], tmp_path: Path
+) -> None:
     """Twice the registers between add and norm: within the bounds that size the grid, so flavours share geometries."""
-    for world in (2, 4, 8):
+    for world in worlds:
         room = Room(algorithm, world, 132)
         for hidden in (4096, 8192, 16384):
             chosen = {geometry(room, rows, hidden // 1024).part for rows in (1, 16, 64, 128, 4096)}

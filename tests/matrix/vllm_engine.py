@@ -125,6 +125,7 @@ def engine(path: str, dtype: str, compilation: dict[str, Any]) -> None:
             ]
             for rank, reports in made.ranks.items()
         }
+        found["flavours"] = [[s.flavour for r in reports for s in r.fused] for reports in made.ranks.values()]
     print(f"RESULT {json.dumps(found)}", flush=True)
 
 
@@ -290,6 +291,17 @@ def gloo(r: Runner) -> None:
     r.same_tokens("gloo", "gloo-plain")
 
 
+def sixteen(r: Runner) -> None:
+    """A bf16 stream, compiled as on a GPU: vLLM's norms read the sum before it is rounded. Inductor rounds as the model does."""
+    own = {**ONE_PROCESS, "TORCHINDUCTOR_EMULATE_PRECISION_CASTS": "1"}
+    r.start("sixteen-plain", "llama", "bfloat16", **own)
+    found = r.start("sixteen", "llama", "bfloat16", **ON, **own)
+    r.whole("sixteen", found)
+    r.same_tokens("sixteen", "sixteen-plain")
+    unrounded = [sum(text.endswith("/unrounded") for text in flavours) for flavours in found.get("flavours", [])]
+    r.check("sixteen", unrounded == [SITES - 1] * 2, f"norms of an unrounded sum on each rank: {unrounded}")
+
+
 def canaries(r: Runner) -> None:
     done = subprocess.run(
         [str(r.python), str(HERE / "vllm_canaries.py")], capture_output=True, text=True, check=False, env=r.env
@@ -297,7 +309,7 @@ def canaries(r: Runner) -> None:
     r.check("canaries", done.returncode == 0, (done.stdout + done.stderr)[-1500:])
 
 
-CASES = {f.__name__: f for f in (canaries, llama, warm, fork, shared, qwen3, gemma2, config, cpu, gloo)}
+CASES = {f.__name__: f for f in (canaries, llama, warm, fork, shared, qwen3, gemma2, config, cpu, gloo, sixteen)}
 
 
 def main() -> int:
