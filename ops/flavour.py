@@ -75,14 +75,14 @@ class Flavour:
         """The rounding order in words, for reports."""
         compute = "fp32" if self.compute == "float32" else "the input dtype"
         gain = {"none": "no weight", "weight": "weight", "one_plus_weight": "1 + weight"}[self.gain]
-        source = " the sum before it is rounded" if self.reads == "unrounded" else ""
+        start = "read the sum before it is rounded; normalise" if self.reads == "unrounded" else "normalise"
         if self.gain == "none":
-            return f"normalise{source} in {compute}; {gain}"
+            return f"{start} in {compute}; {gain}"
         if self.normed == "input" and self.compute == "float32":
             order = f"round to the input dtype, then multiply by {gain}"
         else:
             order = f"multiply by {gain} in {compute}, then round"
-        return f"normalise{source} in {compute} ({self.mean}, {self.root}); {order}"
+        return f"{start} in {compute} ({self.mean}, {self.root}); {order}"
 
 
 _VALID = {

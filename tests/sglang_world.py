@@ -142,6 +142,10 @@ def mount(version: str) -> None:
         return q + k.repeat(1, heads) + v.repeat(1, heads)
 
     RadixAttention.forward = attend
+    from sglang.srt.distributed.parallel_state import GroupCoordinator
+
+    # SGLang calls this through an operator that it registers for GPUs alone.
+    GroupCoordinator.all_gather_into_tensor = lambda self, output, given: self._all_gather_into_tensor(output, given)
 
 
 CONFIGS: dict[str, dict[str, Any]] = {

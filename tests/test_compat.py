@@ -553,3 +553,14 @@ def test_generator_offset():
 
 def test_set_generator_offset():
     assert callable(torch.Generator.set_offset)
+
+
+def test_tracing_through_compiled():
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    wrapped = torch.compile(lambda x: x.sin() + 1)
+    with pytest.raises(RuntimeError, match="symbolically trace a dynamo-optimized function"):
+        make_fx(wrapped)(torch.zeros(2))
+    with compat.tracing_through_compiled():
+        graph = make_fx(wrapped)(torch.zeros(2)).graph
+    assert [str(n.target) for n in graph.nodes if n.op == "call_function"] == ["aten.sin.default", "aten.add.Tensor"]

@@ -306,6 +306,8 @@ def test_engines(group, capsys):
     exec(one("engines.md", "The op in a layer"), names)
     assert names["hidden"].shape == (3, H)
     exec(one("engines.md", "Your own buffers"), names)
+    names["norm"] = nn.RMSNorm(H).requires_grad_(False)
+    exec(one("engines.md", "With the norm module that you have"), names)
     exec(one("engines.md", "Start-up"), names)
     assert "library no CUDA device" in capsys.readouterr().out or torch.cuda.is_available()
     exec(one("engines.md", "After each step"), names)

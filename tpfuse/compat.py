@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, cast
 
@@ -406,3 +407,15 @@ def generator_offset(generator: torch.Generator) -> int:
 def set_generator_offset(generator: torch.Generator, offset: int) -> None:
     """Go back to an earlier :func:`generator_offset`."""
     generator.set_offset(offset)
+
+
+@contextlib.contextmanager
+def tracing_through_compiled() -> Iterator[None]:
+    """Inside, FX traces a function that is decorated with ``torch.compile`` as what it wraps.
+
+    Why private: ``force_eager`` is public, but Dynamo's refusal to be traced by FX is asked first, in its settings.
+    """
+    import torch._dynamo
+
+    with torch._dynamo.config.patch(error_on_nested_fx_trace=False), torch.compiler.set_stance("force_eager"):
+        yield

@@ -106,8 +106,8 @@ def kinds() -> list[Call]:
     for n, special in enumerate(("zeros", "negative_zeros", "nonfinite", "denormals")):
         for m, dtype in enumerate(dtypes):
             out.append(Call(5, 2880, dtype=dtype, special=special, seed=1300 + 10 * n + m))
-    for n, flavour in enumerate(("llama", "gemma", "olmo2", "gemma4", "weightless", "input-dtype")):
-        for m, dtype in enumerate(dtypes if flavour in ("llama", "gemma", "input-dtype") else dtypes[:1]):
+    for n, flavour in enumerate(("llama", "gemma", "olmo2", "gemma4", "weightless", "input-dtype", "vllm", "sglang")):
+        for m, dtype in enumerate(dtypes if flavour in ("llama", "gemma", "input-dtype", "vllm") else dtypes[:1]):
             out.append(Call(3, 1024, dtype=dtype, flavour=flavour, seed=1400 + 10 * n + m))
         if flavour != "weightless":
             out.append(Call(3, 1024, flavour=flavour, weight_dtype=torch.float32, seed=1500 + 10 * n))
@@ -116,6 +116,10 @@ def kinds() -> list[Call]:
             out.append(Call(4, 4096, bias=bias, post_norm=post, scale=0.22, seed=1600 + 2 * n + m))
     out.append(Call(3, 5120, bias="row", post_norm=True, flavour="gemma", seed=1700))
     out.append(Call(4, 4096, residual=False, seed=1800))
+    # Rows that are held unrounded: split over programs, and in several steps a program.
+    out += [
+        Call(rows, hidden, flavour="vllm", seed=1900 + rows + hidden) for rows in (1, 70) for hidden in (8192, 16384)
+    ]
     return out
 
 

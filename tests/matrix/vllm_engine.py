@@ -7,7 +7,7 @@
 
 Checked: sites found and fused as counted, on both ranks, as the user's process sees them; greedy tokens equal with and
 without the plugin; a second start hits vLLM's cache with the report intact; spawned and forked workers; Gemma2 starts; the
-switch in ``--compilation-config``; vLLM's own mode on a CPU; the canaries of ``vllm_canaries.py``.
+switch in ``--compilation-config``; vLLM's own modes on a CPU; the canaries of ``vllm_canaries.py``.
 """
 
 from __future__ import annotations
@@ -125,6 +125,7 @@ def engine(path: str, dtype: str, compilation: dict[str, Any]) -> None:
             ]
             for rank, reports in made.ranks.items()
         }
+        found["flavours"] = [[s.flavour for r in reports for s in r.fused] for reports in made.ranks.values()]
     print(f"RESULT {json.dumps(found)}", flush=True)
 
 
@@ -278,6 +279,29 @@ def cpu(r: Runner) -> None:
     print("   ", found["text"].replace("\n", "\n    "))
 
 
+def gloo(r: Runner) -> None:
+    """vLLM's own mode on a CPU, sums by torch.distributed: one graph, its norms traced to arithmetic. In bf16.
+
+    Inductor rounds where the model does, so that the norms of both engines compute the same.
+    """
+    own = {**ONE_PROCESS, "TPFUSE_TEST_VLLM_GPU_LIKE": "gloo", "TORCHINDUCTOR_EMULATE_PRECISION_CASTS": "1"}
+    r.start("gloo-plain", "llama", "bfloat16", **own)
+    found = r.start("gloo", "llama", "bfloat16", **ON, **own)
+    r.whole("gloo", found)
+    r.same_tokens("gloo", "gloo-plain")
+
+
+def sixteen(r: Runner) -> None:
+    """A bf16 stream, compiled as on a GPU: vLLM's norms read the sum before it is rounded. Inductor rounds as the model does."""
+    own = {**ONE_PROCESS, "TORCHINDUCTOR_EMULATE_PRECISION_CASTS": "1"}
+    r.start("sixteen-plain", "llama", "bfloat16", **own)
+    found = r.start("sixteen", "llama", "bfloat16", **ON, **own)
+    r.whole("sixteen", found)
+    r.same_tokens("sixteen", "sixteen-plain")
+    unrounded = [sum(text.endswith("/unrounded") for text in flavours) for flavours in found.get("flavours", [])]
+    r.check("sixteen", unrounded == [SITES - 1] * 2, f"norms of an unrounded sum on each rank: {unrounded}")
+
+
 def canaries(r: Runner) -> None:
     done = subprocess.run(
         [str(r.python), str(HERE / "vllm_canaries.py")], capture_output=True, text=True, check=False, env=r.env
@@ -285,7 +309,7 @@ def canaries(r: Runner) -> None:
     r.check("canaries", done.returncode == 0, (done.stdout + done.stderr)[-1500:])
 
 
-CASES = {f.__name__: f for f in (canaries, llama, warm, fork, shared, qwen3, gemma2, config, cpu)}
+CASES = {f.__name__: f for f in (canaries, llama, warm, fork, shared, qwen3, gemma2, config, cpu, gloo, sixteen)}
 
 
 def main() -> int:

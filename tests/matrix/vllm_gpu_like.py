@@ -2,6 +2,9 @@
 
 On a CPU vLLM replaces its own compile mode by a plain one, calls its all-reduce without its operator, and sums in place.
 Here the mode and the operator are those of a GPU, and the sum goes out of place, as it does there.
+
+``TPFUSE_TEST_VLLM_GPU_LIKE=gloo`` changes one thing alone: the ranks do not find each other's shared memory, so vLLM sums with
+``torch.distributed``, as it does on CPUs for which it has no operator of its own.
 """
 
 from __future__ import annotations
@@ -10,7 +13,12 @@ import os
 
 
 def register() -> None:
-    if os.environ.get("TPFUSE_TEST_VLLM_GPU_LIKE") != "1":
+    how = os.environ.get("TPFUSE_TEST_VLLM_GPU_LIKE")
+    if how == "gloo":
+        from vllm.distributed.device_communicators import cpu_communicator
+
+        cpu_communicator.CpuCommunicator._all_group_ranks_share_shm_group_name = lambda self: False
+    if how != "1":
         return
     from vllm.compilation.passes.utility.fix_functionalization import FixFunctionalizationPass
     from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator

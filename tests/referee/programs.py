@@ -90,7 +90,7 @@ blocks = st.builds(
     between=mostly((), *[(step,) for step in BETWEEN], *[("flat", step) for step in BETWEEN]),
     residual=mostly(
         "left", "right", "post", "post right", "none", "one row", "(1, H)", "number", "derived", "twice", "subtract", "alpha",
-        "in place",
+        "in place", "in fp32", "in fp32, rounded",
     ),
     norm=norms,
     second=st.one_of(st.none(), norms),
@@ -212,7 +212,8 @@ def _between(step: str, y: Tensor, b: Tensor, older: Tensor) -> Tensor:
     return y.float().to(y.dtype)
 
 
-def _norm(n: Norm, h: Tensor, w: Tensor) -> Tensor:
+def _norm(n: Norm, h: Tensor, w: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    dtype = dtype or h.dtype
     f = h.float() if n.fp32 else h
     part = f[..., : max(1, f.shape[-1] // 2)] if n.part else f
     if n.weight == "inside":
@@ -243,7 +244,7 @@ def _norm(n: Norm, h: Tensor, w: Tensor) -> Tensor:
     else:
         out = f * torch.sqrt(v).reciprocal()
     if n.cast == "before the weight":
-        out = out.to(h.dtype)
+        out = out.to(dtype)
     if n.weight in ("after", "before"):
         out = out * w if n.weight == "after" else w * out
     elif n.weight == "1 + w":
@@ -252,7 +253,7 @@ def _norm(n: Norm, h: Tensor, w: Tensor) -> Tensor:
         out = out * w.view(1, -1)
     elif n.weight == "(H, 1)":
         out = out * w.view(-1, 1)
-    return out.to(h.dtype) if n.cast == "after the weight" else out
+    return out.to(dtype) if n.cast == "after the weight" else out
 
 
 def _residual(how: str, y: Tensor, r: Tensor, b: Tensor) -> Tensor:
@@ -260,6 +261,10 @@ def _residual(how: str, y: Tensor, r: Tensor, b: Tensor) -> Tensor:
         return r.add_(y) if how == "in place" else r + y
     if how == "right":
         return y + r
+    if how == "in fp32":
+        return r.float() + y.float()
+    if how == "in fp32, rounded":
+        return (y.float() + r.float()).to(y.dtype)
     if how == "one row":
         return r[..., :1, :] + y
     if how == "(1, H)":
@@ -291,7 +296,9 @@ def _block(
     for step in block.between:
         y = _between(step, y, b, older)
     h = _residual(block.residual, y, r, b)
-    n = _norm(block.norm, h, w)
+    n = _norm(block.norm, h, w, y.dtype)
+    if block.residual == "in fp32":
+        h = h.to(y.dtype)  # the norm has read it before that
     if block.write != "nothing":
         target = {"residual": r, "residual view": r.view(-1), "sum": total, "weight": w, "h": h, "x": x, "normed": n}
         target[block.write].add_(1)

@@ -8,6 +8,8 @@ compiled model can be compared bit for bit without other processes.
 
 from __future__ import annotations
 
+import inspect
+
 import graphs
 import pytest
 import torch
@@ -128,6 +130,13 @@ class Model(nn.Module):
         return self.norm(x, residual)[0]
 
 
+def keeps_roundings() -> bool:
+    """Whether Inductor leaves a rounding before a widening cast. Without it the residual stays fp32 from layer to layer."""
+    from torch._inductor.fx_passes import joint_graph
+
+    return "dtype1.itemsize < dtype2.itemsize" in inspect.getsource(joint_graph)
+
+
 @pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
 def test_nano_vllm_fuses_all_of_its_reductions(inner):
     torch.manual_seed(1)
@@ -140,6 +149,10 @@ def test_nano_vllm_fuses_all_of_its_reductions(inner):
     with torch.inference_mode():
         got, want = compiled(tokens), model(tokens)
     report = tpfuse.reports()[-1]
+    if inner == "inductor" and not keeps_roundings():
+        assert [s.reason for s in report.sites] == [None, "extra-reader"] + (2 * LAYERS - 1) * ["dtype"]
+        assert all("a residual that stays unrounded from layer to layer" in s.detail for s in report.kept[1:])
+        return
     assert [(s.reason, s.detail) for s in report.kept] == []
     assert [s.pattern for s in report.fused] == ["all_reduce+rms_norm"] + 2 * LAYERS * ["all_reduce+add+rms_norm"]
     assert len(report.fused) == SITES
