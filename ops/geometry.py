@@ -142,6 +142,7 @@ REGISTERS: dict[str, dict[int, int]] = {
     "one_shot of few": {1: 64, 2: 64, 4: 104, 8: 184, 16: 255},  # three and four
     "one_shot of many": {1: 64, 2: 80, 4: 128, 8: 200, 16: 255},
     "two_shot": {1: 64, 2: 80, 4: 120, 8: 184, 16: 255},
+    "received_rows of many": {1: 96, 2: 112, 4: 136, 8: 200, 16: 255},  # as one-shot, and the words of several blocks
 }
 REGISTERS_OF_AN_SM = 65536
 THREADS_OF_AN_SM = 2048
@@ -151,7 +152,8 @@ THREADS_A_WARP = 32
 def register_bound(algorithm: str, world: int, part: Part) -> int:
     """The bound for the smallest listed number of steps that is not below the part's, or what so many threads leave."""
     ranks = "two" if world == 2 else "few" if world <= 4 else "many"
-    bounds = REGISTERS[algorithm if algorithm == "two_shot" else f"one_shot of {ranks}"]
+    own = next((key for key in (algorithm, f"{algorithm} of {ranks}") if key in REGISTERS), f"one_shot of {ranks}")
+    bounds = REGISTERS[own]
     return min(bounds[min(steps for steps in bounds if steps >= part.steps)], REGISTERS_OF_AN_SM // part.lanes)
 
 

@@ -48,7 +48,7 @@ def schedule_of(p: Plane, settings: Settings, c: Constants, dtype: torch.dtype, 
     """Launches for ``rows`` rows of each block, or none: the library path."""
     if not takes_kernels(p, settings, c.hidden, dtype, rows, blocks):
         return Schedule(Selection("library", rows), ())
-    room, pdl = room_of(p, settings, "one_shot"), dependent_launch_of(p, settings)
+    room, pdl = room_of(p, settings, ALGORITHM), dependent_launch_of(p, settings)
     most = min(rows, most_rows(p, settings, c.hidden, dtype))
     launches = []
     for start in range(0, rows, most):
@@ -67,7 +67,7 @@ def kernels_needed(p: Plane, settings: Settings, c: Constants, dtype: torch.dtyp
         most -= 1
     if not takes_kernels(p, settings, c.hidden, dtype, most, blocks):
         return []
-    found = variants_needed(room_of(p, settings, "one_shot"), most, c.groups, dependent_launch_of(p, settings))
+    found = variants_needed(room_of(p, settings, ALGORITHM), most, c.groups, dependent_launch_of(p, settings))
     return [kernel_of(ALGORITHM, c, replace(variant, blocks=blocks), attribute) for variant, attribute in found]
 
 

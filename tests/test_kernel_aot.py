@@ -15,12 +15,14 @@ from tpfuse.ops.geometry import Part, Room, geometry, register_bound
 from tpfuse.ops.kernels.add_norm import add_norm_kernel
 from tpfuse.ops.kernels.memory import NAN_WORD
 from tpfuse.ops.kernels.one_shot import one_shot_kernel
+from tpfuse.ops.kernels.received_rows import received_rows_kernel
 from tpfuse.ops.kernels.two_shot import two_shot_kernel
 from tpfuse.ops.kernels.variant import GROUP_LANES, Constants, Variant, constants, torch_dtype
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 KERNELS = {"one_shot": one_shot_kernel, "two_shot": two_shot_kernel}
+ALL = {**KERNELS, "received_rows": received_rows_kernel}
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 # Triton takes half a second for a kernel: all of sm_90, for which the table was measured, are compiled always, those of the
 # others where slow tests run, but for the few that decode takes.
@@ -41,14 +43,22 @@ def _constants(
 
 
 def _compile(
-    algorithm: str, c: Constants, world: int, part: Part, target: GPUTarget, pdl: str = "off", stamps: bool = False
+    algorithm: str,
+    c: Constants,
+    world: int,
+    part: Part,
+    target: GPUTarget,
+    pdl: str = "off",
+    stamps: bool = False,
+    blocks: int = 1,
 ) -> Any:
     split = -(-c.groups // part.groups)
     ptx = target.backend == "cuda"
     x, weight, out, residual = (TYPES[torch_dtype(d)] for d in (c.dtype, c.weight_dtype, c.out_dtype, c.residual_dtype))
-    kinds = (x, x, weight, x, out, residual, "*i64", "*i32", "i32", "i32", "i32", "i64", "fp32", "fp32")
-    constexprs = (c, Variant(world, part.lanes, part.steps, split, ptx=ptx, pdl=pdl, stamps=stamps))
-    function = KERNELS[algorithm]
+    counts = ("i32",) * (4 if blocks > 1 else 2)
+    kinds = (x, x, weight, x, out, residual, "*i64", "*i32", *counts, "i32", "i64", "fp32", "fp32")
+    constexprs = (c, Variant(world, part.lanes, part.steps, split, ptx=ptx, pdl=pdl, stamps=stamps, blocks=blocks))
+    function = ALL[algorithm]
     names = function.arg_names
     signature = dict(zip(names, (*kinds, *("constexpr",) * len(constexprs)), strict=True))
     source = ASTSource(
@@ -86,8 +96,9 @@ def _resources(ptx: str, folder: Path) -> tuple[int, int]:
     return int(registers[1]), int(spilled[1])
 
 
-def _check(algorithm: str, c: Constants, world: int, part: Part, arch: int, folder: Path) -> None:
-    compiled = _compile(algorithm, c, world, part, GPUTarget("cuda", arch, 32), "early" if arch >= 90 else "off")
+def _check(algorithm: str, c: Constants, world: int, part: Part, arch: int, folder: Path, blocks: int = 1) -> None:
+    pdl = "early" if arch >= 90 else "off"
+    compiled = _compile(algorithm, c, world, part, GPUTarget("cuda", arch, 32), pdl, blocks=blocks)
     registers, spilled = _resources(compiled.asm["ptx"], folder)
     # The assemblers that Triton 3.6 brings spill a word or two at these bounds (for Blackwell a few more); later ones do not.
     # At 1024 lanes there is no larger bound, and a smaller grid would cost more than two words in L1.
@@ -122,6 +133,19 @@ def test_no_variant_of_the_table_spills(algorithm: str, arch: int, tmp_path: Pat
     ):
         for lanes in (128, 512):
             _check(algorithm, c, 8, Part(lanes, 1), arch, tmp_path)
+
+
+@pytest.mark.parametrize("arch", NVIDIA)
+@pytest.mark.parametrize(
+    ("world", "blocks"),
+    ((2, 2), (8, 2), *(pytest.param(w, b, marks=pytest.mark.slow) for w, b in ((4, 2), (8, 4), (8, 8)))),
+)
+def test_rows_with_destinations_do_not_spill(world: int, blocks: int, arch: int, tmp_path: Path) -> None:
+    room = Room("received_rows", world, 132)
+    for hidden in (4096, 7168):
+        chosen = {geometry(room, rows, hidden // 1024).part for rows in (1, 64, 4096)}
+        for part in sorted(chosen, key=str):
+            _check("received_rows", _constants(hidden), world, part, arch, tmp_path, blocks)
 
 
 @pytest.mark.parametrize("worlds", ((8,), pytest.param((2, 4), marks=pytest.mark.slow)), ids=str)

@@ -52,8 +52,8 @@ def push_to_receivers(
             element, active = lane_elements(item % S.split, i, C, S)
             slot = offset + (row.to(tl.int64) * S.world + rank) * C.row_bytes + element * C.item_bytes
             for k in tl.static_range(RECEIVERS):
-                r = (FIRST + n) * RECEIVERS + k
-                push(bases[r] + slot, words, active & allowed & (r != rank).to(tl.int32), S.ptx)
+                other = (rank != (FIRST + n) * RECEIVERS + k).to(tl.int32)
+                push(bases[(FIRST + n) * RECEIVERS + k] + slot, words, active & allowed & other, S.ptx)
 
 
 @triton.jit

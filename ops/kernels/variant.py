@@ -90,7 +90,7 @@ class Variant:
     @property
     def blocks_at_once(self) -> int:
         """Blocks whose words of a row a thread holds at once: no more than its registers can take, and a divisor of all."""
-        return next(n for n in range(self.blocks, 0, -1) if self.blocks % n == 0 and (n == 1 or n * self.steps <= 8))
+        return next(n for n in range(self.blocks, 0, -1) if self.blocks % n == 0 and (n == 1 or n * self.steps <= 4))
 
 
 def supports(
