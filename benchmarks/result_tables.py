@@ -105,6 +105,14 @@ def stage_tables(found: Sequence[dict[str, Any]]) -> Iterator[str]:
         yield row((one["world"], one["hidden"], one["rows"], kernel + waits, one["pdl"], *times))
 
 
+def row_tables(lines: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Rows with destinations, microseconds a call."""
+    yield from head(("W", "blocks", "H", "rows of a block", "tpfuse", "NCCL, then Inductor's add and norm", "ratio"))
+    for one in lines:
+        times = (f"{one['tpfuse']:.2f}", f"{one['nccl']:.2f}", f"{one['tpfuse'] / one['nccl']:.2f}")
+        yield row((one["ranks"], one["blocks"], one["hidden"], one["rows"], *times))
+
+
 def tables_of(path: Path, contenders: Sequence[str] = ()) -> str:
     """The Markdown of one file of results."""
     stored = json.loads(path.read_text())
@@ -112,6 +120,8 @@ def tables_of(path: Path, contenders: Sequence[str] = ()) -> str:
         return "\n".join(model_tables(stored["lines"]))
     if "stages" in stored:
         return "\n".join(stage_tables(stored["stages"]))
+    if "rows" in stored:
+        return "\n".join(row_tables(stored["rows"]))
     measured = [links.Links(**one) for one in stored.get("links", ())]
     return "\n".join(kernel_tables(tables.load(path), contenders, measured))
 

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 
+from . import prepare
 from . import select as selection
 from .geometry import geometry
 from .kernel import Kernel
 from .kernels.variant import Constants, torch_dtype
 from .plane import Plane
-from .prepare import LOAD_AHEAD, Prepared, load_together
+from .prepare import Prepared, load_together
 from .schedule import Launch, Schedule, dependent_launch_of, kernel_of, room_of, variant_of, variants_needed
 from .select import Selection
 from .settings import Settings
@@ -27,26 +28,22 @@ def most_rows(p: Plane, settings: Settings, hidden: int, dtype: torch.dtype) -> 
     return max(1, min(p.phase_bytes // (p.world * row_bytes), thresholds.launch_bytes // row_bytes))
 
 
-def takes_kernels(p: Plane, settings: Settings, hidden: int, dtype: torch.dtype, rows: int, blocks: int) -> bool:
+def takes_kernels(p: Plane, settings: Settings, hidden: int, dtype: torch.dtype, rows: int) -> bool:
     """Whether calls with ``rows`` rows a block take the kernels.
 
-    Where each row has one receiver, one-shot moves the fewest bytes there are, so it is used as far as the all-reduce's kernels
-    are. Where the ranks of a replica receive a row, each sum is made several times: up to one-shot's own threshold.
+    A rank pushes and polls as much for a row of a block whatever their number: up to where the all-reduce's kernels end.
     """
     if settings.batch_invariant:
         return True
     if settings.algorithm != "auto":
         return settings.algorithm != "library"
     thresholds = selection.entry(p.architecture, p.world, settings.table)
-    most = thresholds.one_shot_bytes
-    if blocks == p.world:
-        most = max(most, thresholds.two_shot_bytes)
-    return rows * hidden * dtype.itemsize <= most
+    return rows * hidden * dtype.itemsize <= max(thresholds.one_shot_bytes, thresholds.two_shot_bytes)
 
 
 def schedule_of(p: Plane, settings: Settings, c: Constants, dtype: torch.dtype, rows: int, blocks: int) -> Schedule:
     """Launches for ``rows`` rows of each block, or none: the library path."""
-    if not takes_kernels(p, settings, c.hidden, dtype, rows, blocks):
+    if not takes_kernels(p, settings, c.hidden, dtype, rows):
         return Schedule(Selection("library", rows), ())
     room, pdl = room_of(p, settings, ALGORITHM), dependent_launch_of(p, settings)
     most = min(rows, most_rows(p, settings, c.hidden, dtype))
@@ -63,9 +60,9 @@ def schedule_of(p: Plane, settings: Settings, c: Constants, dtype: torch.dtype, 
 def kernels_needed(p: Plane, settings: Settings, c: Constants, dtype: torch.dtype, blocks: int) -> list[Kernel]:
     """Every kernel that a call of this kind may need, whatever its rows."""
     most = most_rows(p, settings, c.hidden, dtype)
-    while most > 1 and not takes_kernels(p, settings, c.hidden, dtype, most, blocks):
+    while most > 1 and not takes_kernels(p, settings, c.hidden, dtype, most):
         most -= 1
-    if not takes_kernels(p, settings, c.hidden, dtype, most, blocks):
+    if not takes_kernels(p, settings, c.hidden, dtype, most):
         return []
     found = variants_needed(room_of(p, settings, ALGORITHM), most, c.groups, dependent_launch_of(p, settings))
     return [kernel_of(ALGORITHM, c, replace(variant, blocks=blocks), attribute) for variant, attribute in found]
@@ -73,7 +70,7 @@ def kernels_needed(p: Plane, settings: Settings, c: Constants, dtype: torch.dtyp
 
 def load(prepared: Prepared, p: Plane, dtype: torch.dtype, blocks: int) -> None:
     """Compile and load the kernels for every row count before any of them runs; see :mod:`.prepare`."""
-    if LOAD_AHEAD and prepared.constants is not None:
+    if prepare.LOAD_AHEAD and prepared.constants is not None:
         needed = kernels_needed(p, prepared.path.settings, prepared.constants, dtype, blocks)
         load_together(sorted(needed, key=lambda k: repr(k.constexprs)), p, samples(prepared.constants, p))
 

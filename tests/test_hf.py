@@ -90,7 +90,7 @@ def generated(rank, world_size, folder, config, name):
     [
         ("llama", ParallelConfig(2), (5, 5)),  # the embedding is cut as well
         ("deepseek_v3", ParallelConfig(2), (5, 5)),
-        ("deepseek_v3", ParallelConfig(2, 2, 1, 1), (1, 0)),  # blocks meet in the one MoE layer
+        ("deepseek_v3", ParallelConfig(2, 2, 1, 1), (1, 1)),  # blocks meet in the one MoE layer
     ],
     ids=str,
 )

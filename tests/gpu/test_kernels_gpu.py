@@ -143,3 +143,18 @@ def test_compute_sanitizer_finds_nothing() -> None:
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     assert "ERROR SUMMARY: 0 errors" in done.stdout
+
+
+@pytest.mark.parametrize("world", (2, 4))
+def test_rows_with_destinations_among_calls_of_the_all_reduce(world: int) -> None:
+    import rows_on_ranks
+
+    missing = why_not(world)
+    if missing:
+        pytest.skip(missing)
+    # The group's own all-reduce sums in other orders; here the kernels take every size.
+    env = {"TPFUSE_ALGORITHM": "one_shot"}
+    for complaints in run_ranks(rows_on_ranks.mixed_calls, world, 300, 5, env=env):
+        assert complaints == []
+    for complaints in run_ranks(rows_on_ranks.replays, world):
+        assert complaints == []

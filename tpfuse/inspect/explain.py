@@ -321,7 +321,10 @@ def _algorithm(site: Site, rows: int, architecture: str) -> str:
     """What the op's own selection would take for this many rows."""
     try:
         dtype = getattr(torch, site.dtype)
-        return select(architecture, len(site.group), dtype, int(site.shape[-1]), rows).algorithm
+        found = select(architecture, len(site.group), dtype, int(site.shape[-1]), rows).algorithm
+        # Rows with destinations have one kernel, which pushes as one-shot does.
+        rows_move = site.pattern.startswith(("reduce_scatter", "all_reduce+rows"))
+        return "one_shot" if rows_move and found == "two_shot" else found
     except ValueError:  # a world size that the kernels do not take
         return "library"
 

@@ -78,6 +78,8 @@ def _serve(
     os.environ.update(env)
     # A rank that hangs says where before it is killed.
     faulthandler.dump_traceback_later(max(1.0, timeout - 5), exit=False)
+    # transformers' own tensor parallelism asks for what torchrun sets.
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     try:
         import torch
         import torch.distributed as dist

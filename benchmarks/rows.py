@@ -1,0 +1,121 @@
+"""Rows with destinations against what a compiler makes of the same boundary, on the GPUs of one host.
+
+    python benchmarks/rows.py --ranks 4 --out results/
+
+For each number of blocks that divides the ranks: this op, and NCCL's collective (a reduce-scatter where each rank has a block,
+else an all-reduce of which the own rows are sliced) followed by Inductor's add and norm. Each contender is a CUDA graph of
+20 calls; graphs are replayed in turn, and the median of the rounds is what is printed. A line has rows of a block, H,
+microseconds a call of both, and their ratio.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+CALLS, ROUNDS = 20, 15
+
+
+def _contenders(x: Any, residual: Any, weight: Any, blocks: int, rank: int, world: int) -> dict[str, Any]:
+    import torch
+    import torch.distributed as dist
+    from tpfuse.ops import reduce_rows_add_rms_norm
+
+    rows = residual.shape[0]
+    start = rank * blocks // world * rows
+    own = torch.empty_like(residual)
+    whole = torch.empty_like(x)
+
+    @torch.compile
+    def add_norm(y: Any, r: Any, w: Any) -> Any:
+        h = r + y
+        f = h.float()
+        return w * (f * torch.rsqrt(f.pow(2).mean(-1, keepdim=True) + 1e-6)).to(h.dtype), h
+
+    def nccl() -> Any:
+        if blocks == world:
+            dist.reduce_scatter_tensor(own, x)
+            return add_norm(own, residual, weight)
+        whole.copy_(x)  # NCCL sums in place; the partial sum of a real layer is a buffer of its own too
+        dist.all_reduce(whole)
+        return add_norm(whole[start : start + rows], residual, weight)
+
+    return {"tpfuse": lambda: reduce_rows_add_rms_norm(x, residual, weight, blocks=blocks), "nccl": nccl}
+
+
+def measure(rank: int, world: int, rows: tuple[int, ...], widths: tuple[int, ...]) -> list[dict[str, Any]]:
+    """One line for each (blocks, H, rows); the slowest rank's time."""
+    import torch
+    import torch.distributed as dist
+
+    lines = []
+    for blocks in [n for n in range(2, world + 1) if world % n == 0]:
+        for hidden in widths:
+            for count in rows:
+                x = torch.randn(blocks * count, hidden, device="cuda").bfloat16()
+                residual = torch.randn(count, hidden, device="cuda").bfloat16()
+                weight = torch.rand(hidden, device="cuda").bfloat16()
+                graphs = {}
+                with torch.no_grad():
+                    for name, call in _contenders(x, residual, weight, blocks, rank, world).items():
+                        for _ in range(2):
+                            call()
+                        torch.cuda.synchronize()
+                        dist.barrier()
+                        graphs[name] = torch.cuda.CUDAGraph()
+                        with torch.cuda.graph(graphs[name], capture_error_mode="thread_local"):
+                            for _ in range(CALLS):
+                                call()
+                times: dict[str, list[float]] = {name: [] for name in graphs}
+                for _ in range(ROUNDS + 2):
+                    for name, graph in graphs.items():
+                        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                        dist.barrier()
+                        graph.replay()
+                        begin.record()
+                        graph.replay()
+                        end.record()
+                        end.synchronize()
+                        times[name].append(begin.elapsed_time(end) * 1e3 / CALLS)
+                medians = torch.tensor([statistics.median(t[2:]) for t in times.values()], device="cuda")
+                dist.all_reduce(medians, op=dist.ReduceOp.MAX)
+                ours, theirs = medians.tolist()
+                lines.append(
+                    {"ranks": world, "blocks": blocks, "rows": count, "hidden": hidden, "tpfuse": ours, "nccl": theirs}
+                )
+                if rank == 0:
+                    print(
+                        f"W={world} blocks={blocks} H={hidden} rows={count}: {ours:7.2f} us, NCCL + Inductor "
+                        f"{theirs:7.2f} us, {ours / theirs:.2f}",
+                        flush=True,
+                    )
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--rows", default="1,8,32,128,256", help="rows of a block")
+    parser.add_argument("--hidden", default="4096,7168")
+    parser.add_argument("--out", type=Path, help="folder for rows.json")
+    args = parser.parse_args()
+    from tpfuse.measure import tables
+    from tpfuse.measure.ranks import gpu_count, run_ranks
+
+    if gpu_count() < args.ranks:
+        parser.exit(2, f"rows.py: {gpu_count()} GPUs are visible, {args.ranks} are needed: NCCL wants one a rank\n")
+    numbers = [tuple(int(n) for n in text.split(",")) for text in (args.rows, args.hidden)]
+    (lines, *_) = run_ranks(measure, args.ranks, *numbers, timeout=600)
+    ratios = [line["tpfuse"] / line["nccl"] for line in lines]
+    print(f"geometric mean {statistics.geometric_mean(ratios):.2f}, worst {max(ratios):.2f}")
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        stored = {"facts": tables.facts(), "rows": lines}
+        (args.out / f"rows-{args.ranks}.json").write_text(json.dumps(stored, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
