@@ -129,9 +129,9 @@ def test_a_rank_reads_what_another_rank_of_the_same_group_compiled(root, pool, n
 @pytest.mark.parametrize(
     ("options", "count"),
     [
-        pytest.param({"tpfuse.policy": "off"}, 0, id="policy"),
+        pytest.param({"tpfuse.policy": "off"}, 0, id="policy", marks=pytest.mark.slow),
         pytest.param({"tpfuse.fuel": 1}, 1, id="fuel", marks=pytest.mark.slow),
-        pytest.param({"tpfuse.numerics": "relaxed"}, FUSED, id="numerics", marks=pytest.mark.slow),
+        pytest.param({"tpfuse.numerics": "relaxed"}, FUSED, id="numerics"),
     ],
 )
 def test_a_changed_option_misses(root, pool, options, count):

@@ -19,7 +19,7 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
         ("plain_module", 2, "equals the plain module's bit for bit"),
         pytest.param("dtensor_llama", 2, "4 fused", marks=pytest.mark.slow),
         pytest.param("op_alone", 3, "normed 0.500 .. 1.500", marks=pytest.mark.slow),
-        ("inductor_pass", 2, "1 fused"),
+        pytest.param("inductor_pass", 2, "1 fused", marks=pytest.mark.slow),
     ],
 )
 def test_example(name, ranks, says, tmp_path):

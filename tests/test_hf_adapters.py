@@ -263,7 +263,8 @@ def sliding(rank, world_size, name):
     return torch.equal(got, wanted), {(len(r.sites), len(r.fused)) for r in tpfuse.reports()}
 
 
-@pytest.mark.parametrize("name", ["mistral", pytest.param("gemma3_text", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mistral", "gemma3_text"])
 def test_a_sliding_window_that_the_answer_outgrows(pool, name):
     for equal, counts in pool.run(sliding, name):
         assert equal
