@@ -15,7 +15,7 @@ from tpfuse import compat
 from . import invariant, library, paths
 from .arguments import Operands, check, check_memory, check_out, refuse_gradients
 from .plane import Plane
-from .prepare import PREPARED, Prepared, forget_the_gone, prepare
+from .prepare import PREPARED, Prepared, prepare_once
 from .schedule import Launch, schedule_of
 
 
@@ -61,11 +61,7 @@ def run(
     )
     prepared = PREPARED.get(key)
     if prepared is None or not paths.is_current(group_name, prepared.held):
-        with paths.lock_of(group_name):
-            prepared = PREPARED.get(key)
-            if prepared is None or not paths.is_current(group_name, prepared.held):
-                forget_the_gone()
-                prepared = prepare(key, x, residual, weight, bias, scale, flavour, post_norm, group_name)
+        prepared = prepare_once(key, x, residual, weight, bias, scale, flavour, post_norm, group_name)
     else:
         check(x, residual, weight, bias, prepared.flavour, post_norm)
     if out is None:

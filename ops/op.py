@@ -48,7 +48,11 @@ def _on_a_cpu(given: Operands) -> tuple[Tensor, Tensor]:
 
 
 def _fake(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    given = Operands.of(*args, same=same_sizes, **kwargs)
+    return empty_results(Operands.of(*args, same=same_sizes, **kwargs))
+
+
+def empty_results(given: Operands) -> tuple[Tensor, Tensor]:
+    """Two tensors of the shape of ``x`` in the dtypes of the results."""
     normed_dtype, residual_dtype = _dtypes(given)
     x = given.x
     return x.new_empty(x.shape, dtype=normed_dtype), x.new_empty(x.shape, dtype=residual_dtype)

@@ -42,6 +42,17 @@ class Prepared:
 PREPARED: dict[tuple[Any, ...], Prepared] = {}
 
 
+def prepare_once(key: tuple[Any, ...], *arguments: Any) -> Prepared:
+    """:func:`prepare`, unless another thread did meanwhile: it votes, so each rank must do it as often as the others."""
+    group_name = key[0]
+    with paths.lock_of(group_name):
+        prepared = PREPARED.get(key)
+        if prepared is None or not paths.is_current(group_name, prepared.held):
+            forget_the_gone()
+            prepared = prepare(key, *arguments)
+        return prepared
+
+
 def prepare(
     key: tuple[Any, ...],
     x: Tensor,
@@ -107,12 +118,13 @@ def _load_kernels(prepared: Prepared, p: Plane, dtype: torch.dtype) -> None:
     ranks load first and meet before the first launch. Inside CUDA-graph capture nobody runs, and nobody can meet.
     """
     assert prepared.constants is not None
+    load_ahead(kernels_needed(p, prepared.path.settings, prepared.constants, dtype), p, samples(prepared.constants, p))
+
+
+def load_ahead(kernels: list[Kernel], p: Plane, args: tuple[Any, ...]) -> None:
+    """:func:`load_together` in one order on all ranks, for each compiles its share; nothing where tests load by themselves."""
     if LOAD_AHEAD:
-        # In one order on all ranks: each compiles its share.
-        needed = sorted(
-            kernels_needed(p, prepared.path.settings, prepared.constants, dtype), key=lambda k: repr(k.constexprs)
-        )
-        load_together(needed, p, samples(prepared.constants, p))
+        load_together(sorted(kernels, key=lambda k: repr(k.constexprs)), p, args)
 
 
 def load_together(kernels: list[Kernel], p: Plane, args: tuple[Any, ...]) -> None:
@@ -129,14 +141,17 @@ def load_together(kernels: list[Kernel], p: Plane, args: tuple[Any, ...]) -> Non
         vote.everyone(None, group, p.world)
 
 
-def samples(c: Constants, p: Plane) -> tuple[Any, ...]:
+def samples(c: Constants, p: Plane, counts: int = 1) -> tuple[Any, ...]:
     """Arguments of the right types to compile a kernel with; Triton takes a dtype for a pointer to aligned memory.
 
     No tensors: nothing has to be allocated for them.
+
+    Args:
+        counts: how many numbers of rows the kernel takes.
     """
     x, weight, normed, residual_out = (torch_dtype(d) for d in (c.dtype, c.weight_dtype, c.out_dtype, c.residual_dtype))
     tables = (torch.int64, torch.int32)
-    return (x, x, weight, x, normed, residual_out, *tables, p.rank, 1, p.phase_bytes, 1 << 40, 1e-6, 1.0)
+    return (x, x, weight, x, normed, residual_out, *tables, p.rank, *(1,) * counts, p.phase_bytes, 1 << 40, 1e-6, 1.0)
 
 
 def forget(group: dist.ProcessGroup | str) -> None:

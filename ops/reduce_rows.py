@@ -7,8 +7,9 @@ which all of its ranks receive. A replica may have fewer rows than a block holds
 
 from __future__ import annotations
 
+import math
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,12 +17,13 @@ from torch import Tensor
 from tpfuse import compat
 
 from . import invariant, library, paths, reference, rows_schedule, settings
-from .arguments import Operands, check, refuse_gradients
+from .arguments import Operands, check, refuse_gradients, same_sizes
 from .cuda import aligned
 from .flavour import LLAMA, Flavour
+from .op import empty_results
 from .op import library as registry
 from .plane import Plane
-from .prepare import PREPARED, Prepared, forget_the_gone, prepare
+from .prepare import PREPARED, Prepared, prepare_once
 from .schedule import Launch
 
 COLLECTIVES = ("reduce_scatter", "all_reduce")
@@ -31,6 +33,100 @@ SCHEMA = (
     "str group_name, int blocks, str collective) -> (Tensor normed, Tensor residual_out)"
 )
 registry.define(SCHEMA, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
+
+
+class Rows(NamedTuple):
+    """One call, its defaults filled in.
+
+    Attributes:
+        x: partial sums of the rows of all blocks.
+        after_x: residual, weight, bias, eps, scale, flavour (as text), post_norm, group_name.
+        blocks, collective: never 0 or empty.
+        place: the block that this rank receives.
+        shape: of both results.
+    """
+
+    x: Tensor
+    after_x: tuple[Any, ...]
+    blocks: int
+    collective: str
+    place: int
+    shape: tuple[Any, ...]
+
+    @classmethod
+    def of(
+        cls,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        scale: float,
+        flavour: str,
+        post_norm: bool,
+        group_name: str,
+        blocks: int,
+        collective: str,
+    ) -> Rows:
+        """From what the dispatcher gives; what does not need the number of rows is checked.
+
+        Raises ``ValueError`` naming what does not fit.
+        """
+        group = compat.resolve_group(group_name)
+        world = group.size()
+        blocks = blocks or world
+        collective = collective or ("reduce_scatter" if blocks == world else "all_reduce")
+        shape = _shape(x, residual, blocks)
+        if blocks < 2 or world % blocks:
+            raise ValueError(
+                f"{NAME}: blocks is {blocks}; expected a divisor of the group's {world} ranks that is at least 2"
+            )
+        if collective not in COLLECTIVES or (collective == "reduce_scatter") > (blocks == world):
+            raise ValueError(
+                f"{NAME}: collective is {collective!r} with {blocks} blocks over {world} ranks; expected 'all_reduce', or "
+                "'reduce_scatter' with as many blocks as ranks"
+            )
+        if shape[-1] != x.shape[-1]:
+            raise ValueError(
+                f"{NAME}: residual has shape {shape}; expected rows of {x.shape[-1]} like x, {tuple(x.shape)}"
+            )
+        after_x = (residual, weight, bias, eps, scale, flavour, post_norm, group_name)
+        return cls(x, after_x, blocks, collective, group.rank() * blocks // world, shape)
+
+    @property
+    def group_name(self) -> str:
+        return str(self.after_x[-1])
+
+    def counts(self) -> tuple[int, int]:
+        """(rows of a block, rows that this rank keeps). Raises ``ValueError`` where they do not fit."""
+        rows, kept = (math.prod(shape[:-1]) for shape in (self.x.shape, self.shape))
+        block = rows // self.blocks
+        if rows % self.blocks:
+            raise ValueError(
+                f"{NAME}: x has {rows} rows, {tuple(self.x.shape)}, which {self.blocks} blocks do not divide"
+            )
+        if kept > block:
+            raise ValueError(
+                f"{NAME}: residual has {kept} rows, but a block of x has {block}: x is {tuple(self.x.shape)}, in "
+                f"{self.blocks} blocks"
+            )
+        return block, kept
+
+    def like(self, kept: int) -> Tensor:
+        """A tensor of the dtype of ``x`` and the shape of the results: what the operands behind the sum must fit."""
+        return self.x.reshape(-1, self.shape[-1])[:kept].view(self.shape)
+
+    def summed(self, block: int, kept: int, batch_invariant: bool) -> Tensor:
+        """``(kept, H)``: what this rank keeps of the sum, by the group's own collective or added up here in rank order."""
+        flat = self.x.reshape(-1, self.shape[-1]).contiguous()
+        if batch_invariant:
+            whole = invariant.sum_in_rank_order(flat, self.group_name)
+        elif self.collective == "reduce_scatter":
+            share = torch.ops._c10d_functional.reduce_scatter_tensor(flat, "sum", self.blocks, self.group_name)
+            return torch.ops._c10d_functional.wait_tensor(share)[:kept]
+        else:
+            whole = library.all_reduce(flat, self.group_name)
+        return whole[self.place * block : self.place * block + kept]
 
 
 def _shape(x: Tensor, residual: Tensor | None, blocks: int) -> tuple[Any, ...]:
@@ -44,179 +140,65 @@ def _shape(x: Tensor, residual: Tensor | None, blocks: int) -> tuple[Any, ...]:
     return (x.shape[0] // blocks, *x.shape[1:])
 
 
-def _count(shape: tuple[Any, ...]) -> Any:
-    rows = 1
-    for size in shape[:-1]:
-        rows = rows * size
-    return rows
-
-
-def _defaults(group_name: str, blocks: int, collective: str) -> tuple[int, str]:
-    """``blocks`` 0 is one a rank, no collective is the one that such blocks take."""
-    world = compat.resolve_group(group_name).size()
-    blocks = blocks or world
-    return blocks, collective or ("reduce_scatter" if blocks == world else "all_reduce")
-
-
-def _check_blocks(x: Tensor, shape: tuple[Any, ...], group_name: str, blocks: int, collective: str) -> None:
-    world = compat.resolve_group(group_name).size()
-    if blocks < 2 or world % blocks:
-        raise ValueError(
-            f"{NAME}: blocks is {blocks}; expected a divisor of the group's {world} ranks that is at least 2"
-        )
-    if collective not in COLLECTIVES or (collective == "reduce_scatter") > (blocks == world):
-        raise ValueError(
-            f"{NAME}: collective is {collective!r} with {blocks} blocks over {world} ranks; expected 'all_reduce', or "
-            "'reduce_scatter' with as many blocks as ranks"
-        )
-    if shape[-1] != x.shape[-1]:
-        raise ValueError(f"{NAME}: residual has shape {shape}; expected rows of {x.shape[-1]} like x, {tuple(x.shape)}")
-
-
-def _check_rows(x: Tensor, shape: tuple[int, ...], blocks: int) -> tuple[int, int]:
-    """(rows of a block, rows that this rank keeps)."""
-    rows, kept = _count(tuple(x.shape)), _count(shape)
-    block = rows // blocks
-    if rows % blocks:
-        raise ValueError(f"{NAME}: x has {rows} rows, {tuple(x.shape)}, which {blocks} blocks do not divide")
-    if kept > block:
-        raise ValueError(
-            f"{NAME}: residual has {kept} rows, but a block of x has {block}: x is {tuple(x.shape)}, in {blocks} blocks"
-        )
-    return block, kept
-
-
-def _place(group_name: str, blocks: int) -> int:
-    """The block that this rank receives."""
-    group = compat.resolve_group(group_name)
-    return group.rank() * blocks // group.size()
-
-
-def received(x: Tensor, group_name: str, blocks: int, collective: str, kept: int) -> Tensor:
-    """``(kept, H)``: the rows of the sum over the group that this rank keeps, by the group's own collective."""
-    flat = x.reshape(-1, x.shape[-1]).contiguous()
-    if collective == "reduce_scatter":
-        reduced = torch.ops._c10d_functional.reduce_scatter_tensor(flat, "sum", blocks, group_name)
-        return torch.ops._c10d_functional.wait_tensor(reduced)[:kept]
-    start = _place(group_name, blocks) * (flat.shape[0] // blocks)
-    return library.all_reduce(flat, group_name)[start : start + kept]
-
-
-def _cpu(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    scale: float,
-    flavour: str,
-    post_norm: bool,
-    group_name: str,
-    blocks: int,
-    collective: str,
-) -> tuple[Tensor, Tensor]:
-    blocks, collective = _defaults(group_name, blocks, collective)
-    shape = _shape(x, residual, blocks)
-    _check_blocks(x, shape, group_name, blocks, collective)
-    block, kept = _check_rows(x, shape, blocks)
-    like = x.reshape(-1, x.shape[-1])[:kept].view(shape)
-    given = Operands.of(like, residual, weight, bias, eps, scale, flavour, post_norm, group_name)
+def _cpu(*args: Any) -> tuple[Tensor, Tensor]:
+    asked = Rows.of(*args)
+    block, kept = asked.counts()
+    given = Operands.of(asked.like(kept), *asked.after_x)
+    in_rank_order = settings.batch_invariant()
     if block == 0:  # on every rank of the group alike: all of them skip the collective
-        reduced = x.new_empty(shape)
-    elif settings.batch_invariant():
-        invariant.agree(group_name)
-        flat = x.reshape(-1, x.shape[-1]).contiguous()
-        start = _place(group_name, blocks) * block
-        reduced = invariant.sum_in_rank_order(flat, group_name)[start : start + kept].reshape(shape)
-        if kept:
-            return invariant.add_rms_norm(reduced, given)
+        reduced = asked.x.new_empty(asked.shape)
     else:
-        invariant.remember(group_name)
-        reduced = received(x, group_name, blocks, collective, kept).reshape(shape)
+        if in_rank_order:
+            invariant.agree(asked.group_name)
+        else:
+            invariant.remember(asked.group_name)
+        reduced = asked.summed(block, kept, in_rank_order).reshape(asked.shape)
+        if in_rank_order and kept:
+            return invariant.add_rms_norm(reduced, given)
     normed, residual_out = reference.add_rms_norm(reduced, *given.after_the_sum)
     return normed.contiguous(), residual_out.contiguous()
 
 
-def _fake(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    scale: float,
-    flavour: str,
-    post_norm: bool,
-    group_name: str,
-    blocks: int,
-    collective: str,
-) -> tuple[Tensor, Tensor]:
-    from .arguments import same_sizes
-
-    blocks, collective = _defaults(group_name, blocks, collective)
-    shape = _shape(x, residual, blocks)
-    _check_blocks(x, shape, group_name, blocks, collective)
-    given = Operands.of(
-        x.new_empty(shape), residual, weight, bias, eps, scale, flavour, post_norm, group_name, same=same_sizes
-    )
-    normed = reference.output_dtype(x.dtype, None if weight is None else weight.dtype, given.flavour)
-    residual_out = reference.residual_dtype(x.dtype, normed, post_norm)
-    return x.new_empty(shape, dtype=normed), x.new_empty(shape, dtype=residual_out)
+def _fake(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    asked = Rows.of(*args, **kwargs)
+    given = Operands.of(asked.x.new_empty(asked.shape), *asked.after_x, same=same_sizes)
+    return empty_results(given)
 
 
-def _cuda(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    scale: float,
-    flavour: str,
-    post_norm: bool,
-    group_name: str,
-    blocks: int,
-    collective: str,
-) -> tuple[Tensor, Tensor]:
+def _cuda(*args: Any) -> tuple[Tensor, Tensor]:
+    x, residual, weight, bias, eps, scale, flavour, post_norm, group_name = args[:9]
     refuse_gradients(x, residual, weight, bias)
     index = x.device.index
     if compat.current_device() != index:
         with torch.cuda.device(index):  # launches and the vote go to the current device
-            return _cuda(x, residual, weight, bias, eps, scale, flavour, post_norm, group_name, blocks, collective)
-    blocks, collective = _defaults(group_name, blocks, collective)
-    shape = _shape(x, residual, blocks)
-    _check_blocks(x, shape, group_name, blocks, collective)
-    block, kept = _check_rows(x, shape, blocks)
-    hidden = shape[-1]
-    like = x.reshape(-1, hidden)[:kept].view(shape)
+            return _cuda(*args)
+    asked = Rows.of(*args)
+    block, kept = asked.counts()
+    like = asked.like(kept)
     key = (
-        *(group_name, NAME, blocks, x.dtype, hidden, flavour, scale != 1.0, residual is None),
-        *(None if weight is None else weight.dtype, 0 if bias is None else bias.dim(), len(shape), post_norm, index),
+        *(group_name, NAME, asked.blocks, x.dtype, x.shape[-1], flavour, scale != 1.0, residual is None),
+        *(None if weight is None else weight.dtype, 0 if bias is None else bias.dim(), like.dim(), post_norm, index),
         paths.current_stream_class(),
     )
     prepared = PREPARED.get(key)
     if prepared is None or not paths.is_current(group_name, prepared.held):
-        with paths.lock_of(group_name):
-            forget_the_gone()
-            load = partial(rows_schedule.load, blocks=blocks)
-            prepared = prepare(key, like, residual, weight, bias, scale, flavour, post_norm, group_name, load)
+        load = partial(rows_schedule.load, blocks=asked.blocks)
+        prepared = prepare_once(key, like, residual, weight, bias, scale, flavour, post_norm, group_name, load)
     else:
         check(like, residual, weight, bias, prepared.flavour, post_norm)
     given = Operands(like, residual, weight, bias, eps, scale, prepared.flavour, post_norm, group_name)
-    normed = x.new_empty(shape, dtype=prepared.normed_dtype)
-    residual_out = x.new_empty(shape, dtype=prepared.residual_dtype)
+    normed = x.new_empty(asked.shape, dtype=prepared.normed_dtype)
+    residual_out = x.new_empty(asked.shape, dtype=prepared.residual_dtype)
     if block == 0:
         return normed, residual_out  # every rank of the group has empty blocks: nothing to exchange
     c, p = prepared.constants, prepared.path.plane
     if c is None:
-        reduced = received(x, group_name, blocks, collective, kept).reshape(shape)
+        reduced = asked.summed(block, kept, False).reshape(asked.shape)
         found = reference.add_rms_norm(reduced, *given.after_the_sum)
         return found[0].contiguous(), found[1].contiguous()
-    if p is not None and _launch(prepared, p, x, given, normed, residual_out, block, kept, blocks):
+    if p is not None and _launch(prepared, p, x, given, normed, residual_out, block, kept, asked.blocks):
         return normed, residual_out
-    if prepared.path.settings.batch_invariant:
-        start = _place(group_name, blocks) * block
-        reduced = invariant.sum_in_rank_order(x.reshape(-1, hidden).contiguous(), group_name)[start : start + kept]
-    else:
-        reduced = received(x, group_name, blocks, collective, kept)
+    reduced = asked.summed(block, kept, prepared.path.settings.batch_invariant)
     if kept:
         operands = (aligned(residual), aligned(weight), aligned(bias))
         library.add_norm(aligned(reduced), *operands, normed, residual_out, eps, scale, c)  # type: ignore[arg-type]

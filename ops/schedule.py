@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -92,15 +92,33 @@ def schedule_of(
     )
     if chosen.algorithm == "library":
         return Schedule(chosen, ())
+    return Schedule(chosen, launches_of(p, settings, c, chosen, rows, wait, shape_of))
+
+
+def launches_of(
+    p: Plane,
+    settings: Settings,
+    c: Constants,
+    chosen: Selection,
+    rows: int,
+    wait: bool = True,
+    shape_of: Callable[[int], Geometry] | None = None,
+    blocks: int = 1,
+) -> tuple[Launch, ...]:
+    """The launches of a selection that takes kernels; arguments as for :func:`schedule_of`.
+
+    Args:
+        blocks: see :class:`.kernels.variant.Variant`; ``rows`` are those of one.
+    """
     room, pdl = room_of(p, settings, chosen.algorithm), dependent_launch_of(p, settings)
     launches = []
     for start in range(0, rows, chosen.rows_per_launch):
         n = min(chosen.rows_per_launch, rows - start)
         shape = geometry(room, n, c.groups) if shape_of is None else shape_of(n)
         variant, attribute = variant_of(room, shape, pdl, wait)
-        kernel = kernel_of(chosen.algorithm, c, variant, attribute)
+        kernel = kernel_of(chosen.algorithm, c, replace(variant, blocks=blocks), attribute)
         launches.append(Launch(kernel, shape.programs, start, n))
-    return Schedule(chosen, tuple(launches))
+    return tuple(launches)
 
 
 def room_of(p: Plane, settings: Settings, algorithm: str) -> Room:

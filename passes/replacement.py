@@ -141,7 +141,7 @@ class Replacement:
             if step.target in (OP, ROWS):
                 x, residual, weight, bias, eps, scale, flavour, post, *_ = args
                 if self.candidate.block is not None:
-                    x = self.candidate.block.of(x, _kept_shape(self.candidate) if residual is None else residual.shape)
+                    x = self.candidate.block.of(x, kept_shape(self.candidate) if residual is None else residual.shape)
                 args = (x, residual, weight, bias, eps, scale, Flavour.parse(flavour), post)
                 results.append(reference.add_rms_norm(*args))
             else:
@@ -149,7 +149,8 @@ class Replacement:
         return results
 
 
-def _kept_shape(candidate: Candidate) -> tuple[int, ...]:
+def kept_shape(candidate: Candidate) -> tuple[int, ...]:
+    """The shape, in example sizes, in which the graph holds the rows that this rank keeps."""
     tensor = values.value(candidate.kept)
     assert tensor is not None
     return tuple(compat.example_size(n) for n in tensor.shape)

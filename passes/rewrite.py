@@ -17,7 +17,7 @@ from . import values
 from .candidate import Candidate
 from .collectives import Collective
 from .operators import KINDS
-from .replacement import Replacement
+from .replacement import Replacement, kept_shape
 
 
 @dataclass(frozen=True)
@@ -195,10 +195,7 @@ def verify(decision: Decision) -> str | None:
         if candidate.block is None:
             theirs.update(dict.fromkeys((c.node, c.value, *c.waits), known[c.x]))
         else:
-            tensor = values.value(candidate.kept)
-            assert tensor is not None
-            shape = tuple(compat.example_size(n) for n in tensor.shape)
-            theirs[candidate.kept] = candidate.block.of(known[c.x], shape)
+            theirs[candidate.kept] = candidate.block.of(known[c.x], kept_shape(candidate))
         for node, value in new.outputs:
             name, got = "normed" if node is norm.out else "residual_out", ours[value.index]
             model = _run(node, theirs)

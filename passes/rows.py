@@ -8,6 +8,7 @@ then the blocks are the gather's, and the slice must be the own one.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,10 +48,7 @@ class RowBlock:
         """The kept rows of a sum of all rows, in this shape."""
         flat = whole.reshape(-1, whole.shape[-1])
         start = self.place * (flat.shape[0] // self.blocks)
-        count = 1
-        for size in shape[:-1]:
-            count *= size
-        return flat[start : start + count].reshape(shape)
+        return flat[start : start + math.prod(shape[:-1])].reshape(shape)
 
 
 def scattered(c: Collective) -> RowBlock | None:
@@ -92,12 +90,7 @@ def kept(
 
 
 def _rows(tensor: torch.Tensor | None) -> Any:
-    if tensor is None:
-        return None
-    count: Any = 1
-    for size in tensor.shape[:-1]:
-        count = count * size
-    return count
+    return None if tensor is None else math.prod(tensor.shape[:-1])
 
 
 def _first_row(node: Node, name: Any) -> Any:
@@ -107,7 +100,7 @@ def _first_row(node: Node, name: Any) -> Any:
         return None
     arguments = list(node.args[1:])
     dim = arguments[0] if arguments else 0
-    if not isinstance(dim, int):
+    if not isinstance(dim, int) or node.kwargs:
         return None
     dim %= source.dim()
     if dim == source.dim() - 1 or not all(compat.statically_true(size == 1) for size in source.shape[:dim]):
@@ -116,19 +109,16 @@ def _first_row(node: Node, name: Any) -> Any:
     if isinstance(first, Node):
         first = first.meta.get("val")
     if node.target in SLICES:
-        if (arguments[3] if len(arguments) > 3 else node.kwargs.get("step", 1)) != 1:
+        if len(arguments) > 3 and arguments[3] != 1:
             return None
         first = 0 if first is None else first
-    if first is None or node.kwargs:
+    if first is None:
         return None
     if compat.statically_true(first < 0):
         first = first + source.shape[dim]
     elif not compat.statically_true(first >= 0):
         return None
-    inner: Any = 1
-    for size in source.shape[dim + 1 : -1]:
-        inner = inner * size
-    return first * inner
+    return first * math.prod(source.shape[dim + 1 : -1])
 
 
 def _proved(c: Collective, start: Any, rows: Any, kept_rows: Any, nodes: list[Node]) -> tuple[int, int] | Refusal:

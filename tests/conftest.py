@@ -42,3 +42,20 @@ def no_reports_of_other_tests():
 
     tpfuse.clear_reports()
     yield
+
+
+@pytest.fixture
+def as_rank():
+    """Be one rank of a group without peers."""
+    import torch.distributed as dist
+
+    from tpfuse import compat
+
+    def start(rank, world_size):
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        compat.start_fake_group(world_size, rank)
+
+    yield start
+    if dist.is_initialized():
+        dist.destroy_process_group()

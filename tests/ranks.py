@@ -173,9 +173,9 @@ def _join(rank: int, world_size: int, store: str | None) -> None:
     import torch.distributed as dist
 
     if store is None:
-        from torch.testing._internal.distributed.fake_pg import FakeStore
+        from tpfuse import compat
 
-        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+        compat.start_fake_group(world_size, rank)
         return
     dist.init_process_group(
         "gloo",

@@ -6,12 +6,11 @@ import json
 
 import pytest
 import torch
-import torch.distributed as dist
 from models import unsharded
 
 transformers = pytest.importorskip("transformers", reason="needs the extra tpfuse[hf]")
 
-from tpfuse import compat, hf  # noqa: E402
+from tpfuse import hf  # noqa: E402
 from tpfuse.load import loading_of, transformers_compat  # noqa: E402
 from tpfuse.parallel import ConfigError, ParallelConfig, parallelize  # noqa: E402
 
@@ -25,20 +24,6 @@ LAYOUTS = (
     ParallelConfig(4, ep_size=2, moe_dense_tp_size=1),
     ParallelConfig(4, 2, 1, 2, ep_size=4),
 )
-
-
-@pytest.fixture
-def as_rank():
-    """Be one rank of a group without peers."""
-
-    def start(rank, world_size):
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        compat.start_fake_group(world_size, rank)
-
-    yield start
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,10 @@ import copy
 
 import pytest
 import torch
-import torch.distributed as dist
 from models import unsharded
 from ranks import RankPool
 from torch import nn
 
-from tpfuse import compat
 from tpfuse.parallel import ConfigError, ParallelConfig, gather_logits, layout_of, parallelize
 
 LAYERS = {"num_hidden_layers": 1, "initializer_range": 0.2}
@@ -21,20 +19,6 @@ LAYERS = {"num_hidden_layers": 1, "initializer_range": 0.2}
 def pool():
     with RankPool(2) as pool:
         yield pool
-
-
-@pytest.fixture
-def as_rank():
-    """Be one rank of a group without peers."""
-
-    def start(rank, world_size):
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        compat.start_fake_group(world_size, rank)
-
-    yield start
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 @torch.no_grad()

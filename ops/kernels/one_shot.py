@@ -13,15 +13,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from . import state as at
 from .call import begin, end, failed, let_next_kernel_start, poison, wait_for_previous_kernel
 from .epilogue import accept, finish, prefetch
-from .memory import clear, marked, poll, push
+from .memory import marked, push
 from .reduction import sum_over_ranks
-from .rows import lane_elements, own_part
+from .rows import clear_ranks, lane_elements, own_part, poll_ranks
 from .stamps import keep_stamps, now
-
-RECORD_BYTES: tl.constexpr = tl.constexpr(at.RECORD_BYTES)
 
 
 @triton.jit
@@ -117,25 +114,9 @@ def one_shot_kernel(
                 load = prefetch(row, part, i, io, C, S)
             else:
                 load = loads[i]
-            words = poll(
-                slots,
-                source,
-                rank,
-                active,
-                row,
-                phase,
-                watch,
-                SLOTS=S.world,
-                STRIDE=C.row_bytes,
-                WORDS=4 * S.world,
-                WAIT=S.wait,
-                PTX=S.ptx,
-                RECORD_AT=RECORD_BYTES,
-                HOST_AT=8 * S.world,
-            )
+            words = poll_ranks(slots, source, rank, active, row, phase, watch, C, S)
             received = now(S)
-            for r in tl.static_range(WORLD):
-                clear(slots + r * C.row_bytes, active & (r != rank).to(tl.int32), S.ptx)
+            clear_ranks(slots, rank, active, C, S)
             reduced = sum_over_ranks(words, C, S)
             held = held + (accept(reduced, row, part, i, io, scale, load, C, S),)
         finish(held, row, part, io, state, phase, watch, eps, loads, C, S)

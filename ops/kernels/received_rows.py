@@ -17,14 +17,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from . import state as at
 from .call import begin, end, failed, let_next_kernel_start, poison, wait_for_previous_kernel
 from .epilogue import accept, finish, prefetch
-from .memory import clear, marked, poll, push
+from .memory import marked, push
 from .reduction import sum_over_ranks
-from .rows import lane_elements, own_part
-
-RECORD_BYTES: tl.constexpr = tl.constexpr(at.RECORD_BYTES)
+from .rows import clear_ranks, lane_elements, own_part, poll_ranks
 
 
 @triton.jit
@@ -59,28 +56,11 @@ def push_to_receivers(
 @triton.jit
 def receive(x, row, source_row, part, i: tl.constexpr, own_plane, rank, phase, watch, C: tl.constexpr, S: tl.constexpr):
     """The words of all ranks of one step of a row of the own block; their slots are zeros again."""
-    WORLD: tl.constexpr = S.world
     element, active = lane_elements(part, i, C, S)
     source = x.to(tl.int64) + (source_row.to(tl.int64) * C.hidden + element) * C.item_bytes
     slots = own_plane + row.to(tl.int64) * (S.world * C.row_bytes) + element * C.item_bytes
-    words = poll(
-        slots,
-        source,
-        rank,
-        active,
-        row,
-        phase,
-        watch,
-        SLOTS=S.world,
-        STRIDE=C.row_bytes,
-        WORDS=4 * S.world,
-        WAIT=S.wait,
-        PTX=S.ptx,
-        RECORD_AT=RECORD_BYTES,
-        HOST_AT=8 * S.world,
-    )
-    for r in tl.static_range(WORLD):
-        clear(slots + r * C.row_bytes, active & (r != rank).to(tl.int32), S.ptx)
+    words = poll_ranks(slots, source, rank, active, row, phase, watch, C, S)
+    clear_ranks(slots, rank, active, C, S)
     return words
 
 

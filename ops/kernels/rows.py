@@ -8,8 +8,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .memory import load16, store16
+from . import state as at
+from .memory import clear, load16, poll, store16
 from .packing import pack, unpack
+
+RECORD_BYTES: tl.constexpr = tl.constexpr(at.RECORD_BYTES)
 
 
 @triton.jit
@@ -82,3 +85,36 @@ def own_part(x, item, allowed, C: tl.constexpr, S: tl.constexpr):
         source = x.to(tl.int64) + (row.to(tl.int64) * C.hidden + element) * C.item_bytes
         held = held + (load16(source, active & allowed, S.ptx),)
     return held
+
+
+@triton.jit
+def poll_ranks(slots, source, rank, active, row, phase, watch, C: tl.constexpr, S: tl.constexpr):
+    """Wait for the words of all ranks of one step of a row; its own are at ``source``. Returns what :func:`poll` does.
+
+    Args:
+        slots: address of rank 0's, in this rank's plane.
+    """
+    return poll(
+        slots,
+        source,
+        rank,
+        active,
+        row,
+        phase,
+        watch,
+        SLOTS=S.world,
+        STRIDE=C.row_bytes,
+        WORDS=4 * S.world,
+        WAIT=S.wait,
+        PTX=S.ptx,
+        RECORD_AT=RECORD_BYTES,
+        HOST_AT=8 * S.world,
+    )
+
+
+@triton.jit
+def clear_ranks(slots, rank, active, C: tl.constexpr, S: tl.constexpr):
+    """Restore the zeros of what :func:`poll_ranks` polled."""
+    WORLD: tl.constexpr = S.world
+    for r in tl.static_range(WORLD):
+        clear(slots + r * C.row_bytes, active & (r != rank).to(tl.int32), S.ptx)

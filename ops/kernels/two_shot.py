@@ -18,7 +18,7 @@ from .epilogue import accept, finish, prefetch
 from .memory import clear, marked, poll, push
 from .packing import positive_zeros
 from .reduction import sum_over_ranks
-from .rows import lane_elements, own_part
+from .rows import clear_ranks, lane_elements, own_part, poll_ranks
 from .stamps import keep_stamps, now
 
 RECORD_BYTES: tl.constexpr = tl.constexpr(at.RECORD_BYTES)
@@ -116,24 +116,8 @@ def two_shot_kernel(
                 element, active = lane_elements(item % S.split, i, C, S)
                 source = x.to(tl.int64) + (row.to(tl.int64) * C.hidden + element) * C.item_bytes
                 slots = own_plane + (row // S.world * S.world).to(tl.int64) * C.row_bytes + element * C.item_bytes
-                words = poll(
-                    slots,
-                    source,
-                    rank,
-                    active,
-                    row,
-                    phase,
-                    watch,
-                    SLOTS=S.world,
-                    STRIDE=C.row_bytes,
-                    WORDS=4 * S.world,
-                    WAIT=S.wait,
-                    PTX=S.ptx,
-                    RECORD_AT=RECORD_BYTES,
-                    HOST_AT=8 * S.world,
-                )
-                for r in tl.static_range(WORLD):
-                    clear(slots + r * C.row_bytes, active & (r != rank).to(tl.int32), S.ptx)
+                words = poll_ranks(slots, source, rank, active, row, phase, watch, C, S)
+                clear_ranks(slots, rank, active, C, S)
                 total = marked(sum_over_ranks(words, C, S), C.zero_mark)
                 place = gather + row.to(tl.int64) * C.row_bytes + element * C.item_bytes
                 for r in tl.static_range(WORLD):

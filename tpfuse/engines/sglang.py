@@ -315,12 +315,24 @@ def _first_calls(model: torch.nn.Module, group: Any, hidden_size: int, dtype: to
 
 
 def cut(
-    original: Callable[..., Any], self: Any, *args: Any, change: Callable[[dict[str, Any]], None], **kwargs: Any
+    original: Callable[..., Any],
+    self: Any,
+    *args: Any,
+    change: Callable[[dict[str, Any]], None],
+    sums: bool = False,
+    **kwargs: Any,
 ) -> Any:
-    """Around the constructor of a parallel linear layer: one of a dense MLP is cut over the attention TP group."""
+    """Around the constructor of a parallel linear layer: one of a dense MLP is cut over the attention TP group.
+
+    Args:
+        change: names the group in the constructor's arguments.
+        sums: the layer makes partial sums, and is to sum them over that group as well.
+    """
     bound = inspect.signature(original).bind(self, *args, **kwargs)
     if sharing() and DENSE_MLP.search(bound.arguments.get("prefix") or ""):
         change(bound.arguments)
+        if sums:
+            bound.arguments["use_dp_attention_reduce"] = True
         result = original(*bound.args, **bound.kwargs)
         self.tpfuse_shared = True
         return result

@@ -128,11 +128,7 @@ def _column(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) 
 
 
 def _row(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
-    def change(arguments: dict[str, Any]) -> None:
-        _over_attention(arguments)
-        arguments["use_dp_attention_reduce"] = True
-
-    return shared.cut(original, self, *args, change=change, **kwargs)
+    return shared.cut(original, self, *args, change=_over_attention, sums=True, **kwargs)
 
 
 def _over_attention(arguments: dict[str, Any]) -> None:
