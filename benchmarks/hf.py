@@ -1,7 +1,8 @@
 """What a token costs a user of Hugging Face's ``generate``: eager, Inductor and tpfuse on tensor-parallel ranks, one command.
 
-    python benchmarks/hf.py --out results/                     # 2 GPUs, 8 layers of the Llama-3-8B shape, about 150 s
-    python benchmarks/hf.py --layers 32 --batch 1 --budget 400
+    python benchmarks/hf.py --out results/                     # 2 GPUs, 8 layers of a shape, about 150 s
+    python benchmarks/hf.py --layers 32 --batch 1 --budget 400 --gpt-fast ../gpt-fast
+    python benchmarks/hf.py --model qwen3-30b-a3b --layers 8
     python benchmarks/hf.py --device cpu --tiny                # gloo ranks: shows that it runs, times nothing
 
 Contenders. The weights are random, made on the device, and the same for all; greedy, static cache, bf16 (fp32 on a CPU).
@@ -12,6 +13,8 @@ Contenders. The weights are random, made on the device, and the same for all; gr
 - ``tpfuse.hf.compile``: transformers' TP, then ``tpfuse.hf.compile(model)`` and ``model.generate``.
 - ``tpfuse.hf.parallelize``: tpfuse's own cut, then the same.
 - ``inductor in tpfuse's loop``: as ``tpfuse.hf.compile`` with ``backend="inductor"``: what the fusion alone is worth.
+- ``gpt-fast with tpfuse``, ``gpt-fast with inductor``: with ``--gpt-fast``, the folder of a checkout of
+  github.com/meta-pytorch/gpt-fast at c9f683e: the same shape, written by hand. Batch 1 and dense models only.
 
 Method. Contenders of one batch size are all compiled first; then rounds, in each of which every contender generates once, so that
 drift of the machine meets all alike. Milliseconds a token are (time of N tokens - time of 1 token) / (N - 1), median over the
@@ -33,7 +36,7 @@ import tempfile
 from pathlib import Path
 
 import torch.distributed as dist
-from hf_measure import CONTENDERS, Line, Plan, measure
+from hf_measure import CONTENDERS, GPT_FAST, MODELS, Line, Plan, measure
 
 from tpfuse.measure.ranks import gpu_count, run_ranks
 
@@ -96,20 +99,28 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a tiny shape, for a rehearsal")
     parser.add_argument("--inner", choices=("inductor", "aot_eager"), help="default: inductor; aot_eager on a CPU")
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--model", choices=tuple(MODELS), default="llama-3-8b", help="whose shape")
+    parser.add_argument("--gpt-fast", type=Path, metavar="FOLDER", help="a checkout of gpt-fast to measure beside")
     parser.add_argument("--layers", type=int, help="default: 8; 2 with --tiny")
     parser.add_argument("--batch", type=numbers, default=(1, 8, 32))
     parser.add_argument("--prompt", type=int, default=32, help="tokens of each prompt")
     parser.add_argument("--tokens", type=int, help="new tokens of a call; default: 64; 6 with --tiny")
     parser.add_argument("--rounds", type=int, help="default: 7; 2 with --tiny")
     parser.add_argument(
-        "--contenders", type=names, help=f"only these, separated by commas, of: {', '.join(CONTENDERS)}"
+        "--contenders",
+        type=names,
+        help=f"only these, separated by commas, of: {', '.join((*CONTENDERS, *GPT_FAST))}",
     )
     parser.add_argument("--budget", type=float, default=150.0, help="seconds after which nothing new is begun")
     parser.add_argument("--out", type=Path, help="folder for hf.json, rewritten after every batch size")
     args = parser.parse_args()
-    unknown = [name for name in args.contenders or () if name not in CONTENDERS]
+    known = (*CONTENDERS, *GPT_FAST)
+    unknown = [name for name in args.contenders or () if name not in known]
     if unknown:
-        parser.error(f"--contenders: no contender is called {', '.join(unknown)}; they are {', '.join(CONTENDERS)}")
+        parser.error(f"--contenders: no contender is called {', '.join(unknown)}; they are {', '.join(known)}")
+    if args.gpt_fast is not None and not (args.gpt_fast / "tp.py").is_file():
+        parser.error(f"--gpt-fast: there is no tp.py in {args.gpt_fast}; give the folder of a checkout of gpt-fast")
+    usual = CONTENDERS if args.gpt_fast is None else (*CONTENDERS, *GPT_FAST)
     if args.device == "cuda" and gpu_count() < args.ranks:
         parser.exit(
             2,
@@ -122,12 +133,14 @@ def main() -> None:
         layers=args.layers or (2 if args.tiny else 8),
         tiny=args.tiny,
         batches=args.batch,
-        contenders=args.contenders or CONTENDERS,
+        contenders=args.contenders or usual,
         prompt=args.prompt,
         tokens=args.tokens or (6 if args.tiny else 64),
         rounds=args.rounds or (2 if args.tiny else 7),
         budget=args.budget,
         out=str(args.out) if args.out else None,
+        model=args.model,
+        gpt_fast=str(args.gpt_fast.resolve()) if args.gpt_fast else None,
         inner=args.inner or ("inductor" if args.device == "cuda" else "aot_eager"),
     )
     try:

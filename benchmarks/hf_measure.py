@@ -21,8 +21,22 @@ import tpfuse.hf
 from tpfuse.measure import tables
 from tpfuse.parallel import ParallelConfig
 
-SHAPE = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
+# By name: transformers' type of model, and its sizes; the vocabulary last.
+HEADS_32_8 = {"num_attention_heads": 32, "num_key_value_heads": 8}
+MODELS: dict[str, tuple[str, dict[str, int], int]] = {
+    "llama-3-8b": ("llama", {"hidden_size": 4096, "intermediate_size": 14336, **HEADS_32_8}, 128256),
+    "qwen3-8b": ("qwen3", {"hidden_size": 4096, "intermediate_size": 12288, **HEADS_32_8, "head_dim": 128}, 151936),
+    "qwen3-30b-a3b": (
+        "qwen3_moe",
+        {
+            **{"hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768, "head_dim": 128},
+            **{"num_attention_heads": 32, "num_key_value_heads": 4, "num_experts": 128, "num_experts_per_tok": 8},
+        },
+        151936,
+    ),
+}
 TINY = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+TINY_MORE = {"head_dim": 16, "moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
 
 
 @dataclass(frozen=True)
@@ -40,6 +54,8 @@ class Plan:
     budget: float
     out: str | None
     inner: str = "inductor"
+    model: str = "llama-3-8b"
+    gpt_fast: str | None = None  # a checkout
 
 
 @dataclass
@@ -66,19 +82,30 @@ class Line:
 Generate = Callable[[Tensor, int], Tensor]
 
 
-def config_of(plan: Plan) -> Any:
-    from transformers import LlamaConfig
+def sizes_of(plan: Plan) -> tuple[str, dict[str, int], int]:
+    """(type of model, sizes, vocabulary)"""
+    kind, sizes, vocabulary = MODELS[plan.model]
+    if plan.tiny:
+        sizes, vocabulary = {name: {**TINY, **TINY_MORE}[name] for name in sizes}, 128
+    return kind, sizes, vocabulary
 
-    sizes = TINY if plan.tiny else SHAPE
-    length = plan.prompt + plan.tokens + 8
-    vocabulary = 128 if plan.tiny else 128256
+
+def length_of(plan: Plan) -> int:
+    return plan.prompt + plan.tokens + 8
+
+
+def config_of(plan: Plan) -> Any:
+    from transformers import AutoConfig
+
+    kind, sizes, vocabulary = sizes_of(plan)
     # Large enough weights that tokens differ from one another, or any fault would look equal.
-    more = {
+    more: dict[str, Any] = {
         "initializer_range": 0.2 if plan.tiny else 0.02,
         "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
     }
-    return LlamaConfig(
-        **sizes, **more, num_hidden_layers=plan.layers, vocab_size=vocabulary, max_position_embeddings=max(2048, length)
+    length = max(2048, length_of(plan))
+    return AutoConfig.for_model(
+        kind, **sizes, **more, num_hidden_layers=plan.layers, vocab_size=vocabulary, max_position_embeddings=length
     )
 
 
@@ -94,12 +121,13 @@ def whole_model(plan: Plan, device: torch.device) -> Any:
 
 def by_transformers(plan: Plan, state: dict[str, Tensor], device: torch.device) -> Any:
     """The same weights under transformers' own tensor parallelism."""
-    from transformers import LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
     from transformers.distributed import DistributedConfig
 
-    model = LlamaForCausalLM.from_pretrained(
+    config = config_of(plan)
+    model = AutoModelForCausalLM._model_mapping[type(config)].from_pretrained(
         None,
-        config=config_of(plan),
+        config=config,
         state_dict={},
         dtype=next(iter(state.values())).dtype,
         distributed_config=DistributedConfig(tp_size=dist.get_world_size(), tp_plan="auto"),
@@ -115,6 +143,8 @@ def by_transformers(plan: Plan, state: dict[str, Tensor], device: torch.device) 
 
 def contender(name: str, plan: Plan, device: torch.device) -> Generate:
     """(prompt (batch, length), new tokens) -> sequences, the way a contender makes them. Collective."""
+    if name in GPT_FAST:
+        return hand_written(name, plan)
     from transformers import CompileConfig
 
     whole = whole_model(plan, device)
@@ -158,6 +188,18 @@ def contender(name: str, plan: Plan, device: torch.device) -> Generate:
     return run
 
 
+def hand_written(name: str, plan: Plan) -> Generate:
+    import hf_gpt_fast
+
+    if plan.gpt_fast is None:
+        raise ValueError("gpt-fast needs --gpt-fast, the folder of a checkout")
+    _, sizes, vocabulary = sizes_of(plan)
+    compile_it = plan.inner == "inductor"
+    backend = GPT_FAST[name]
+    return hf_gpt_fast.generate_of(plan.gpt_fast, sizes, plan.layers, vocabulary, length_of(plan), backend, compile_it)
+
+
+GPT_FAST = {"gpt-fast with tpfuse": "tpfuse", "gpt-fast with inductor": "inductor"}
 CONTENDERS = (
     "eager",
     "inductor reduce-overhead",
@@ -300,7 +342,7 @@ class Bench:
         line.ranks_equal = all(torch.equal(mine, other) for other in everyone(mine))
         if not line.ranks_equal:
             line.problems.append("ranks chose different tokens")
-        if "eager" in tokens:
+        if "eager" in tokens and line.contender not in GPT_FAST:  # other weights, other tokens
             line.equal_to_eager = (mine == tokens["eager"])[:, self.plan.prompt :].float().mean().item()
             if self.plan.device == "cpu" and line.equal_to_eager != 1.0:
                 line.problems.append("in fp32, other tokens than eager's")

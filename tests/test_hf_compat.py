@@ -51,6 +51,26 @@ def test_hook_of_something_else():
     assert "lambda" in hook.style
 
 
+def test_hooks_of_gradients_go_and_others_stay():
+    """Transformers 5.17 to 5.21 put one on the module, where Dynamo breaks the graph."""
+
+    class Style:
+        def install_forward(self, module):
+            def _all_reduce_grads(module, grad_input, grad_output):
+                raise AssertionError("the hook was dropped")
+
+            _all_reduce_grads.__module__ = "transformers.distributed.tensor_parallel"
+            module.register_full_backward_hook(_all_reduce_grads)
+
+    linear, calls = nn.Linear(2, 2), []
+    linear.register_full_backward_hook(lambda *_: calls.append("own"))
+    Style().install_forward(linear)
+    assert hf_compat.drop_gradient_hooks(linear) == 1
+    linear(torch.ones(1, 2, requires_grad=True)).sum().backward()
+    assert calls == ["own"]
+    assert hf_compat.drop_gradient_hooks(linear) == 0
+
+
 def test_styles():
     """Every style that is known here exists, with the fields that decide what it becomes; and those without an entry are few."""
     from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES

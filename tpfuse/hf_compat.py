@@ -61,6 +61,24 @@ def hook_of(module: nn.Module) -> Hook | None:
     return Hook(style, instance, mesh, held.get("original_forward"))
 
 
+def drop_gradient_hooks(module: nn.Module) -> int:
+    """Take the hooks off a module by which a parallel style reduces gradients; their number.
+
+    Why private: releases before 5.22 register them on the module (Qwen3's norms of queries and keys), where each is a graph break
+    for Dynamo, and keep no handle; torch keeps them in ``_backward_hooks``.
+    """
+    hooks = module._backward_hooks
+    found = [
+        key
+        for key, hook in hooks.items()
+        if str(getattr(hook, "__module__", "")).startswith("transformers.")
+        and ".install_forward.<locals>." in getattr(hook, "__qualname__", "")
+    ]
+    for key in found:
+        del hooks[key]
+    return len(found)
+
+
 def cache_name(model_kwargs: dict[str, Any]) -> str | None:
     """The name under which ``generate`` hands a model its cache; None when there is none.
 

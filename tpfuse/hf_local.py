@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from tpfuse.hf_compat import hook_of
+from tpfuse.hf_compat import drop_gradient_hooks, hook_of
 from tpfuse.hf_styles import Unconvertible, conversion
 from tpfuse.unfused import FusionWarning
 
@@ -74,6 +74,8 @@ def localize(model: nn.Module) -> int:
     if model.training:
         _warn(["the model is in training mode; call model.eval() before tpfuse.hf.compile"])
         return 0
+    for module in model.modules():
+        drop_gradient_hooks(module)  # of no use to parameters without gradients
     plain: dict[int, nn.Parameter] = {}
     left: dict[str, list[str]] = defaultdict(list)
     count = 0
