@@ -3,6 +3,7 @@
     python benchmarks/e2e.py --worlds 2,4 --batch 1,8,32 --out e2e.json
     python benchmarks/e2e.py --worlds 2 --batch 1,8,32,128 --prefill 2048
     python benchmarks/e2e.py --model deepseek --tp 4 --dp 2 --k 2 --batch 1,8,32,128 --prefill 2048
+    python benchmarks/e2e.py --model deepseek --experts 8 --batch 1,8,32           # on one GPU, shared by four ranks
     python benchmarks/e2e.py --device cpu --tiny [--model deepseek]        # gloo ranks: shows that it runs, times nothing
 
 Models. ``llama``: 16 layers of H = 4096, one rank's shard written out here, random weights; a decode step attends to a cache
@@ -16,6 +17,8 @@ Contenders, all under ``torch.compile(mode="reduce-overhead", dynamic=False, ful
   op that Inductor does not look into (left alone it would copy the symmetric buffer, which is a graph input to it).
   Two-shot takes part in prefills only.
 - ``nccl`` (``gloo`` on a CPU): ``backend="inductor"`` on the functional all-reduces. NCCL needs a GPU for each rank.
+- ``tpfuse rows off``, deepseek only, where it is named or ranks share a GPU: ``tpfuse`` without rows with destinations; see
+  ``benchmarks/e2e_rows.py``.
 
 Method. Before each step all ranks meet; a step's time is the *minimum over ranks*, because the last rank to start waits for
 nobody; the figure is the median of the steps, launch from Python included. ``back to back`` is the time of a step among 20
@@ -88,6 +91,9 @@ def main() -> None:
     parser.add_argument("--dense-layers", type=int, help="deepseek: how many of the layers are dense")
     parser.add_argument("--experts", type=int, help="deepseek: routed experts of a layer")
     parser.add_argument("--hidden", type=int, help="deepseek: hidden size")
+    parser.add_argument(
+        "--symmetric", action="store_true", help="deepseek: collectives left by tpfuse as on a shared GPU"
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--inner", choices=("inductor", "aot_eager"), help="default: inductor, aot_eager on a CPU")
     parser.add_argument("--tiny", action="store_true", help="sizes for a rehearsal")

@@ -1,7 +1,8 @@
 """The DeepSeek-V3-like model of ``e2e.py``: attention DP, and the dense MLP on the ranks of its attention.
 
 Random weights, the widths of DeepSeek-V3, fewer layers and experts: by default three dense and three MoE layers of 32 experts,
-13 GiB before it is cut. ``tpfuse.hf.parallelize`` shards it under (tp, dp, k). Every rank needs a GPU of its own.
+13 GiB before it is cut, on every rank. ``tpfuse.hf.parallelize`` shards it under (tp, dp, k). With a GPU for every rank the
+baseline is NCCL. Up to four ranks may share one GPU, whose baseline is tpfuse without rows with destinations (``e2e_rows.py``).
 
 A decode step has one token for each of the given number of sequences, in every replica, on a static cache that an eager
 prefill has begun; a prefill is one sequence without a cache.
@@ -21,9 +22,12 @@ from torch import Tensor, nn
 
 import tpfuse
 import tpfuse.hf
-from tpfuse.measure.ranks import gpu_count
+from tpfuse.measure import other_libraries
+from tpfuse.measure.ranks import gpu_count, why_not
 from tpfuse.parallel import ParallelConfig, layout_of
+from tpfuse.parallel.layout import Boundary, Op
 
+MOST_ON_A_GPU = 4  # torch's kernels wait in up to 24 blocks a rank, which must all fit at once
 PROMPT = 16  # tokens in the cache when a contender starts
 
 
@@ -84,17 +88,20 @@ def run_of(args: argparse.Namespace, plan: Plan) -> tuple[int, Callable[..., lis
     except ImportError as error:
         raise ValueError(f"--model deepseek needs transformers ({error}); pip install 'tpfuse[hf]'") from error
     config = ParallelConfig(args.tp, args.dp, 1, args.k)
-    if args.device == "cuda" and gpu_count() < args.tp:
-        raise ValueError(
-            f"--model deepseek with tp={args.tp} needs {args.tp} GPUs, one for each rank (its baseline is NCCL); this machine "
-            f"has {gpu_count()}"
+    shared = args.device == "cuda" and gpu_count() < args.tp
+    if shared:
+        missing = why_not(args.tp) or (
+            None if args.tp <= MOST_ON_A_GPU else f"at most {MOST_ON_A_GPU} ranks share a GPU"
         )
+        if missing:
+            raise ValueError(f"--model deepseek with tp={args.tp} on {gpu_count()} GPU(s): {missing}")
     sizes = TINY if args.tiny else Sizes()
     given = {"layers": args.layers, "dense_layers": args.dense_layers, "experts": args.experts, "hidden": args.hidden}
     sizes = replace(sizes, **{name: value for name, value in given.items() if value is not None})
     if not 0 < sizes.dense_layers <= sizes.layers:
         raise ValueError(f"{sizes.dense_layers} dense layers of {sizes.layers}: give at least one and at most all")
-    return config.world_size, deepseek, replace(plan, sizes=sizes, parallel=(args.tp, args.dp, args.k))
+    plan = replace(plan, sizes=sizes, parallel=(args.tp, args.dp, args.k), symmetric=shared or args.symmetric)
+    return config.world_size, deepseek, plan
 
 
 def whole_model(sizes: Sizes, device: torch.device, context: int) -> nn.Module:
@@ -167,6 +174,10 @@ class Decode:
         return chosen
 
 
+def _selects_rows(boundary: Boundary) -> bool:
+    return any(step.op in (Op.SLICE_ROWS, Op.REDUCE_SCATTER) for step in boundary.steps)
+
+
 def deepseek(rank: int, world: int, plan: Plan) -> list[Line]:
     """On every rank: all shapes of the plan on one instance of the model."""
     device = prepare(plan)
@@ -183,11 +194,17 @@ def deepseek(rank: int, world: int, plan: Plan) -> list[Line]:
     groups, reductions = parallelized.groups, parallelized.plan.reductions()
     fusing = sorted({r.group for r in reductions if r.fuses})
     expected = sum(r.fuses for r in reductions)
+    with_rows = sum(b.fuses in ("yes", "first part") and _selects_rows(b) for b in parallelized.plan.boundaries)
     if plan.device == "cuda":
         # Planes are built here and not by the first compiled step, whose allocations belong to the CUDA graphs' pool.
         for group in fusing:
             path = tpfuse.ops.describe_path(groups.name_of(group))
             say(f"{group}: tpfuse takes the {path.kind} path {path.cause}")
+    if plan.symmetric and plan.device == "cuda":
+        for group in ("tp", "attn_tp", "attn_dp"):  # before anything is captured, and for the largest shape
+            most = config.attn_dp_size * max(rows for _, rows in plan.shapes)
+            if len(groups.ranks_of(group)) > 1:
+                other_libraries.reserve(groups.name_of(group), most * sizes.hidden, sizes.dtype, device)
     say(f"weights made and cut{memory(plan)}; {expected} of {len(reductions)} reductions of the plan fuse")
     recorder = Recorder(plan, rank)
     step = Step(model)
@@ -206,13 +223,13 @@ def deepseek(rank: int, world: int, plan: Plan) -> list[Line]:
 
         if phase == "decode":
             decode = Decode(step, rows, context, tokens)
-            case = Case(step, decode, decode.start, tokens, expected, same, names)
+            case = Case(step, decode, decode.start, tokens, expected, same, names, expected - with_rows)
         else:
             positions = torch.arange(rows, device=device).unsqueeze(0)
 
             def prefill(compiled: Any, given: Tensor, positions: Tensor = positions, rows: int = rows) -> Tensor:
                 return compiled(given, positions, None, rows)
 
-            case = Case(step, prefill, lambda: None, tokens, expected, same, names)
+            case = Case(step, prefill, lambda: None, tokens, expected, same, names, expected - with_rows)
         measure_shape("deepseek", phase, rows, case, plan, say, recorder)
     return recorder.lines

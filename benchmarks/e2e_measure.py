@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from e2e_rows import ROWS_OFF, SymmetricCollectives, rows_off
 from torch import Tensor, nn
 
 import tpfuse
 from tpfuse.measure import other_libraries, tables
 from tpfuse.measure.ranks import gpu_count
 
+TPFUSE = "tpfuse"
 WARM, CHECKS, STEPS, CHAIN, CHAINS = 4, 4, 20, 20, 5
 
 
@@ -34,6 +36,9 @@ class Plan:
     contenders: tuple[str, ...] | None = None
     out: str | None = None
     parallel: tuple[int, int, int] = (0, 1, 0)  # tp, dp, k of the DeepSeek model
+    symmetric: bool = (
+        False  # what tpfuse leaves of the DeepSeek model's collectives is symmetric memory's, see e2e_rows.py
+    )
     steps: tuple[int, int, int, int, int] = (WARM, CHECKS, STEPS, CHAIN, CHAINS)
 
 
@@ -69,9 +74,10 @@ class Case:
         call: (compiled, tokens) -> the tokens chosen, shaped so that they may be the next step's input.
         start: called before a contender runs, to bring caches back to their first state.
         tokens: number -> input tokens, equal on the ranks that hold the same rows.
-        expected: fused all-reduces.
+        expected: fused reductions.
         same_rows: ranks that must choose the same tokens as this one, itself included.
         group_names: groups whose kernels tpfuse runs, to ask whether a poll gave up.
+        expected_rows_off: fused reductions of ``tpfuse rows off``.
     """
 
     module: nn.Module
@@ -81,6 +87,10 @@ class Case:
     expected: int
     same_rows: tuple[int, ...]
     group_names: tuple[str, ...]
+    expected_rows_off: int = 0
+
+    def expected_of(self, contender: str) -> int:
+        return self.expected_rows_off if contender == ROWS_OFF else self.expected
 
 
 library = torch.library.Library("tpfuse_e2e", "DEF")
@@ -183,7 +193,8 @@ def memory(plan: Plan) -> str:
 def contenders_for(plan: Plan, phase: str, world: int) -> tuple[str, ...]:
     """Names in the order of measurement. Pure: the same on every rank."""
     if plan.device == "cpu":
-        chosen: tuple[str, ...] = ("gloo", "tpfuse")
+        named = (ROWS_OFF,) if ROWS_OFF in (plan.contenders or ()) else ()
+        chosen: tuple[str, ...] = ("gloo", *named, "tpfuse")
     else:
         shared = gpu_count() < world
         # Torch's kernels wait in up to 24 blocks a rank and have no watchdog: on a shared GPU some multiprocessors must stay
@@ -194,16 +205,19 @@ def contenders_for(plan: Plan, phase: str, world: int) -> tuple[str, ...]:
             *(("symm one-shot",) if symmetric else ()),
             *(("symm two-shot",) if symmetric and phase == "prefill" else ()),
             *(() if shared else ("nccl",)),
+            *((ROWS_OFF,) if plan.parallel[0] and (shared or ROWS_OFF in (plan.contenders or ())) else ()),
             "tpfuse",
         )
     return tuple(c for c in chosen if plan.contenders is None or c in plan.contenders)
 
 
-def compiled_for(contender: str, module: nn.Module, inner: str) -> Any:
+def compiled_for(contender: str, module: nn.Module, inner: str, symmetric: bool = False) -> Any:
     mode = "reduce-overhead" if inner == "inductor" else None
-    if contender == "tpfuse":
-        options = {"tpfuse.inner": inner} if inner != "inductor" else None
-        return torch.compile(module, backend="tpfuse", mode=mode, options=options, dynamic=False, fullgraph=True)
+    if contender in (TPFUSE, ROWS_OFF):
+        options: dict[str, Any] = {"tpfuse.inner": inner, "tpfuse.mode": mode}
+        if symmetric:
+            options["post_grad_custom_post_pass"] = SymmetricCollectives()
+        return torch.compile(module, backend="tpfuse", options=options, dynamic=False, fullgraph=True)
     return torch.compile(module, backend=inner, mode=mode, dynamic=False, fullgraph=True)
 
 
@@ -238,7 +252,8 @@ def measure_shape(model: str, phase: str, rows: int, case: Case, plan: Plan, say
         line = replace(empty, contender=contender, problems=[])
         error = ""
         try:
-            chosen[contender] = measure_contender(line, case, plan, say)
+            with rows_off() if contender == ROWS_OFF else contextlib.nullcontext():
+                chosen[contender] = measure_contender(line, case, plan, say)
         except Exception as raised:  # the other contenders keep their figures
             error = f"{type(raised).__name__}: {str(raised)[:600]}"
         errors: list[Any] = [None] * world
@@ -265,7 +280,7 @@ def measure_contender(line: Line, case: Case, plan: Plan, say: Say) -> Tensor:
     tpfuse.clear_reports()
     case.module.reduction = line.contender  # type: ignore[assignment]
     case.start()
-    step = compiled_for(line.contender, case.module, plan.inner)
+    step = compiled_for(line.contender, case.module, plan.inner, plan.symmetric)
 
     def once(tokens: Tensor) -> Tensor:
         if plan.device == "cuda":
@@ -284,12 +299,12 @@ def measure_contender(line: Line, case: Case, plan: Plan, say: Say) -> Tensor:
                 say(
                     f"{line.phase} {line.rows}, {line.contender}: compiled and run once in {line.compile_seconds:.0f} s"
                 )
-        if line.contender == "tpfuse":
-            reports = tpfuse.reports()
+        if line.contender in (TPFUSE, ROWS_OFF):
+            expected, reports = case.expected_of(line.contender), tpfuse.reports()
             line.fused, line.all_reduces = sum(len(r.fused) for r in reports), sum(len(r.sites) for r in reports)
-            if line.fused != case.expected:
+            if line.fused != expected:
                 kept = {f"{site.reason}: {site.detail}" for r in reports for site in r.kept}
-                line.problems.append(f"{line.fused} all-reduces fused instead of {case.expected}; {sorted(kept)[:3]}")
+                line.problems.append(f"{line.fused} all-reduces fused instead of {expected}; {sorted(kept)[:3]}")
         skips = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
         line.graphs_skipped = int(skips)
         if skips and plan.device == "cuda":
@@ -309,7 +324,7 @@ def measure_contender(line: Line, case: Case, plan: Plan, say: Say) -> Tensor:
             with stopwatch(plan.device, together):
                 for _ in range(chain):
                     tokens = once(tokens)
-    if plan.device == "cuda" and line.contender == "tpfuse":
+    if plan.device == "cuda" and line.contender in (TPFUSE, ROWS_OFF):
         for name in case.group_names:
             tpfuse.ops.raise_if_failed(name)
     digest = hashlib.sha256(checked.numpy().tobytes() + tokens.cpu().numpy().tobytes()).hexdigest()

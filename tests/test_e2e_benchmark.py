@@ -54,18 +54,51 @@ def test_a_wrong_number_of_fused_reductions_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_deepseek_fuses_what_its_plan_says(tmp_path: Path) -> None:
+def test_deepseek_fuses_what_its_plan_says_and_less_without_rows(tmp_path: Path) -> None:
     out = tmp_path / "e2e.json"
     arguments = ("--model", "deepseek", "--tp", 4, "--dp", 2, "--k", 2, "--batch", 2, "--prefill", 8)
-    done = e2e(*arguments, "--device", "cpu", "--tiny", "--out", out)
+    done = e2e(*arguments, "--device", "cpu", "--tiny", "--contenders", "gloo,tpfuse rows off,tpfuse", "--out", out)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = json.loads(out.read_text())["lines"]
+    fused = {"gloo": (None, None), "tpfuse rows off": (6, 8), "tpfuse": (8, 8)}
     assert [(x["phase"], x["contender"]) for x in lines] == [
-        (phase, contender) for phase in ("decode", "prefill") for contender in ("gloo", "tpfuse")
+        (phase, contender) for phase in ("decode", "prefill") for contender in fused
     ]
     for x in lines:
         assert (x["ranks_equal"], x["equal_to_tpfuse"], x["problems"]) == (True, 1.0, [])
-        assert (x["fused"], x["all_reduces"]) == ((6, 8) if x["contender"] == "tpfuse" else (None, None))
+        assert (x["fused"], x["all_reduces"]) == fused[x["contender"]]
+
+
+def test_on_a_shared_gpu_no_collective_of_the_group_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced on a fake group, whose all-reduce gives back its input: what was gathered is the own rows among zeros."""
+    import graphs
+
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    import e2e_rows
+
+    graphs.start_fake_group(2, 1)
+    seen: list[str] = []
+    c10d = torch.ops._c10d_functional
+
+    class Seen(e2e_rows.SymmetricCollectives):
+        def __call__(self, graph: torch.fx.Graph) -> None:
+            super().__call__(graph)
+            seen.extend(str(node.target) for node in graph.nodes)
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        gathered = c10d.wait_tensor(c10d.all_gather_into_tensor(x + 1, 2, graphs.world()))
+        return graphs.all_reduce(gathered * 2) - 1
+
+    x = torch.rand(3, 4)
+    with torch.no_grad():
+        got = torch.compile(f, backend="tpfuse", options={"post_grad_custom_post_pass": Seen()}, fullgraph=True)(x)
+    assert torch.equal(got, torch.cat([torch.zeros(3, 4), x + 1]) * 2 - 1)
+    assert [name for name in seen if "tpfuse_e2e" in name] == [
+        "tpfuse_e2e.symm_gather.default",
+        "tpfuse_e2e.symm_sum.default",
+    ]
+    assert not any("c10d" in name for name in seen)
+    torch.distributed.destroy_process_group()
 
 
 def test_what_cannot_run_is_one_clear_line(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import on_ranks
+import rows_on_ranks
 
 from tpfuse.measure.ranks import gpu_count, run_ranks, why_not
 
@@ -145,16 +146,11 @@ def test_compute_sanitizer_finds_nothing() -> None:
     assert "ERROR SUMMARY: 0 errors" in done.stdout
 
 
-@pytest.mark.parametrize("world", (2, 4))
-def test_rows_with_destinations_among_calls_of_the_all_reduce(world: int) -> None:
-    import rows_on_ranks
-
+@pytest.mark.parametrize("name", rows_on_ranks.PARTS)
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.timeout(430)
+def test_rows_with_destinations(world: int, name: str) -> None:
     missing = why_not(world)
     if missing:
         pytest.skip(missing)
-    # The group's own all-reduce sums in other orders; here the kernels take every size.
-    env = {"TPFUSE_ALGORITHM": "one_shot"}
-    for complaints in run_ranks(rows_on_ranks.mixed_calls, world, 300, 5, env=env):
-        assert complaints == []
-    for complaints in run_ranks(rows_on_ranks.replays, world):
-        assert complaints == []
+    assert rows_on_ranks.part(name, world) == []

@@ -1,0 +1,102 @@
+"""For ``e2e_deepseek.py``: tpfuse without the fusion of rows with destinations, and collectives for ranks that share a GPU.
+
+``tpfuse rows off`` is tpfuse as it was before it fused reduce-scatters and all-reduces of which a rank keeps its replica's rows.
+Ranks that share a GPU have gloo, which no CUDA graph holds. There the collectives that a pass has left in the graph become
+torch's one-shot all-reduce over symmetric memory: a gather is the sum of the ranks' rows, each at its place among zeros.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.fx import Graph
+from tpfuse.passes import fusion, rows
+from tpfuse.passes.reasons import Reason, Refusal
+
+from tpfuse import compat
+from tpfuse.measure import other_libraries
+
+ROWS_OFF = "tpfuse rows off"
+c10d = torch.ops._c10d_functional
+
+library = torch.library.Library("tpfuse_e2e", "FRAGMENT")
+library.define("symm_sum(Tensor x, str group_name) -> Tensor")
+library.define("symm_gather(Tensor x, int size, str group_name) -> Tensor")
+
+
+@contextlib.contextmanager
+def rows_off() -> Iterator[None]:
+    """Within, the pass keeps every reduction of which a rank keeps some rows. No compile cache may know the difference."""
+    kept, reduction = rows.kept, fusion.reduction
+    left = Refusal(Reason.ROWS_MOVE, f"the contender is {ROWS_OFF!r}")
+
+    def no_block(*args: Any) -> Any:
+        found = kept(*args)
+        return left if isinstance(found, tuple) else found
+
+    def no_scatter(c: Any) -> Any:
+        return left if c.kind == "reduce_scatter" else reduction(c)
+
+    with (
+        patch.object(rows, "kept", no_block),
+        patch.object(fusion, "reduction", no_scatter),
+        compat.without_compile_caches(),
+    ):
+        yield
+
+
+def _sum(x: Tensor, group_name: str) -> Tensor:
+    if x.device.type == "cpu":  # a rehearsal
+        return c10d.wait_tensor(c10d.all_reduce(x, "sum", group_name))
+    flat = x.contiguous().view(-1)
+    flat = flat if flat.data_ptr() % 16 == 0 else flat.clone()
+    buffer = other_libraries.symmetric_buffer(group_name, x.numel())
+    return torch.ops.symm_mem.one_shot_all_reduce_copy(buffer, flat, "sum", group_name).view(x.shape)
+
+
+def _gather(x: Tensor, size: int, group_name: str) -> Tensor:
+    whole = x.new_zeros(size, *x.shape)
+    whole[compat.resolve_group(group_name).rank()] = x
+    return _sum(whole, group_name).view(size * x.shape[0], *x.shape[1:])
+
+
+library.impl("symm_sum", _sum, "CompositeExplicitAutograd")
+library.impl("symm_gather", _gather, "CompositeExplicitAutograd")
+torch.library.register_fake("tpfuse_e2e::symm_sum", lambda x, group_name: torch.empty_like(x), lib=library)
+torch.library.register_fake(
+    "tpfuse_e2e::symm_gather", lambda x, size, group_name: x.new_empty(size * x.shape[0], *x.shape[1:]), lib=library
+)
+
+
+class SymmetricCollectives(compat.custom_graph_pass()):  # type: ignore[misc]
+    """Puts torch's symmetric-memory all-reduce in the place of what is left of the group's own collectives."""
+
+    def __call__(self, graph: Graph) -> None:
+        names = {
+            c10d.all_reduce.default: torch.ops.tpfuse_e2e.symm_sum.default,
+            c10d.all_gather_into_tensor.default: torch.ops.tpfuse_e2e.symm_gather.default,
+        }
+        for node in list(graph.nodes):
+            if node.target is c10d.reduce_scatter_tensor.default:
+                raise ValueError(
+                    "a reduce-scatter is left, and there is none for ranks that share a GPU; give another --k"
+                )
+            if node.target not in names:
+                continue
+            # all_reduce(x, "sum", group), all_gather_into_tensor(x, size, group)
+            args = tuple(a for a in node.args if a != "sum")
+            with graph.inserting_before(node):
+                new = graph.call_function(names[node.target], args)
+            new.meta["val"] = node.meta["val"]
+            for wait in list(node.users):
+                wait.replace_all_uses_with(new)
+                graph.erase_node(wait)
+            graph.erase_node(node)
+
+    def uuid(self) -> Any:
+        return "tpfuse-e2e-symmetric-collectives-1"

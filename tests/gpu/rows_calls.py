@@ -1,0 +1,147 @@
+"""Calls of the op whose rows have destinations, and of the all-reduce among them: what ``rows_on_ranks.py`` makes."""
+
+from __future__ import annotations
+
+import random
+import sys
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import interpreted_ranks
+import on_ranks
+from interpreted_ranks import Call, expected, of_rank, ulps_apart
+from tpfuse.ops import all_reduce_add_rms_norm, paths, prepare, reduce_rows_add_rms_norm, rows_schedule
+from tpfuse.ops.flavour import NAMED
+from tpfuse.ops.kernels.variant import constants
+
+inputs = lru_cache(maxsize=4)(interpreted_ranks.inputs)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # a CPU rehearses: the op runs over gloo there
+ALGORITHMS = ("auto", "one_shot", "two_shot")
+
+
+def divisors(world: int) -> list[int]:
+    return [n for n in range(2, world + 1) if world % n == 0]
+
+
+def kept_by_block(world: int, blocks: int, counts: list[int]) -> tuple[int, ...]:
+    """Rows that each rank keeps, the same on the ranks of a replica."""
+    return tuple(counts[rank * blocks // world] for rank in range(world))
+
+
+def edges(world: int) -> list[Call]:
+    """Rows around the number of ranks, widths that lanes divide and that they do not, kept rows from none to all, every kind."""
+    calls = []
+    for blocks in divisors(world):
+        for n, hidden in enumerate((64, 512, 2880, 4096, 5120, 7168, 8192)):
+            for m, rows in enumerate((1, world + 1, 64)):
+                calls.append(Call(rows, hidden, blocks=blocks, seed=1000 * blocks + 10 * n + m))
+        for n, rows in enumerate((1, 2, world, 13, 300)):
+            unequal = kept_by_block(world, blocks, [(b * rows) // (blocks - 1) for b in range(blocks)])
+            for kept in (unequal, tuple(reversed(unequal)), (0,) * world):
+                calls.append(Call(rows, 1024, blocks=blocks, kept=kept, seed=2000 * blocks + n))
+        kinds = [call for call in on_ranks.kinds() if call.flavour != "input-dtype"]  # no kernel takes that one
+        calls += [replace(call, blocks=blocks) for call in kinds]
+    return [*calls, Call(0, 4096, blocks=divisors(world)[0], seed=1)]
+
+
+def some_calls(world: int, count: int, seed: int) -> list[Call]:
+    """The same on every rank: both ops in turn, unequal and zero rows kept, several widths and flavours."""
+    rng = random.Random(seed)
+    blocks = divisors(world)
+    # Each kind and width is a set of kernels to compile: few of both, many sizes.
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"dtype": torch.float32, "special": "zeros"},
+        {"flavour": "gemma", "bias": "full", "scale": 0.22},
+    ]
+    calls = []
+    for n in range(count):
+        rows, hidden = rng.choice((1, 2, 3, 7, 16, 33, 64)), rng.choice((64, 7168))
+        of = rng.choice((1, *blocks, *blocks))
+        counts = [rng.choice((0, 1, rows, rows)) for _ in range(of)]
+        kept = kept_by_block(world, of, counts) if of > 1 else ()
+        calls.append(Call(rows, hidden, blocks=of, kept=kept, seed=seed + n, **rng.choice(kinds)))
+    return calls
+
+
+class Made:
+    """One call with its tensors on the device, and what it should give."""
+
+    def __init__(self, call: Call, rank: int, world: int) -> None:
+        everything = inputs(call, world)
+        mine = of_rank(call, everything, rank, world)
+
+        def there(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t.to(DEVICE)
+
+        self.call = call
+        self.given = (everything.xs[rank].to(DEVICE), there(mine.residual), there(mine.weight))
+        self.options: dict[str, Any] = {
+            "eps": call.eps,
+            "bias": there(mine.bias),
+            "scale": call.scale,
+            "flavour": NAMED[call.flavour],
+            "post_norm": call.post_norm,
+        }
+        self.want = tuple(t.to(DEVICE) for t in expected(call, mine))
+        self.first: tuple[Tensor, Tensor] | None = None
+        # The order of the sum of squares moves the root by some places of fp32; a denormal has few bits to hide that in.
+        off = 16 if call.dtype == torch.float32 else 2
+        self.allowed = (off, off if call.post_norm else 0)
+
+    def __call__(self) -> tuple[Tensor, Tensor]:
+        if self.call.blocks == 1:
+            return all_reduce_add_rms_norm(*self.given, **self.options)
+        return reduce_rows_add_rms_norm(*self.given, blocks=self.call.blocks, **self.options)
+
+    def complaint(self, got: tuple[Tensor, Tensor]) -> str:
+        apart = tuple(ulps_apart(g.cpu(), w.cpu()) for g, w in zip(got, self.want, strict=True))
+        if all(a <= limit for a, limit in zip(apart, self.allowed, strict=True)):
+            return ""
+        return f"{self.call}: {apart} ulps from the reference, allowed {self.allowed}"
+
+    def wrong(self, got: tuple[Tensor, Tensor]) -> Tensor:
+        """Elements with other bits than those of the first time, counted on the device."""
+        if self.first is None:
+            self.first = tuple(t.clone() for t in got)  # type: ignore[assignment]
+        return torch.stack([(bits(a) != bits(b)).sum() for a, b in zip(got, self.first, strict=True)]).sum()  # type: ignore[arg-type]
+
+
+def bits(t: Tensor) -> Tensor:
+    return t.view(torch.int16 if t.element_size() == 2 else torch.int32)
+
+
+def warm(calls: list[Call], rank: int, world: int) -> None:
+    """Compile what calls of both ops need, each rank its share; then every rank loads everything, before anything runs."""
+    if DEVICE == "cpu":
+        return
+    path = paths.describe_path()
+    assert path.plane is not None, path.cause
+    for algorithm in ALGORITHMS[1:]:
+        on_ranks.force(algorithm)
+        on_ranks.warm([call for call in calls if call.blocks == 1], rank, world)
+    on_ranks.force("auto")
+    found: dict[int, Any] = {}
+    for call in calls:
+        if call.blocks == 1 or not call.rows:
+            continue
+        weight = None if call.flavour == "weightless" else call.weight_dtype or call.dtype
+        kind = {"bias": call.bias, "scaled": call.scale != 1.0, "has_residual": call.residual}
+        c = constants(call.dtype, weight, call.hidden, NAMED[call.flavour], post_norm=call.post_norm, **kind)  # type: ignore[arg-type]
+        of = rows_schedule.schedule_of(path.plane, path.settings, c, call.dtype, call.rows, call.blocks)
+        for launch in of.launches:
+            found.setdefault(id(launch.kernel), (launch.kernel, c))
+    if rank == 0:
+        print(f"  {len(found)} kernels to compile for rows with destinations", flush=True)
+    for mine in (True, False):
+        for number, (kernel, c) in enumerate(found.values()):
+            if (number % world == rank) == mine and not kernel.ready:
+                kernel.compile(*prepare.samples(c, path.plane, counts=3))
+        dist.barrier()

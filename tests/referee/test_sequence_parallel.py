@@ -1,0 +1,172 @@
+"""Sequence parallelism: reduce-scatters and all-gathers in place of all-reduces. Every reduce-scatter fuses, bit for bit.
+
+Two ways to write it, both anew: torchtitan's plan of DTensor styles for a Llama (``SequenceParallel`` norms, rowwise linears with
+outputs in ``Shard(1)``; ``torchtitan/models/llama3/parallelize.py`` of github.com/pytorch/torchtitan, as it was while it called
+``parallelize_module``), and Megatron's functions that reduce-scatter and gather along the first dimension
+(``megatron/core/tensor_parallel/mappings.py`` of github.com/NVIDIA/Megatron-LM).
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import RankPool
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import tpfuse
+
+pytestmark = pytest.mark.ranks
+DIM, HEADS, INNER, LAYERS, VOCABULARY, RANKS = 32, 4, 64, 2, 64, 2
+
+
+class Attention(nn.Module):
+    def __init__(self, heads: int = HEADS) -> None:
+        super().__init__()
+        width = heads * (DIM // HEADS)
+        self.heads = heads
+        self.wq, self.wk, self.wv = (nn.Linear(DIM, width, bias=False) for _ in range(3))
+        self.wo = nn.Linear(width, DIM, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        q, k, v = (w(x).view(batch, length, -1, DIM // HEADS).transpose(1, 2) for w in (self.wq, self.wk, self.wv))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.wo(y.transpose(1, 2).reshape(batch, length, -1))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, inner: int = INNER) -> None:
+        super().__init__()
+        self.w1, self.w3 = (nn.Linear(DIM, inner, bias=False) for _ in range(2))
+        self.w2 = nn.Linear(inner, DIM, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.feed_forward = Attention(), FeedForward()
+        self.attention_norm, self.ffn_norm = nn.RMSNorm(DIM, eps=1e-5), nn.RMSNorm(DIM, eps=1e-5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x + self.attention(self.attention_norm(x))
+        return h + self.feed_forward(self.ffn_norm(h))
+
+
+class Llama(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tok_embeddings = nn.Embedding(VOCABULARY, DIM)
+        self.layers = nn.ModuleList(Block() for _ in range(LAYERS))
+        self.norm = nn.RMSNorm(DIM, eps=1e-5)
+        self.output = nn.Linear(DIM, VOCABULARY, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        h = self.tok_embeddings(tokens)
+        for layer in self.layers:
+            h = layer(h)
+        return self.output(self.norm(h))
+
+
+def sequence_parallel(model: Llama, mesh: dist.DeviceMesh) -> None:
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        PrepareModuleInput,
+        RowwiseParallel,
+        SequenceParallel,
+        parallelize_module,
+    )
+
+    rows = RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1))
+    head = ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate())
+    parallelize_module(model, mesh, {"tok_embeddings": rows, "norm": SequenceParallel(), "output": head})
+    gathered = PrepareModuleInput(input_layouts=Shard(1), desired_input_layouts=Replicate())
+    plan = {
+        "attention_norm": SequenceParallel(),
+        "attention": gathered,
+        **{f"attention.{name}": ColwiseParallel() for name in ("wq", "wk", "wv")},
+        "attention.wo": RowwiseParallel(output_layouts=Shard(1)),
+        "ffn_norm": SequenceParallel(),
+        "feed_forward": gathered,
+        **{f"feed_forward.{name}": ColwiseParallel() for name in ("w1", "w3")},
+        "feed_forward.w2": RowwiseParallel(output_layouts=Shard(1)),
+    }
+    for layer in model.layers:
+        parallelize_module(layer, mesh, plan)
+
+
+def reduce_scatter_along_first_dim(x: Tensor) -> Tensor:
+    output = torch.empty(x.shape[0] // RANKS, *x.shape[1:], dtype=x.dtype)
+    dist.reduce_scatter_tensor(output, x.contiguous())
+    return output
+
+
+def gather_along_first_dim(x: Tensor) -> Tensor:
+    output = torch.empty(x.shape[0] * RANKS, *x.shape[1:], dtype=x.dtype)
+    dist.all_gather_into_tensor(output, x.contiguous())
+    return output
+
+
+class Megatron(nn.Module):
+    """One rank's part of the layers: rows are (sequence, batch, hidden), of which each rank holds a stretch of the sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.ModuleList(Attention(HEADS // RANKS) for _ in range(LAYERS))
+        self.mlp = nn.ModuleList(FeedForward(INNER // RANKS) for _ in range(LAYERS))
+        self.norms = nn.ModuleList(nn.RMSNorm(DIM, eps=1e-5) for _ in range(2 * LAYERS + 1))
+
+    def forward(self, h: Tensor) -> Tensor:
+        for n, (attention, mlp) in enumerate(zip(self.attention, self.mlp, strict=True)):
+            x = gather_along_first_dim(self.norms[2 * n](h))
+            h = h + reduce_scatter_along_first_dim(attention(x.transpose(0, 1)).transpose(0, 1))
+            h = h + reduce_scatter_along_first_dim(mlp(gather_along_first_dim(self.norms[2 * n + 1](h))))
+        return self.norms[-1](h)
+
+
+def both_ways(rank: int, world_size: int, style: str, dtype: torch.dtype, batch: int):
+    """Outputs equal with fusion and without, and the sites of the fused graph."""
+    torch.manual_seed(0 if style == "torchtitan" else rank)
+    if style == "torchtitan":
+        model, x = Llama().to(dtype), torch.randint(VOCABULARY, (batch, 6))
+        sequence_parallel(model, dist.init_device_mesh("cpu", (world_size,)))
+    else:
+        model, x = Megatron().to(dtype), torch.randn(3, batch, DIM).to(dtype)
+    results = []
+    for policy in ("off", "shared"):
+        torch._dynamo.reset()
+        tpfuse.clear_reports()
+        options = {"tpfuse.inner": "aot_eager", "tpfuse.policy": policy, "tpfuse.verify": True}
+        with torch.no_grad():
+            compiled = torch.compile(model, backend="tpfuse", options=options, fullgraph=True)
+            results.append(compiled(x))
+    (report,) = tpfuse.reports()
+    return torch.equal(*results), report.sites
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with RankPool(RANKS) as pool:
+        yield pool
+
+
+@pytest.mark.parametrize(
+    ("style", "dtype", "batch"),
+    [
+        ("torchtitan", torch.bfloat16, 1),
+        ("megatron", torch.bfloat16, 2),
+        pytest.param("torchtitan", torch.float32, 2, marks=pytest.mark.slow),
+        pytest.param("megatron", torch.float16, 1, marks=pytest.mark.slow),
+    ],
+)
+def test_every_reduce_scatter_fuses(pool, style, dtype, batch):
+    for equal, sites in pool.run(both_ways, style, dtype, batch):
+        assert equal
+        assert [(s.fused, s.reason) for s in sites] == [(True, None)] * (2 * LAYERS + (style == "torchtitan"))
+        assert {s.pattern for s in sites[-2 * LAYERS :]} == {"reduce_scatter+add+rms_norm"}
+        assert all(s.group == (0, 1) for s in sites)

@@ -1,0 +1,87 @@
+"""Whole models whose reductions give each rank some rows: fused equals unfused, bit for bit, on four gloo ranks.
+
+Replicas with equal and unequal rows and with none; prefill and a decode step behind it.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from models import unsharded
+from ranks import RankPool
+from test_parallel_models import prefill_and_decode, tokens_of
+
+from tpfuse.parallel import ParallelConfig, exchange_rows, layout_of
+
+pytestmark = pytest.mark.ranks
+slow = pytest.mark.slow
+
+MIXED = {"num_hidden_layers": 2, "initializer_range": 0.2, "first_k_dense_replace": 1}  # a dense layer, then experts
+MODELS = {"deepseek_v3": MIXED, "glm4_moe": MIXED, "qwen3_moe": {"num_hidden_layers": 2, "initializer_range": 0.2}}
+# tp, dp, cp, k; sequences of each replica
+QUICK = [((4, 2, 1, 2), (0, 2)), ((4, 2, 1, 1), (1, 2)), ((4, 4, 1, 1), (2, 0, 1, 2))]
+ROWS = {2: [(2, 2), (1, 2), (2, 0)], 4: [(1, 1, 1, 1), (0, 1, 2, 3)]}
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with RankPool(4) as pool:
+        yield pool
+
+
+@torch.no_grad()
+def both_ways(rank, world_size, name, sizes, dtype, choices, decode):
+    """For each choice of rows, whether logits are equal with fusion and without; and what was fused, in both."""
+    import tpfuse.hf
+
+    config = ParallelConfig(*sizes)
+    model = tpfuse.hf.parallelize(copy.deepcopy(unsharded(name, **MODELS[name])).to(dtype), config)
+    results, fused = [], []
+    for policy in ("off", "shared"):
+        torch._dynamo.reset()
+        tpfuse.clear_reports()
+        options = {"tpfuse.inner": "aot_eager", "tpfuse.policy": policy}
+        compiled = torch.compile(model, backend="tpfuse", options=options, fullgraph=True)
+        logits = []
+        for seed, sequences in enumerate(choices):
+            prompt, token = (tokens_of(rank, config, sequences, n, more + seed)[:, :n] for n, more in ((5, 0), (1, 50)))
+            if decode:
+                counted = lambda tokens: {"largest_block": exchange_rows(model, tokens.numel())}  # noqa: E731
+                logits += prefill_and_decode(compiled, prompt, token, counted)
+            else:
+                rows = exchange_rows(model, prompt.numel())
+                logits.append(compiled(prompt, use_cache=False, largest_block=rows).logits)
+        results.append(logits)
+        fused.append([(len(r.fused), len(r.sites)) for r in tpfuse.reports()])
+    planned = sum(r.fuses for r in layout_of(model).plan.reductions())
+    same = [torch.equal(a, b) and a.dtype == dtype for a, b in zip(*results, strict=True)]
+    return same, fused, planned, [tuple(t.shape[:2]) for t in results[0]]
+
+
+def _right(outcomes, embedding, choices, lengths):
+    for rank, (same, (unfused, fused), planned, shapes) in enumerate(outcomes):
+        assert all(same), f"rank {rank}: {same}"
+        replica = rank * len(choices[0]) // 4
+        # A replica without rows skips what only it would sum; graphs are in the order of the choices of rows.
+        wanted = planned + embedding if choices[0][replica] else 1
+        assert unfused[0][0] == 0 and unfused[0][1] >= wanted
+        assert fused[0][0] == fused[0][1] >= wanted and all(n == sites for n, sites in fused), (fused, planned)
+        assert shapes == [(sequences[replica], n) for sequences in choices for n in lengths]
+
+
+@pytest.mark.parametrize(("sizes", "sequences"), QUICK, ids=str)
+def test_logits_are_the_bits_of_the_unfused_model(pool, sizes, sequences):
+    outcomes = pool.run(both_ways, "deepseek_v3", sizes, torch.bfloat16, [sequences], False)
+    _right(outcomes, int(sizes[1] < 4), [sequences], (5,))
+
+
+@slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("sizes", [sizes for sizes, _ in QUICK], ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_prefill_and_decode_are_the_bits_of_the_unfused_model(pool, name, sizes, dtype):
+    choices = ROWS[sizes[1]]
+    outcomes = pool.run(both_ways, name, sizes, dtype, choices, True)
+    _right(outcomes, int(sizes[1] < 4), choices, (5, 1))
