@@ -253,10 +253,13 @@ class Bench:
         if self.plan.out is None or self.rank != 0:
             return
         path = Path(self.plan.out) / "hf.json"
-        facts = {**tables.facts(), "plan": asdict(self.plan), "world": dist.get_world_size()}
+        facts = {**tables.facts(), "world": dist.get_world_size()}
         partial = path.with_suffix(".part")
         partial.write_text(
-            json.dumps({"facts": facts, "lines": [asdict(line) for line in self.lines]}, indent=1) + "\n"
+            json.dumps(
+                {"facts": facts, "plan": asdict(self.plan), "lines": [asdict(line) for line in self.lines]}, indent=1
+            )
+            + "\n"
         )
         partial.replace(path)
 

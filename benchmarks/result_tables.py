@@ -113,9 +113,24 @@ def row_tables(lines: Sequence[dict[str, Any]]) -> Iterator[str]:
         yield row((one["ranks"], one["blocks"], one["hidden"], one["rows"], *times))
 
 
+def token_tables(plan: dict[str, Any], lines: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Tokens of Hugging Face's ``generate``, milliseconds; the ratio is that of ``tpfuse.hf.compile`` to the contender."""
+    columns = ("ms a token", "lowest to highest", "GPU busy", "prefill ms", "fused", "tpfuse.hf.compile / it")
+    yield from head(("model", "layers", "batch", "contender", *columns))
+    ours = {one["batch"]: one["token"] for one in lines if one["contender"] == "tpfuse.hf.compile"}
+    for one in lines:
+        fused = f"{one['fused']} of {one['all_reduces']}" if one["all_reduces"] else ""
+        ratio = f"{ours[one['batch']] / one['token']:.2f}" if one["contender"] != "tpfuse.hf.compile" else ""
+        times = (f"{one['token']:.2f}", f"{one['low']:.2f} to {one['high']:.2f}", f"{one['gpu_busy']:.2f}")
+        where = (plan["model"], plan["layers"], one["batch"], one["contender"])
+        yield row((*where, *times, f"{one['prefill']:.1f}", fused, ratio))
+
+
 def tables_of(path: Path, contenders: Sequence[str] = ()) -> str:
     """The Markdown of one file of results."""
     stored = json.loads(path.read_text())
+    if "plan" in stored:
+        return "\n".join(token_tables(stored["plan"], stored["lines"]))
     if "lines" in stored:
         return "\n".join(model_tables(stored["lines"]))
     if "stages" in stored:
@@ -133,13 +148,14 @@ HIGHLIGHTS = (
     ("one call, 2048 rows of 8192", "h100-nvlink-w2", (2, 8192, 2048)),
     ("decode step of a 16-layer Llama, batch 8", "e2e", ("llama", "decode", 8)),
     ("prefill of 2048 tokens, same model", "e2e", ("llama", "prefill", 2048)),
+    ("a token of Hugging Face's `generate`, 32-layer Llama, batch 1", "h100-hf-32-layers", (1,)),
 )
 HIGHLIGHTED = ("nccl", ("symm one-shot", "symm two-shot"), "flashinfer pdl", "tpfuse")
 HIGHLIGHTS_MACHINE = "two H100s, NVLink4"
 
 
 def highlights() -> Iterator[str]:
-    """The five rows that README shows, each with its speedup over NCCL. Of torch's two all-reduces the faster one counts."""
+    """The rows that README shows, each with its speedup over NCCL. Of torch's two all-reduces the faster one counts."""
     yield from head(
         ("two H100s, NVLink, bf16", "NCCL", "torch symm. mem.", "FlashInfer", "tpfuse", "speedup over NCCL")
     )
@@ -150,6 +166,14 @@ def highlights() -> Iterator[str]:
                 one["contender"]: one["back_to_back"]
                 for one in stored["lines"]
                 if (one["machine"], one["model"], one["phase"], one["rows"]) == (HIGHLIGHTS_MACHINE, *shape)
+            }
+        elif "hf" in file:
+            # Of a user of transformers' own tensor parallelism, before and after.
+            names = {"inductor reduce-overhead": "nccl", "tpfuse.hf.compile": "tpfuse"}
+            times = {
+                names[one["contender"]]: one["token"] * 1e3
+                for one in stored["lines"]
+                if (one["batch"],) == shape and one["contender"] in names
             }
         else:
             times = {

@@ -17,8 +17,12 @@ from .settings import Settings
 
 ALGORITHM = "received_rows"
 
+# Bytes of a block above which NCCL's reduce-scatter, which sends every row once, is as fast: four H200s, docs/results/rows.md.
+# Where several ranks receive a block, the library reduces every row on every rank, and the kernels win further up.
+SCATTERED_BYTES = 12 << 20
 
-def rows_taken(p: Plane, settings: Settings, hidden: int, dtype: torch.dtype) -> int:
+
+def rows_taken(p: Plane, settings: Settings, hidden: int, dtype: torch.dtype, blocks: int) -> int:
     """How many rows a block may have in a call that takes the kernels; 0 where none does.
 
     A rank pushes and polls as much for a row of a block whatever their number: up to where the all-reduce's kernels end.
@@ -28,7 +32,10 @@ def rows_taken(p: Plane, settings: Settings, hidden: int, dtype: torch.dtype) ->
     if settings.algorithm != "auto":
         return 0 if settings.algorithm == "library" else UNBOUNDED
     thresholds = selection.entry(p.architecture, p.world, settings.table)
-    return max(thresholds.one_shot_bytes, thresholds.two_shot_bytes) // (hidden * dtype.itemsize)
+    most = max(thresholds.one_shot_bytes, thresholds.two_shot_bytes)
+    if blocks == p.world and most < UNBOUNDED:  # unbounded: ranks that share a GPU have no such library
+        most = min(most, SCATTERED_BYTES)
+    return most // (hidden * dtype.itemsize)
 
 
 def rows_of_a_launch(p: Plane, settings: Settings, hidden: int, dtype: torch.dtype) -> int:
@@ -40,7 +47,7 @@ def rows_of_a_launch(p: Plane, settings: Settings, hidden: int, dtype: torch.dty
 
 def schedule_of(p: Plane, settings: Settings, c: Constants, dtype: torch.dtype, rows: int, blocks: int) -> Schedule:
     """Launches for ``rows`` rows of each block, or none: the library path."""
-    if rows > rows_taken(p, settings, c.hidden, dtype):
+    if rows > rows_taken(p, settings, c.hidden, dtype, blocks):
         return Schedule(Selection("library", rows), ())
     chosen = Selection(ALGORITHM, min(rows, rows_of_a_launch(p, settings, c.hidden, dtype)))
     return Schedule(chosen, launches_of(p, settings, c, chosen, rows, blocks=blocks))
@@ -48,7 +55,8 @@ def schedule_of(p: Plane, settings: Settings, c: Constants, dtype: torch.dtype, 
 
 def kernels_needed(p: Plane, settings: Settings, c: Constants, dtype: torch.dtype, blocks: int) -> list[Kernel]:
     """Every kernel that a call of this kind may need, whatever its rows."""
-    most = min(rows_of_a_launch(p, settings, c.hidden, dtype), rows_taken(p, settings, c.hidden, dtype))
+    taken = rows_taken(p, settings, c.hidden, dtype, blocks)
+    most = min(rows_of_a_launch(p, settings, c.hidden, dtype), taken)
     if most == 0:
         return []
     found = variants_needed(room_of(p, settings, ALGORITHM), most, c.groups, dependent_launch_of(p, settings))
