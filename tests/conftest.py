@@ -7,6 +7,9 @@ import shutil
 import tempfile
 
 import pytest
+from warm import collect_rarely
+
+collect_rarely()
 
 # Before torch reads it, and inherited by ranks and by processes that tests start. On a warm cache of an earlier run the
 # pass would not run, and tests of what it does would see nothing.
