@@ -227,7 +227,7 @@ def poll_politely(interpreter: Any) -> None:
     interpreter.interpreter_builder.create_masked_load = polite_load
 
 
-def _patch_once(interpreter: Any) -> None:
+def patch_once(interpreter: Any) -> None:
     """Patch Triton's language once a launch, and not again for every function that a kernel calls: a quarter of the time."""
     import triton.language as tl
 
@@ -276,6 +276,28 @@ def round_in_one_step(interpreter: Any) -> None:
     interpreter._get_np_dtype = lambda t: (of_type if t.scalar.is_ptr() else of_scalar)(t.scalar)
 
 
+def fp8_in_one_step(interpreter: Any) -> None:
+    """Round by torch what :func:`tpfuse.ops.kernels.fp8.fp8_code` rounds in twenty interpreted operations.
+
+    ``test_quant_kernel.py`` holds the two against each other.
+    """
+    import triton.language as tl
+    from tpfuse.ops.kernels import fp8
+
+    def fp8_code(value: Any, E5M2: Any, OVERFLOW: Any) -> Any:
+        wide = torch.from_numpy(np.ascontiguousarray(value.handle.data))
+        e5m2, overflow = (getattr(v, "value", v) for v in (E5M2, OVERFLOW))
+        if overflow < 0x7C:
+            top = 57344.0 if e5m2 else 448.0
+            wide = wide.clamp(-top, top)
+        code = wide.to(torch.float8_e5m2 if e5m2 else torch.float8_e4m3fn).view(torch.uint8).numpy()
+        return tl.tensor(
+            interpreter.TensorHandle(code.astype(np.int32), tl.int32), value.type.with_element_ty(tl.int32)
+        )
+
+    fp8.fp8_code = fp8_code
+
+
 def rounded_both_ways(bits: Any, conn: Any) -> None:
     """Send what :func:`half_bits` of the kernels and the short cut above make of fp32 values, for bf16 and fp16."""
     import triton.language as tl
@@ -322,7 +344,7 @@ def _worker(
         from triton.runtime import interpreter
 
         poll_politely(interpreter)
-        _patch_once(interpreter)
+        patch_once(interpreter)
         round_in_one_step(interpreter)
         if program is not None:
             # This process is one program of the grid; its siblings are the others.
