@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import warm
-from interpreted_ranks import fp8_in_one_step, patch_once, round_in_one_step
+from interpreted_ranks import fp8_in_one_step, patch_once, round_in_one_step, same_bits
 from quantizations import hard_rows
 from tpfuse.ops.quantizer import NAMED, Quantizer
 
@@ -98,15 +98,6 @@ def test_powers_of_two_are_those_of_torchs_log2_and_of_the_bits():
     assert not torch.equal(by_log2, by_bits)
 
 
-def same(got: torch.Tensor, want: torch.Tensor) -> bool:
-    if got.dtype == torch.int32:
-        return torch.equal(got, want)
-    a, b = got.float(), want.float()
-    return got.shape == want.shape and bool(
-        ((a.view(torch.int32) == b.view(torch.int32)) | (a.isnan() & b.isnan())).all()
-    )
-
-
 def quantize_rows(kinds: list[tuple[str, torch.dtype, int, int]], conn: Any) -> None:
     """For each (quantizer, dtype, columns, lanes) what differs between the kernel for rows in memory and the reference."""
     os.environ["TRITON_INTERPRET"] = "1"
@@ -134,7 +125,7 @@ def quantize_rows(kinds: list[tuple[str, torch.dtype, int, int]], conn: Any) -> 
         launch_plain(module.quantize_kernel, 2, arguments, (quantized(c, quantizer, False, False), variant))
         want = quantize(x, quantizer, scale if quantizer.granularity == "tensor" else None)
         wrong += [(name, str(dtype), hidden, what) for what, g, w in
-                  zip(("values", "scales"), (out, scales), want, strict=True) if not same(g, w)]  # fmt: skip
+                  zip(("values", "scales"), (out, scales), want, strict=True) if not same_bits(g, w)]  # fmt: skip
     conn.send(wrong)
 
 

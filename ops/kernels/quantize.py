@@ -198,7 +198,7 @@ def store_scales(scale, row, part, element, io, C: tl.constexpr, S: tl.constexpr
     row = row.to(tl.int64)
     if Q.granularity == "token":
         lane = tl.arange(0, S.lanes)
-        tl.store(scales + row + lane, scale, mask=(lane == 0) & (part == 0))
+        tl.store(scales + row + lane, scale, mask=lane + part == 0)
     else:
         group = element // 128
         first = element % 128 == 0
