@@ -94,8 +94,8 @@ def run(*args: Any) -> Results:
     q = None if c is None else _constants(c, asked.quantizer, keep_normed, index)
     if c is None or q is None:  # torch's ops quantize what a kernel of ours, or the exact path, has normed
         return asked.results(*cuda.run(*args[:9]))
-    operands: tuple[Any, ...] = (*map(cuda.aligned, (x, residual, weight, bias)), eps, scale)
-    given = Operands(*operands, prepared.flavour, post_norm, group_name)
+    t: list[Any] = [cuda.aligned(operand) for operand in (x, residual, weight, bias)]
+    given = Operands(t[0], t[1], t[2], t[3], eps, scale, prepared.flavour, post_norm, group_name)
     schedule = _schedule(prepared, c, q, x.dtype, rows)
     if schedule is None:
         outputs = Outputs.empty(x, prepared, asked.quantizer, keep_normed)
