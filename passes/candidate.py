@@ -123,6 +123,7 @@ class Found:
     collective: Collective
     outcome: Candidate | Refusal
     pattern: str
+    admitted: str | None = None  # the rule that lets the policy rewrite it, see passes.judge
 
 
 def start_of(c: Collective, block: RowBlock | None) -> str:

@@ -97,7 +97,7 @@ REMEDIES: dict[Reason, str] = {
     Reason.UNKNOWN_FLAVOUR: "It is an RMSNorm, but it casts or rounds in an order that the fused op does not repeat. Use "
     "numerics='relaxed' to accept a different rounding, or a standard spelling.",
     Reason.DYNAMIC_WIDTH: "The hidden size is symbolic. Mark only the row dimensions as dynamic.",
-    Reason.GROUP_MISMATCH: "Attention and MLP of this layer reduce over different ranks, so the group is not shared. Set "
+    Reason.GROUP_MISMATCH: "Attention and MLP reduce over different ranks, so the group is not shared. Set "
     "moe_dense_tp_size equal to attn_tp_size, or use policy='all'.",
     Reason.POLICY: "Legal, but not selected by the policy. Use policy='all' to fuse every legal site.",
     Reason.INTERNAL: "The pass itself failed here and left this all-reduce as it was. Please report the detail; "

@@ -35,6 +35,7 @@ def site_of(item: Found, spot: sharing.Place, audits: list[LayerAudit]) -> Site:
             nodes=[n.name for n in outcome.nodes],
             eps=norm.eps,
             flavour=str(norm.flavour),
+            admitted=item.admitted,
             **common,
         )
     names = dict.fromkeys([c.node.name, *(w.name for w in c.waits)])

@@ -623,7 +623,7 @@ def test_lines_of_group_mismatch():
     assert shared.group_of("attn_tp", 0) == shared.group_of("dense_tp", 0) == list(range(4))
 
 
-OPTIONS = {"policy": {}, "fuel": {"POLICY": "all"}, "internal": {"POLICY": "all"}}
+OPTIONS = {"policy": {"POLICY": "strict"}, "fuel": {"POLICY": "all"}, "internal": {"POLICY": "all"}}
 
 
 @pytest.mark.parametrize("reason", OPTIONS)
