@@ -33,6 +33,7 @@ class Reason(str, Enum):
     LAYOUT = "layout"
     SCALE_NOT_CONSTANT = "scale-not-constant"
     DROPOUT = "dropout"
+    STREAMS = "residual-streams"
     # What the norm is
     UNKNOWN_NORM = "unknown-norm"
     LAYER_NORM = "layer-norm"
@@ -83,9 +84,11 @@ REMEDIES: dict[Reason, str] = {
     "collectives in the order in which their results are used.",
     Reason.LAYOUT: "The value that the norm reads or gives lies in memory in another order than row by row. Call .contiguous() "
     "on the input of the all-reduce.",
-    Reason.SCALE_NOT_CONSTANT: "The sum is multiplied by a tensor before the norm. Multiply by a Python number, or scale the "
-    "weight of the layer before it.",
+    Reason.SCALE_NOT_CONSTANT: "The sum is multiplied by a tensor before the norm. Multiply by a Python number, scale the "
+    "weight of the layer before it, or use numerics='relaxed'.",
     Reason.DROPOUT: "Dropout stands between the sum and the norm. Call model.eval() before compiling for inference.",
+    Reason.STREAMS: "The residual consists of several streams (hyper-connections), and the fused op adds one residual. "
+    "Nothing to do: the mixing of the streams between the sum and the norm is not built.",
     Reason.UNKNOWN_NORM: "What reads the sum is not an RMSNorm: s * g(w) / sqrt(mean(s**2) + eps), g in {1, w, 1 + w}.",
     Reason.LAYER_NORM: "The norm subtracts the mean (LayerNorm). Only RMSNorm is fused.",
     Reason.EPS_OUTSIDE_ROOT: "eps is added outside the square root. Add it to the mean of squares.",

@@ -13,7 +13,7 @@ from torch.fx.node import map_arg
 
 from tpfuse import compat
 
-from . import values
+from . import constants, values
 from .candidate import Candidate
 from .collectives import Collective
 from .operators import KINDS
@@ -192,6 +192,7 @@ def verify(decision: Decision) -> str | None:
             known[node] = _random(node, seed)
         ours = new.run(lambda node: _run(node, known))
         theirs = dict(known)
+        theirs.update(constants.held(candidate.terms))
         if candidate.block is None:
             theirs.update(dict.fromkeys((c.node, c.value, *c.waits), known[c.x]))
         else:

@@ -26,7 +26,7 @@ def site_of(item: Found, spot: sharing.Place, audits: list[LayerAudit]) -> Site:
     }
     if isinstance(outcome, Candidate):
         norm = outcome.norm
-        exact = "" if norm.exact else " (relaxed: other bits than the model's)"
+        exact = "" if outcome.exact else " (relaxed: other bits than the model's)"
         return Site(
             fused=True,
             reason=None,
