@@ -16,7 +16,8 @@ class PassOptions:
         policy: ``shared``: sites over ranks that nothing in the graph shows to be those of attention or of the MLP alone;
             ``strict``: only over ranks that some layer proves to be shared by attention and MLP; ``all``: every legal site;
             ``off``: report only.
-        numerics: ``exact``: the model's own rounding order; ``relaxed``: another order is allowed.
+        numerics: ``exact``: the model's own rounding order; ``relaxed``: the nearest order that the fused op knows, and a scale
+            by a scalar tensor before the reduction instead of behind it, are allowed.
         fuel: stop after this many rewrites; None is no limit.
         verify: compare old and new region on random numbers at compile time.
     """

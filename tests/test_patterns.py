@@ -73,3 +73,14 @@ def test_relaxed_scales_an_embedding_before_its_reduction(name, pool, tmp_path):
     models.save(name, str(tmp_path), torch.bfloat16)
     for result in pool.run(forward, str(tmp_path), "relaxed"):
         assert result == (7, 7, {}, {"shared-layer"}, True)
+
+
+@pytest.mark.slow
+@pytest.mark.ranks
+def test_experts_that_are_added_in_fp32(pool, tmp_path):
+    """``(routed.float() + shared.float()).to(dtype)``: rounded at once, it is the sum in the model's dtype."""
+    if not models.known("hy_v3"):
+        pytest.skip("this transformers has no hy_v3")
+    models.save("hy_v3", str(tmp_path), torch.bfloat16, enable_moe_fp32_combine=True)
+    for result in pool.run(forward, str(tmp_path)):
+        assert result == (9, 7, {"sum-of-reductions": 2}, {"shared-layer"}, True)
