@@ -18,9 +18,10 @@ class Term:
     """One step between the sum and the norm.
 
     Attributes:
-        kind: ``bias`` (a vector is added), ``full`` (a tensor with the rows of the sum is added) or ``scale``.
+        kind: ``bias`` (a vector is added), ``full`` (a tensor with the rows of the sum is added), ``scale`` (by a number) or
+            ``factor`` (the sum itself is multiplied by a scalar tensor, which is done before the reduction: relaxed).
         node: the node that does it.
-        operand: what is added; None for a scale.
+        operand: what is added, or the scalar tensor; None for a scale.
         factor: of a scale.
         path: alias nodes between the value before and this step; their reshapes are repeated on the partial sum.
         casts: nodes that widen the operand to fp32; they go where nothing else reads them.
@@ -51,6 +52,7 @@ class Candidate:
         rounded: where ``h`` is a residual sum that was not rounded, the nodes that round it; none if nothing reads it rounded.
             None where ``h`` itself is the rounded value.
         block: the rows of the sum that this rank keeps, where it does not keep all.
+        factor: a scalar tensor by which each rank multiplies what it gives to the sum, or None.
     """
 
     collective: Collective
@@ -64,6 +66,7 @@ class Candidate:
     post_path: tuple[Node, ...] = ()
     rounded: tuple[Node, ...] | None = None
     block: RowBlock | None = None
+    factor: Node | None = None
 
     @property
     def outputs(self) -> tuple[Node, ...]:
@@ -82,7 +85,7 @@ class Candidate:
         parts = [start_of(self.collective, self.block)]
         if self.bias is not None:
             parts.append("add" if any(t.kind == "full" and t.operand is self.bias for t in self.terms) else "bias")
-        if self.scale != 1.0:
+        if self.scale != 1.0 or self.factor is not None:
             parts.append("scale")
         if self.residual is not None and self.post_add is None:
             parts.append("add")
@@ -94,7 +97,12 @@ class Candidate:
     @property
     def operands(self) -> tuple[Node, ...]:
         """What the fused op reads besides the partial sum."""
-        return tuple(n for n in (self.bias, self.residual, self.norm.weight) if n is not None)
+        return tuple(n for n in (self.bias, self.residual, self.norm.weight, self.factor) if n is not None)
+
+    @property
+    def exact(self) -> bool:
+        """Whether the fused op gives the model's bits; False only with relaxed numerics."""
+        return self.norm.exact and self.factor is None
 
     @property
     def reshapes(self) -> tuple[Node, ...]:
@@ -123,6 +131,7 @@ class Found:
     collective: Collective
     outcome: Candidate | Refusal
     pattern: str
+    admitted: str | None = None  # the rule that lets the policy rewrite it, see passes.judge
 
 
 def start_of(c: Collective, block: RowBlock | None) -> str:
@@ -131,5 +140,5 @@ def start_of(c: Collective, block: RowBlock | None) -> str:
 
 
 def pattern_of(c: Collective, block: RowBlock | None, terms: list[Term], end: str | None) -> str:
-    names = {"bias": "bias", "full": "add", "scale": "scale"}
+    names = {"bias": "bias", "full": "add", "scale": "scale", "factor": "scale"}
     return "+".join([start_of(c, block), *(names[t.kind] for t in terms), *([end] if end else [])])

@@ -91,8 +91,9 @@ def _rewrite(g: Graph, options: PassOptions, training: bool) -> tuple[list[Site]
             if replacement is not None:
                 built[item.outcome.norm.out] = replacement
     places = sharing.order_layers([sharing.place(c, legality.order) for c in found])
-    audits = sharing.audit(found, places, _receivers(looked))
-    judged = judge(looked, places, audits, options, training)
+    receivers = _receivers(looked)
+    audits = sharing.audit(found, places, receivers)
+    judged = judge(looked, places, audits, sharing.refuted(found, places, receivers), options, training)
     sites = [site_of(f, p, audits) for f, p in zip(judged, places, strict=True)]
 
     decisions: list[rewrite.Decision] = []

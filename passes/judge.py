@@ -2,51 +2,78 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+
 from . import sharing
 from .candidate import Candidate, Found
 from .options import PassOptions
 from .reasons import Reason, Refusal
 from .report import LayerAudit
 
+# Which rule admitted a site, as the report says it.
+SHARED_LAYER = "shared-layer"  # attention and MLP of some layer reduce over just these ranks
+NOT_REFUTED = "not-refuted"  # nothing in the graph shows these ranks to be those of one of the two alone
+ROWS = "rows-proved"  # it is proved who keeps which rows of the sum
+POLICY = "policy-all"
+
 
 def judge(
     looked: list[Found],
     places: list[sharing.Place],
     audits: list[LayerAudit],
+    refuted: Mapping[tuple[int, ...], str],
     options: PassOptions,
     training: bool,
 ) -> list[Found]:
-    """Apply training, policy and fuel to what is legal."""
+    """Apply training, policy and fuel to what is legal.
+
+    Args:
+        refuted: rank lists that the graph shows to be those of attention or of the MLP alone, with what shows it.
+    """
     shared = sharing.shared_groups(audits)
     by_layer = {a.layer: a for a in audits}
     judged, left = [], options.fuel
     for item, spot in zip(looked, places, strict=True):
-        outcome = item.outcome
+        outcome, rule = item.outcome, None
         if training:
             outcome = Refusal(Reason.TRAINING, "the graph was compiled for training (some input requires grad)")
         elif isinstance(outcome, Candidate):
-            refusal = _policy(item, by_layer.get(spot.layer) if spot.layer is not None else None, shared, options)
-            if refusal is not None:
-                outcome = refusal
+            layer = by_layer.get(spot.layer) if spot.layer is not None else None
+            admitted = _policy(item, layer, shared, refuted, options)
+            if isinstance(admitted, Refusal):
+                outcome = admitted
             elif left is not None and left <= 0:
                 outcome = Refusal(Reason.FUEL, f"tpfuse.fuel={options.fuel} was used up by earlier rewrites")
-            elif left is not None:
-                left -= 1
-        judged.append(Found(item.collective, outcome, item.pattern))
+            else:
+                rule = admitted
+                left = None if left is None else left - 1
+        judged.append(replace(item, outcome=outcome, admitted=rule))
     return judged
 
 
 def _policy(
-    item: Found, layer: LayerAudit | None, shared: set[tuple[int, ...]], options: PassOptions
-) -> Refusal | None:
+    item: Found,
+    layer: LayerAudit | None,
+    shared: set[tuple[int, ...]],
+    refuted: Mapping[tuple[int, ...], str],
+    options: PassOptions,
+) -> Refusal | str:
+    """The rule that admits a site, or the refusal. Asks about the rank list alone, so that the ranks of a list agree."""
     ranks = item.collective.ranks
     if options.policy == "all":
-        return None
+        return POLICY
     block = item.outcome.block if isinstance(item.outcome, Candidate) else None
     if options.policy == "off":
         return Refusal(Reason.POLICY, "tpfuse.policy='off' rewrites nothing; 'all' would fuse it")
-    if ranks in shared or block is not None:  # of a block it is proved who keeps it
-        return None
+    if block is not None:
+        return ROWS
+    if ranks in shared:
+        return SHARED_LAYER
+    if options.policy == "shared":
+        if ranks not in refuted:
+            return NOT_REFUTED
+        return Refusal(Reason.GROUP_MISMATCH, f"{refuted[ranks]}; tpfuse.policy='all' would fuse it")
     if layer is not None and layer.shared is False:
         return Refusal(Reason.GROUP_MISMATCH, f"{layer.detail}; tpfuse.policy='all' would fuse it")
     return Refusal(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-POLICIES = ("shared", "all", "off")
+POLICIES = ("shared", "strict", "all", "off")
 NUMERICS = ("exact", "relaxed")
 
 
@@ -13,9 +13,11 @@ class PassOptions:
     """Options of the pass alone; the backend has further ones.
 
     Attributes:
-        policy: ``shared``: sites over ranks that some layer proves to be shared by attention and MLP; ``all``: every
-            legal site; ``off``: report only.
-        numerics: ``exact``: the model's own rounding order; ``relaxed``: another order is allowed.
+        policy: ``shared``: sites over ranks that nothing in the graph shows to be those of attention or of the MLP alone;
+            ``strict``: only over ranks that some layer proves to be shared by attention and MLP; ``all``: every legal site;
+            ``off``: report only.
+        numerics: ``exact``: the model's own rounding order; ``relaxed``: the nearest order that the fused op knows, and a scale
+            by a scalar tensor before the reduction instead of behind it, are allowed.
         fuel: stop after this many rewrites; None is no limit.
         verify: compare old and new region on random numbers at compile time.
     """

@@ -33,6 +33,7 @@ class Reason(str, Enum):
     LAYOUT = "layout"
     SCALE_NOT_CONSTANT = "scale-not-constant"
     DROPOUT = "dropout"
+    STREAMS = "residual-streams"
     # What the norm is
     UNKNOWN_NORM = "unknown-norm"
     LAYER_NORM = "layer-norm"
@@ -83,9 +84,11 @@ REMEDIES: dict[Reason, str] = {
     "collectives in the order in which their results are used.",
     Reason.LAYOUT: "The value that the norm reads or gives lies in memory in another order than row by row. Call .contiguous() "
     "on the input of the all-reduce.",
-    Reason.SCALE_NOT_CONSTANT: "The sum is multiplied by a tensor before the norm. Multiply by a Python number, or scale the "
-    "weight of the layer before it.",
+    Reason.SCALE_NOT_CONSTANT: "The sum is multiplied by a tensor before the norm. Multiply by a Python number, scale the "
+    "weight of the layer before it, or use numerics='relaxed'.",
     Reason.DROPOUT: "Dropout stands between the sum and the norm. Call model.eval() before compiling for inference.",
+    Reason.STREAMS: "The residual consists of several streams (hyper-connections), and the fused op adds one residual. "
+    "Nothing to do: the mixing of the streams between the sum and the norm is not built.",
     Reason.UNKNOWN_NORM: "What reads the sum is not an RMSNorm: s * g(w) / sqrt(mean(s**2) + eps), g in {1, w, 1 + w}.",
     Reason.LAYER_NORM: "The norm subtracts the mean (LayerNorm). Only RMSNorm is fused.",
     Reason.EPS_OUTSIDE_ROOT: "eps is added outside the square root. Add it to the mean of squares.",
@@ -97,7 +100,7 @@ REMEDIES: dict[Reason, str] = {
     Reason.UNKNOWN_FLAVOUR: "It is an RMSNorm, but it casts or rounds in an order that the fused op does not repeat. Use "
     "numerics='relaxed' to accept a different rounding, or a standard spelling.",
     Reason.DYNAMIC_WIDTH: "The hidden size is symbolic. Mark only the row dimensions as dynamic.",
-    Reason.GROUP_MISMATCH: "Attention and MLP of this layer reduce over different ranks, so the group is not shared. Set "
+    Reason.GROUP_MISMATCH: "Attention and MLP reduce over different ranks, so the group is not shared. Set "
     "moe_dense_tp_size equal to attn_tp_size, or use policy='all'.",
     Reason.POLICY: "Legal, but not selected by the policy. Use policy='all' to fuse every legal site.",
     Reason.INTERNAL: "The pass itself failed here and left this all-reduce as it was. Please report the detail; "

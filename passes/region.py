@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from torch.fx import Node
 
-from . import legality, norms, rows, values, widened
+from . import constants, legality, norms, rows, values, widened
 from .candidate import Candidate, Found, Term, pattern_of
 from .collectives import Collective
 from .legality import ADD, MUL
@@ -27,7 +27,7 @@ def follow(c: Collective, order: dict[Node, int], relaxed: bool = False) -> Foun
 
     Args:
         order: node positions.
-        relaxed: accept a norm whose rounding the fused op does not repeat.
+        relaxed: accept a norm whose rounding the fused op does not repeat, and a scale that is a tensor.
     """
     terms: list[Term] = []
     block = rows.scattered(c)  # None for an all-reduce
@@ -44,8 +44,10 @@ def follow(c: Collective, order: dict[Node, int], relaxed: bool = False) -> Foun
             found = _unrounded(c, terms, wide, order, relaxed)
             return Found(c, _of_block(found, block), pattern_of(c, block, terms, "add+norm?"))
         term = wide if isinstance(wide, Refusal) else _term(current) if wide is None else _rounded(wide)
+        if relaxed and not terms:
+            term = _factor(current, term)
         # A scaled sum is normalised after the scale: s and 2 * s have one norm, up to eps and rounding.
-        scaled = isinstance(term, Term) and term.kind == "scale"
+        scaled = isinstance(term, Term) and term.kind in ("scale", "factor")
         norm = None if scaled else norms.match(current, order, relaxed)
         if isinstance(norm, NormForm):
             found = _candidate(c, terms, current, norm, order)
@@ -78,6 +80,12 @@ def _term(current: values.Aliases) -> Term | Refusal | None:
     reader = current.readers[0]
     if reader.target in MUL:
         factor = next((a for a in reader.args if isinstance(a, int | float)), None)
+        tensor = _scalar_operand(current)
+        if factor is None and tensor is not None:
+            known = constants.scale_of(tensor, values.dtype(current.root))
+            if isinstance(known, Refusal):
+                return known
+            factor = known
         return None if factor is None else Term("scale", reader, None, float(factor))
     if reader.target not in ADD:
         return None
@@ -91,6 +99,21 @@ def _term(current: values.Aliases) -> Term | Refusal | None:
     if values.dtype(other) != values.dtype(current.root):
         return Refusal(Reason.DTYPE, f"the sum is {values.dtype(current.root)}, {other.name} is {values.dtype(other)}")
     return _added(reader, mine[0], other)
+
+
+def _scalar_operand(current: values.Aliases) -> Node | None:
+    """The scalar tensor that the one reader multiplies a value by, in the value's dtype."""
+    (reader,) = current.readers
+    if values.dtype(reader) != values.dtype(current.root):
+        return None
+    return next((a for a in reader.args if isinstance(a, Node) and a not in current and constants.is_scalar(a)), None)
+
+
+def _factor(current: values.Aliases, term: Term | Refusal | None) -> Term | Refusal | None:
+    """With relaxed numerics: the sum times a scalar tensor is the sum of what the ranks give, each times that tensor."""
+    if not isinstance(term, Refusal) or term.reason is not Reason.SCALE_NOT_CONSTANT:
+        return term
+    return Term("factor", current.readers[0], _scalar_operand(current))
 
 
 def _added(add: Node, mine: Node, other: Node) -> Term | Refusal:
@@ -164,10 +187,11 @@ def _unrounded(
 def _candidate(
     c: Collective, terms: list[Term], h: values.Aliases, norm: NormForm, order: dict[Node, int]
 ) -> Candidate | Refusal:
-    kinds = [t.kind for t in terms]
-    residual = terms[-1].operand if terms and kinds[-1] == "full" else None
+    factor = terms[0].operand if terms and terms[0].kind == "factor" else None
+    kinds = [t.kind for t in terms if t.kind != "factor"]
+    residual = terms[-1].operand if kinds and kinds[-1] == "full" else None
     before = terms[:-1] if residual is not None else terms
-    before_kinds = [t.kind for t in before]
+    before_kinds = kinds[:-1] if residual is not None else kinds
     if before_kinds not in ([], ["bias"], ["full"], ["scale"], ["bias", "scale"], ["full", "scale"]):
         return Refusal(
             Reason.ADD_CHAIN,
@@ -175,13 +199,13 @@ def _candidate(
             "then one scale, then one residual",
             tuple(kinds),
         )
-    bias = next((t.operand for t in before if t.operand is not None), None)
+    bias = next((t.operand for t in before if t.operand is not None and t.kind != "factor"), None)
     scale = next((t.factor for t in before if t.kind == "scale"), 1.0)
-    operands = [n for n in (bias, residual) if n is not None]
+    operands = [n for n in (bias, residual, factor) if n is not None]
     for operand in operands:
         if values.depends_on(operand, c.node, order):
             return Refusal(Reason.RESIDUAL_DERIVED, f"{operand.name} is computed from the sum itself")
-    candidate = Candidate(c, tuple(terms), bias, scale, residual, h, norm)
+    candidate = Candidate(c, tuple(terms), bias, scale, residual, h, norm, factor=factor)
     return candidate if residual is not None else _post(candidate, order)
 
 

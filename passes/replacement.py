@@ -200,7 +200,8 @@ def _build(new: Replacement) -> None:
         bias = _followed(new, new.fit(bias, candidate.terms[full].node), full + 1)
     elif bias is not None and len(new.shape(bias)) != 1:
         bias = new.call(aten.view.default, bias, [values.width(candidate.h.root)])
-    x: Node | Value = c.x if block is not None else _followed(new, c.x, 0)
+    given: Node | Value = c.x if candidate.factor is None else new.call(aten.mul.Tensor, c.x, candidate.factor)
+    x = given if block is not None else _followed(new, given, 0)
     residual: Node | Value | None = candidate.residual
     if residual is not None:
         residual = new.fit(residual, x if block is None else candidate.post_add or candidate.terms[-1].node)

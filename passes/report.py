@@ -42,6 +42,9 @@ class Site:
         flavour: the norm's rounding order as ``str(Flavour)``, or None.
         matched: the steps that matched before the refusal, in order (the nearest miss).
         replaced_by: name of the fused node, or None.
+        admitted: the rule by which the policy let a fused site be rewritten: ``shared-layer``: attention and MLP of some layer
+            reduce over just these ranks; ``not-refuted``: nothing in the graph shows that they do not; ``rows-proved``: it is
+            proved who keeps which rows; ``policy-all``. None for a site that was kept.
     """
 
     fused: bool
@@ -60,6 +63,7 @@ class Site:
     flavour: str | None = None
     matched: tuple[str, ...] = ()
     replaced_by: str | None = None
+    admitted: str | None = None
 
     @property
     def remedy(self) -> str:

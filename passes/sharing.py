@@ -1,4 +1,4 @@
-"""Which ranks does each layer's attention reduce over, and which its MLP? Sharing is proved by comparing those lists.
+"""Which ranks does each layer's attention reduce over, and which its MLP? Comparing those lists proves or refutes sharing.
 
 Never by a group's name, size or a flag: the recurring bug of this field is a group chosen by size or boolean, which then
 sums the wrong ranks and says nothing.
@@ -160,15 +160,10 @@ def audit(
             attention has to match, so they stand for the sum here.
     """
     receivers = receivers or {}
-    ranks: dict[int, dict[str, set[tuple[int, ...]]]] = {}
-    returned: dict[int, tuple[int, ...]] = {}
-    for c, p in zip(collectives, places, strict=True):
-        if p.layer is not None and p.role in ("attention", "mlp"):
-            ranks.setdefault(p.layer, {}).setdefault(p.role, set()).add(receivers.get(c, c.ranks))
-            if c in receivers:
-                returned[p.layer] = c.ranks
+    ranks = _lists(collectives, places, receivers)
+    returned = {p.layer: c.ranks for c, p in zip(collectives, places, strict=True) if c in receivers}
     audits = []
-    for layer in sorted(ranks):
+    for layer in sorted(number for number in ranks if number is not None):
         attention, attention_note = _one(ranks[layer].get("attention"), "attention")
         mlp, mlp_note = _one(ranks[layer].get("mlp"), "MLP")
         notes = [n for n in (attention_note, mlp_note) if n]
@@ -186,6 +181,54 @@ def audit(
                 notes.append(f"attention reduces over {list(attention)}, the MLP over {list(mlp)}")
         audits.append(LayerAudit(layer, attention, mlp, shared, "; ".join(notes)))
     return audits
+
+
+Lists = dict[str, set[tuple[int, ...]]]
+
+
+def _lists(
+    collectives: Sequence[Collective], places: Sequence[Place], receivers: Mapping[Collective, tuple[int, ...]]
+) -> dict[int | None, Lists]:
+    """The rank lists of attention and MLP, by layer; None for reductions whose layer is unknown."""
+    found: dict[int | None, Lists] = {}
+    for c, p in zip(collectives, places, strict=True):
+        if p.role in ("attention", "mlp"):
+            found.setdefault(p.layer, {}).setdefault(p.role, set()).add(receivers.get(c, c.ranks))
+    return found
+
+
+def refuted(
+    collectives: Sequence[Collective],
+    places: Sequence[Place],
+    receivers: Mapping[Collective, tuple[int, ...]] | None = None,
+) -> dict[tuple[int, ...], str]:
+    """Rank lists that the graph shows to be those of attention alone or of the MLP alone, each with what shows it.
+
+    Within a layer, a list over which one of the two reduces and the other, which reduces too, does not; where no layer has both
+    (hybrids alternate), the same of the graph as a whole. A list that stands in no such place is in no contradiction: a plan
+    that cuts the experts only, say, or only the embedding.
+
+    All ranks of a list come to one answer: whether another list equals it is the same question on each of them, and an
+    all-reduce that one of them issues is issued by all.
+    """
+    by_layer = _lists(collectives, places, receivers or {})
+    both: list[tuple[int | None, Lists]] = [
+        (n, lists) for n, lists in by_layer.items() if n is not None and len(lists) == 2
+    ]
+    if not both:
+        whole: Lists = {}
+        for lists in by_layer.values():
+            for role, of_role in lists.items():
+                whole.setdefault(role, set()).update(of_role)
+        both = [(None, whole)] if len(whole) == 2 else []
+    found: dict[tuple[int, ...], str] = {}
+    for layer, lists in both:
+        attention, mlp = lists["attention"], lists["mlp"]
+        where = "attention" if layer is None else f"attention of layer {layer}"
+        sides = [", ".join(str(list(r)) for r in sorted(of_role)) for of_role in (attention, mlp)]
+        for ranks in attention ^ mlp:
+            found.setdefault(ranks, f"{where} reduces over {sides[0]}, the MLP over {sides[1]}")
+    return found
 
 
 def _one(found: set[tuple[int, ...]] | None, name: str) -> tuple[tuple[int, ...] | None, str]:

@@ -26,7 +26,7 @@ def site_of(item: Found, spot: sharing.Place, audits: list[LayerAudit]) -> Site:
     }
     if isinstance(outcome, Candidate):
         norm = outcome.norm
-        exact = "" if norm.exact else " (relaxed: other bits than the model's)"
+        exact = "" if outcome.exact else " (relaxed: other bits than the model's)"
         return Site(
             fused=True,
             reason=None,
@@ -35,6 +35,7 @@ def site_of(item: Found, spot: sharing.Place, audits: list[LayerAudit]) -> Site:
             nodes=[n.name for n in outcome.nodes],
             eps=norm.eps,
             flavour=str(norm.flavour),
+            admitted=item.admitted,
             **common,
         )
     names = dict.fromkeys([c.node.name, *(w.name for w in c.waits)])

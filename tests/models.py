@@ -74,12 +74,146 @@ MODELS: dict[str, TinyModel] = {
     )
 }
 
+GRANITE_MOE = {"num_local_experts": 4, "num_experts_per_tok": 2, "residual_multiplier": 0.22}
+GEMMA_HEADS = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 32}
+LINEAR = {
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "layer_types": ["linear_attention", "full_attention", "full_attention"],
+}
+SHARED_EXPERT = {"shared_expert_intermediate_size": 32}
+
+# Each shows a pattern that none of the models above has.
+PATTERNS: dict[str, TinyModel] = {
+    m.name: m
+    for m in (
+        # transformers' plan shards the experts only
+        TinyModel("granitemoe", GRANITE_MOE),
+        TinyModel("granitemoeshared", {**GRANITE_MOE, "shared_intermediate_size": 32}),
+        TinyModel("afmoe", {**MOE, "head_dim": 16, "num_dense_layers": 1, "sliding_window": 32}),
+        TinyModel(
+            "jamba", {"num_experts": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False}
+        ),
+        TinyModel(
+            "nemotron_h",
+            {
+                "layers_block_type": ["mamba", "moe", "attention"],
+                "head_dim": 16,
+                "n_routed_experts": 4,
+                "num_experts_per_tok": 2,
+                "moe_intermediate_size": 32,
+                "moe_shared_expert_intermediate_size": 32,
+                "mamba_num_heads": 4,
+                "mamba_head_dim": 16,
+                "n_groups": 2,
+                "use_mamba_kernels": False,
+            },
+        ),
+        TinyModel(
+            "kimi_linear",
+            {
+                **DEEPSEEK,
+                "kv_lora_rank": 32,
+                "qk_nope_head_dim": 16,
+                "qk_rope_head_dim": 8,
+                "v_head_dim": 16,
+                "num_key_value_heads": 4,
+                "num_experts": 4,
+            },
+        ),
+        # the experts' sum is flat and viewed before the residual is added
+        TinyModel("qwen2_moe", {**MOE, **SHARED_EXPERT}),
+        TinyModel("qwen3_next", {**MOE, **SHARED_EXPERT, **LINEAR, "head_dim": 16}),
+        TinyModel("qwen3_5_moe_text", {**MOE, **SHARED_EXPERT, **LINEAR, "head_dim": 16}),
+        TinyModel("llama4_text", {"num_local_experts": 4, "intermediate_size_mlp": 64, "head_dim": 16}),
+        TinyModel(
+            "ernie4_5_moe",
+            {
+                "moe_num_experts": 4,
+                "moe_k": 2,
+                "moe_intermediate_size": 32,
+                "moe_num_shared_experts": 1,
+                "moe_layer_start_index": 1,
+            },
+        ),
+        TinyModel("lara_mini"),
+        TinyModel("flex_olmo", {"num_experts": 4, "num_experts_per_tok": 2}),
+        # the embedding is multiplied by a tensor
+        TinyModel("gemma", {"head_dim": 16}),
+        TinyModel(
+            "gemma3n_text",
+            {
+                "head_dim": 16,
+                "sliding_window": 32,
+                "num_kv_shared_layers": 0,
+                "hidden_size_per_layer_input": 16,
+                "vocab_size_per_layer_input": 128,
+                "laurel_rank": 8,
+                "altup_num_inputs": 2,
+                "activation_sparsity_pattern": [0.0, 0.0, 0.0],
+            },
+        ),
+        TinyModel(
+            "gemma4_text",
+            {
+                "head_dim": 16,
+                "global_head_dim": 16,
+                "sliding_window": 32,
+                "hidden_size_per_layer_input": 0,
+                "num_kv_shared_layers": 0,
+            },
+        ),
+        TinyModel("vaultgemma", GEMMA_HEADS),
+        TinyModel(
+            "minicpm3",
+            {
+                "q_lora_rank": 32,
+                "kv_lora_rank": 32,
+                "qk_nope_head_dim": 16,
+                "qk_rope_head_dim": 8,
+                "v_head_dim": 16,
+                "num_key_value_heads": 4,
+            },
+        ),
+        # others
+        TinyModel("laguna", {**MOE, "head_dim": 16, "shared_expert_intermediate_size": 32}),
+        TinyModel("hy_v3", {**MOE, "head_dim": 16}),
+        TinyModel("deepseek_v4"),
+        TinyModel("olmo3"),
+        TinyModel("minimax_m2", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16}),
+        TinyModel(
+            "granitemoehybrid", {**GRANITE_MOE, "shared_intermediate_size": 32, "layer_types": ["attention"] * 3}
+        ),
+    )
+}
+
+# Of these transformers cuts the experts only, or the MLP only.
+HALF_CUT = (
+    "granitemoe",
+    "granitemoeshared",
+    "granitemoehybrid",
+    "afmoe",
+    "jamba",
+    "nemotron_h",
+    "kimi_linear",
+    "deepseek_v4",
+)
+
+
+def known(name: str) -> bool:
+    """Whether the installed transformers has the architecture."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    return name in CONFIG_MAPPING
+
 
 def config(name: str, **changes: Any) -> Any:
     """The transformers configuration of a tiny model."""
     from transformers import AutoConfig
 
-    tiny = MODELS[name]
+    tiny = (MODELS | PATTERNS)[name]
     return AutoConfig.for_model(name, **{**COMMON, **tiny.extra, **changes})
 
 

@@ -210,7 +210,7 @@ def test_a_changed_eps_recompiles_under_dynamic():
     ("options", "message"),
     [
         ({"tpfuse.polcy": "all"}, r"unknown option 'tpfuse.polcy'.*Did you mean 'tpfuse.policy'"),
-        ({"tpfuse.policy": "every"}, r"tpfuse.policy='every' .*shared, all, off"),
+        ({"tpfuse.policy": "every"}, r"tpfuse.policy='every' .*shared, strict, all, off"),
         ({"tpfuse.numerics": "fast"}, r"valid values are exact, relaxed"),
         ({"tpfuse.inner": "xla"}, r"valid values are inductor, aot_eager, eager, tensorrt"),
         ({"tpfuse.verify": "maybe"}, r"valid values are true and false"),
@@ -258,7 +258,12 @@ def test_tensorrt_without_its_extra_names_the_extra():
 
 
 def test_policies():
-    for policy, fused, reason in (("all", 1, None), ("shared", 0, "policy"), ("off", 0, "policy")):
+    for policy, fused, reason in (
+        ("all", 1, None),
+        ("shared", 1, None),
+        ("strict", 0, "policy"),
+        ("off", 0, "policy"),
+    ):
         torch._dynamo.reset()
         tpfuse.clear_reports()
         with torch.no_grad(), tpfuse.expect(fused=fused):

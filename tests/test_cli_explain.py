@@ -137,7 +137,7 @@ def test_the_graph_has_the_reductions_of_the_plan(tmp_path, sizes):
     [
         ((8, 2, 1, 4), 5, {embedding(HIGH, "fused"): 1, ("attention", HIGH, "fused"): 4, ("mlp", HIGH, "fused"): 4}),
         ((8, 2, 1, 8), 5, {embedding(HIGH, "fused"): 1, ("attention", HIGH, "fused"): 4, ("mlp", ALL, "fused"): 4}),
-        ((8, 2, 1, 1), 5, {embedding(HIGH, "policy"): 1, ("attention", HIGH, "fused"): 4}),
+        ((8, 2, 1, 1), 5, {embedding(HIGH, "fused"): 1, ("attention", HIGH, "fused"): 4}),
         *(
             pytest.param(*layout, marks=pytest.mark.slow)
             for layout in (
@@ -233,7 +233,7 @@ def test_json_can_go_to_stdout(tmp_path):
         (["llama", "--tp-size", 3], ["heads", "do not split over the 3 ranks"]),
         (["llama", "--tp-size", 2, "--rank", 2], ["rank 2 does not exist"]),
         (["llama", "--tp-size", 2, "--rows", "0"], ["--rows is '0'"]),
-        (["llama", "--tp-size", 2, "--policy", "some"], ["policy", "shared, all, off"]),
+        (["llama", "--tp-size", 2, "--policy", "some"], ["policy", "shared, strict, all, off"]),
     ],
 )  # fmt: skip
 def test_what_a_user_can_get_wrong_is_one_line(arguments, parts):

@@ -321,7 +321,7 @@ def broken_inside(rank: int, world_size: int, options: dict[str, Any]) -> dict[s
 
 
 @pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("policy", ["shared", "all"])
+@pytest.mark.parametrize("policy", ["strict", "all"])
 def test_a_graph_break_inside_a_layer_costs_only_what_it_cuts(alone, inner, policy):
     for result in alone.run(broken_inside, {"tpfuse.inner": inner, "tpfuse.policy": policy}):
         attention = [s for s in result["sites"] if s[0] == "attention"]

@@ -241,6 +241,15 @@ def _():
     return reported(f, tensor(), torch.rand(HIDDEN), torch.tensor(8.0))
 
 
+@produces(Reason.STREAMS)
+def _():
+    def f(x, post, w):
+        return norm((all_reduce(x).unsqueeze(-2) * post.unsqueeze(-1)).sum(-2), w)
+
+    x = tensor()
+    return reported(f, x, torch.rand(*x.shape[:-1], 4), torch.rand(HIDDEN))
+
+
 @produces(Reason.LAYOUT)
 def _():
     def f(x, r, w):

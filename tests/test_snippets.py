@@ -486,8 +486,8 @@ def verdicts(lines: list[str], *tensors: torch.Tensor) -> list[str | None]:
 
 LINES = [
     "reduce-op", "dtype", "returned", "extra-reader", "rows-move", "sum-of-reductions", "add-chain", "residual-shape",
-    "residual-derived", "collective-order", "layout", "scale-not-constant", "unknown-norm", "layer-norm", "eps-outside-root",
-    "mean-dim", "partial-width", "weight-inside-mean",
+    "residual-derived", "collective-order", "layout", "scale-not-constant", "residual-streams", "unknown-norm", "layer-norm",
+    "eps-outside-root", "mean-dim", "partial-width", "weight-inside-mean",
 ]  # fmt: skip
 
 
@@ -625,7 +625,7 @@ def test_lines_of_group_mismatch():
     assert shared.group_of("attn_tp", 0) == shared.group_of("dense_tp", 0) == list(range(4))
 
 
-OPTIONS = {"policy": {}, "fuel": {"POLICY": "all"}, "internal": {"POLICY": "all"}}
+OPTIONS = {"policy": {"POLICY": "strict"}, "fuel": {"POLICY": "all"}, "internal": {"POLICY": "all"}}
 
 
 @pytest.mark.parametrize("reason", OPTIONS)

@@ -73,8 +73,8 @@ def test_train_mode_with_dropout_says_eval():
 
 
 @torch.no_grad()
-def test_the_default_policy_names_the_policy_that_would_fuse():
-    (text,) = warned(lambda: compiled(Block(), policy="shared")(*inputs()))
+def test_a_strict_policy_names_the_policy_that_would_fuse():
+    (text,) = warned(lambda: compiled(Block(), policy="strict")(*inputs()))
     assert "policy 1" in text and "policy='all'" in text
 
 

@@ -103,7 +103,7 @@ def explain(
     rank: Annotated[int, typer.Option(help="The rank to play.")] = 0,
     rows: Annotated[str, typer.Option(help="Row counts of a step, per replica.")] = "1,32,2048",
     arch: Annotated[str, typer.Option(help="Architecture of the GPUs.")] = "sm_90",
-    policy: Annotated[str, typer.Option(help="shared, all or off.")] = "shared",
+    policy: Annotated[str, typer.Option(help="shared, strict, all or off.")] = "shared",
     numerics: Annotated[str, typer.Option(help="exact or relaxed.")] = "exact",
     json: Annotated[Path | None, typer.Option("--json", help="Write JSON to this file; - is stdout.")] = None,
     html: Annotated[Path | None, typer.Option("--html", help="Write the page to this file.")] = None,

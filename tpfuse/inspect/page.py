@@ -123,6 +123,7 @@ def _site(site: Site, region: Region) -> dict[str, Any]:
         "matched": list(site.matched),
         "group": list(site.group),
         "shared": site.shared,
+        "admitted": words.admitted(site),
         "source": site.source,
         "line": first.text if first and first.source == site.source else "",
         "shape": words.shape(site),

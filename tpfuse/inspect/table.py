@@ -197,6 +197,12 @@ def _lines(report: GraphReport) -> list[str]:
     if report.fused:
         per = in_all(saved)
         lines.append(f"saves an estimated {saved.launches} launches and {per} of memory traffic per call and rank")
+    unproved = [site for site in report.fused if site.admitted == "not-refuted"]
+    if unproved:
+        ranks = ", ".join(dict.fromkeys(words.ranks(site.group) for site in unproved))
+        lines.append(
+            f"not-refuted ({len(unproved)}): {words.admitted(unproved[0])} ({ranks}); tpfuse.policy='strict' would keep them"
+        )
     for code, sites in words.kept_of(report.sites).items():
         lines.append(f"{code} ({len(sites)}): {words.remedy(sites[0])}".rstrip(": "))
         miss = words.nearest_miss(sites[0]) or sites[0].detail

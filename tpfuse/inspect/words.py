@@ -70,6 +70,19 @@ def origin(report: GraphReport) -> str:
     return f"{report.graph_id}, rank {report.rank} of {report.world_size}{cached}"
 
 
+_ADMITTED = {
+    "shared-layer": "attention and MLP of a layer reduce over just these ranks",
+    "not-refuted": "nothing in the graph shows these ranks to be of attention or MLP alone",
+    "rows-proved": "it is proved who keeps which rows",
+    "policy-all": "by the policy 'all'",
+}
+
+
+def admitted(site: Site) -> str:
+    """Why the policy let a fused site be rewritten; empty when kept, or when an earlier tpfuse wrote the report."""
+    return "" if site.admitted is None else _ADMITTED.get(site.admitted, site.admitted)
+
+
 def remedy(site: Site) -> str:
     """What to do about the reason; empty when fused, or when the code is one of a newer tpfuse."""
     try:

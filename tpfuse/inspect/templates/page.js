@@ -240,6 +240,7 @@
       fact("Source", make("span", {}, make("code", { text: site.source || "unknown" }), site.line ? make("code", { class: "dim", text: site.line }) : null), true),
       fact("Ranks that are summed", chips(site.group)),
       fact("Group shared by attention and MLP", site.shared === null ? "not known" : site.shared ? "yes" : "no"),
+      site.admitted ? fact("Admitted", sentence(site.admitted)) : null,
       fact("Sum", `${site.shape}${site.bytes ? `, ${site.bytes}` : ""}`),
       fact(site.fused ? "Saved per call (estimate)" : "Would save per call (estimate)", `${site.saved} of memory traffic`),
       site.eps === null ? null : fact("eps", site.eps.toExponential()),
