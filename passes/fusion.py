@@ -110,7 +110,7 @@ def _rewrite(g: Graph, options: PassOptions, training: bool) -> tuple[list[Site]
             else:
                 decisions.append(decision)
     try:
-        lowering.lower(g, lowered, options)
+        lowering.lower(lowered, options)
         fused = iter(rewrite.apply(g, decisions))
     except Exception as error:
         if options.verify:

@@ -12,11 +12,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch.fx import Graph
 
-from . import roundings, values
+from tpfuse import compat
+
+from . import values
 from .candidate import Candidate
 from .options import PassOptions
+
+LOW = (torch.bfloat16, torch.float16)
 
 
 def is_lowered(candidate: Candidate, options: PassOptions) -> bool:
@@ -32,15 +35,18 @@ def is_lowered(candidate: Candidate, options: PassOptions) -> bool:
         return False
     if options.numerics == "relaxed":
         return True
-    dtypes = {tensor.dtype for tensor in tensors if tensor is not None}
-    if torch.float16 in dtypes:
-        return False  # Inductor would keep it in fp32 between steps, and `roundings` knows bf16 only
-    # A mean of bf16 squares rounds inside of torch's operator, where no arithmetic of the graph reaches.
-    return torch.bfloat16 not in dtypes or candidate.norm.flavour.compute == "float32"
+    if all(tensor.dtype not in LOW for tensor in tensors if tensor is not None):
+        return True
+    # A mean of bf16 squares rounds inside of torch's operator, where nothing that is said about the graph reaches.
+    return compat.can_round() and candidate.norm.flavour.compute == "float32"
 
 
-def lower(graph: Graph, candidates: Sequence[Candidate], options: PassOptions) -> None:
-    """Prepare the regions of lowered sites: bf16 rounds where the model does. In fp32 and fp64 nothing has to be done."""
-    if options.numerics == "exact":
+def lower(candidates: Sequence[Candidate], options: PassOptions) -> None:
+    """Have every step of lowered regions round to bf16 and fp16 where the model does, as the op would.
+
+    Between operators that it fuses, Inductor keeps such values in fp32 otherwise. In fp32 and fp64 there is nothing to round.
+    """
+    if options.numerics == "exact" and compat.can_round():
         for candidate in candidates:
-            roundings.pin(graph, candidate)
+            for node in candidate.nodes:
+                compat.round_here(node)
