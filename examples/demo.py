@@ -272,8 +272,8 @@ def show(done: dict[int, dict[str, Any]], console: Any) -> bool:
     console.print(f"\n[bold]Question[/bold]  {QUESTION}\n[bold]Answer[/bold]    {sentences(first['answer'])}\n")
     console.print(
         "[bold]What tpfuse did[/bold]  Each row of the table is one kind of all-reduce in the compiled decode step. "
-        "fused: the all-reduce, the residual add where there is one, and the RMSNorm after it became one op. kept: it "
-        "runs as before; the reason and what to do about it are below the table.\n",
+        "fused: the all-reduce, the residual add where there is one, and the RMSNorm after it are one op, which on a CPU "
+        "Inductor compiles for lack of a kernel. kept: it runs as before; below the table is why, and what to do about it.\n",
         highlight=False,
     )
     console.print(render(report))
@@ -318,8 +318,8 @@ def show(done: dict[int, dict[str, Any]], console: Any) -> bool:
     ratios = [b / a for a, b in zip(first["seconds"]["inductor"], first["seconds"]["tpfuse"], strict=True)]
     console.print(
         f"  tpfuse takes {statistics.median(ratios):.2f} of Inductor's time (median of {len(ratios)} rounds). Don't read a "
-        "speedup into it: on a CPU both run the same compiled step, and the rest is noise. The demo shows that the results are "
-        "right; the speed is in the GPU kernels.",
+        "speedup into it: on a CPU a fused op is what Inductor makes of the model alone, and the rest is noise. The demo shows "
+        "that the results are right; the speed is in the GPU kernels.",
         highlight=False,
     )
     return all(holds for _, holds in checks)
@@ -344,7 +344,7 @@ def main() -> int:
     args.log.parent.mkdir(parents=True, exist_ok=True)
     args.log.write_text("")
     console.print(
-        f"[bold]SmolLM2-135M-Instruct over {RANKS} ranks on this CPU[/bold], with its real weights. About 4 minutes on "
+        f"[bold]SmolLM2-135M-Instruct over {RANKS} ranks on this CPU[/bold], with its real weights. About 5 minutes on "
         f"two free cores, most of it compiling. What the libraries print goes to {args.log}.\n",
         highlight=False,
     )
