@@ -13,7 +13,7 @@ from functools import partial
 import torch.distributed as dist
 from torch.fx import Graph, GraphModule, Node
 
-from . import collectives, region, rewrite, sharing
+from . import collectives, lowering, region, rewrite, sharing
 from .candidate import Candidate, Found
 from .failure import guarded, internal, kept
 from .judge import judge
@@ -57,7 +57,7 @@ def fuse(
     g = graph.graph if isinstance(graph, GraphModule) else graph
     try:
         sites, audits = _rewrite(g, options, training)
-        if module is not None and any(s.fused for s in sites):
+        if module is not None and any(s.replaced_by for s in sites):
             module.recompile()
     except VerificationError:
         raise
@@ -97,15 +97,21 @@ def _rewrite(g: Graph, options: PassOptions, training: bool) -> tuple[list[Site]
     sites = [site_of(f, p, audits) for f, p in zip(judged, places, strict=True)]
 
     decisions: list[rewrite.Decision] = []
-    for item, site in zip(judged, sites, strict=True):
+    lowered: list[Candidate] = []
+    for place, (item, site) in enumerate(zip(judged, sites, strict=True)):
         if isinstance(item.outcome, Candidate):
             point = legality.insertion_point(item.outcome)
             assert point is not None  # judged legal
             decision = rewrite.Decision(built[item.outcome.norm.out], point)
             if options.verify:
                 _verify(decision, site)
-            decisions.append(decision)
+            if lowering.is_lowered(item.outcome, options):
+                sites[place] = replace(site, lowered=True)
+                lowered.append(item.outcome)
+            else:
+                decisions.append(decision)
     try:
+        lowering.lower(lowered, options)
         fused = iter(rewrite.apply(g, decisions))
     except Exception as error:
         if options.verify:
@@ -113,7 +119,7 @@ def _rewrite(g: Graph, options: PassOptions, training: bool) -> tuple[list[Site]
         refusal = internal(error)
         kept = [Found(f.collective, refusal, f.pattern) if s.fused else f for f, s in zip(judged, sites, strict=True)]
         return [site_of(f, p, audits) for f, p in zip(kept, places, strict=True)], audits
-    return [replace(s, replaced_by=next(fused).name) if s.fused else s for s in sites], audits
+    return [replace(s, replaced_by=next(fused).name) if s.fused and not s.lowered else s for s in sites], audits
 
 
 def _receivers(looked: list[Found]) -> dict[collectives.Collective, tuple[int, ...]]:

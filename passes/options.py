@@ -20,12 +20,14 @@ class PassOptions:
             by a scalar tensor before the reduction instead of behind it, are allowed.
         fuel: stop after this many rewrites; None is no limit.
         verify: compare old and new region on random numbers at compile time.
+        lower: leave fused sites to the compiler where :mod:`tpfuse.passes.lowering` says so; for Inductor.
     """
 
     policy: str = "shared"
     numerics: str = "exact"
     fuel: int | None = None
     verify: bool = False
+    lower: bool = False
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:

@@ -12,6 +12,8 @@ from typing import Any
 from .reasons import REMEDIES, Reason
 
 SCHEMA_VERSION = 1
+# How a fused site runs where no op of tpfuse's stands in the compiled graph.
+LOWERED = "library all-reduce, epilogue compiled by Inductor"
 _LATER = ("reduce_scatters", "all_gathers")
 
 
@@ -41,10 +43,11 @@ class Site:
         eps: of the norm, or None.
         flavour: the norm's rounding order as ``str(Flavour)``, or None.
         matched: the steps that matched before the refusal, in order (the nearest miss).
-        replaced_by: name of the fused node, or None.
         admitted: the rule by which the policy let a fused site be rewritten: ``shared-layer``: attention and MLP of some layer
             reduce over just these ranks; ``not-refuted``: nothing in the graph shows that they do not; ``rows-proved``: it is
             proved who keeps which rows; ``policy-all``. None for a site that was kept.
+        replaced_by: name of the fused node, or None: not fused, or lowered.
+        lowered: fused, and runs as :data:`LOWERED`: the graph keeps the model's own nodes.
     """
 
     fused: bool
@@ -64,6 +67,7 @@ class Site:
     matched: tuple[str, ...] = ()
     replaced_by: str | None = None
     admitted: str | None = None
+    lowered: bool = False
 
     @property
     def remedy(self) -> str:

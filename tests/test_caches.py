@@ -108,6 +108,7 @@ def test_a_second_process_hits_both_caches_and_has_the_report(root, cold, pool, 
         assert first["reports"][0]["sites"] == second["reports"][0]["sites"]
         assert first["reports"][0]["layers"] == second["reports"][0]["layers"]
         assert [r["from_cache"] for r in second["reports"]] == [True]
+        assert all(site["lowered"] for site in second["reports"][0]["sites"])  # on a CPU, in fp32
 
 
 def test_warm_rank_0_with_cold_rank_1_does_not_hang(root, pool):

@@ -96,6 +96,29 @@ def test_statically_true():
     assert seen == [(True, False)], "asking must not add a guard"
 
 
+@pytest.mark.skipif(not compat.can_round(), reason="from torch 2.13 on")
+def test_round_here():
+    """Without the mark the sum stays in fp32 on its way to the product."""
+    import operator
+
+    def marks(graph: Any) -> None:
+        for node in graph.nodes:
+            if node.op == "call_function" and node.target is not operator.getitem:
+                compat.round_here(node)
+
+    def f(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return (a + b) * b
+
+    g = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(4096, generator=g).bfloat16() for _ in range(2))
+    torch._dynamo.reset()
+    plain = torch.compile(f, backend="inductor")(a, b)
+    torch._dynamo.reset()
+    marked = torch.compile(f, backend="inductor", options={"post_grad_custom_pre_pass": marks})(a, b)
+    assert torch.equal(marked, f(a, b))
+    assert not torch.equal(plain, f(a, b)), "Inductor rounds by itself now: the mark, and what compat says, can go"
+
+
 def test_size_hint():
     assert compat.size_hint(3) == 3
 

@@ -123,5 +123,5 @@ def test_the_docs_list_every_variable_of_the_op_and_none_that_does_not_exist():
     named = set(re.findall(r"TPFUSE_[A-Z_]+[A-Z]", text))
     assert {name for name in named if not name.startswith(settings.OURS)} <= set(settings.REGISTRY)
     table = set(re.findall(r"^[|] (TPFUSE_[A-Z_]+) [|]", (ROOT / "docs" / "op.md").read_text(), re.MULTILINE))
-    twins = {f"TPFUSE_{n}" for n in ("INNER", "POLICY", "NUMERICS", "DUMP", "VERIFY", "FUEL", "MODE")}
+    twins = {f"TPFUSE_{n}" for n in ("INNER", "POLICY", "NUMERICS", "DUMP", "VERIFY", "FUEL", "MODE", "LOWER")}
     assert table == set(settings.REGISTRY) - twins

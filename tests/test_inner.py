@@ -225,7 +225,9 @@ def _with_users_passes(rank: int, world_size: int) -> dict[str, Any]:
     found = {}
     theirs = Theirs()
     found["option"] = run(
-        rank, world_size, {"post_grad_custom_pre_pass": theirs, "post_grad_custom_post_pass": After()}
+        rank,
+        world_size,
+        {"post_grad_custom_pre_pass": theirs, "post_grad_custom_post_pass": After(), "tpfuse.lower": False},
     )
     with config.patch(post_grad_custom_pre_pass=theirs):
         found["config"] = run(rank, world_size, {"tpfuse.policy": "all"})
@@ -254,12 +256,14 @@ def test_the_users_passes_run_before_ours_and_stay(alone):
 
 
 def generated(rank: int, world_size: int, options: dict[str, Any]) -> str:
-    """Inductor's code for the decoder."""
+    """Inductor's code for the decoder with the op in it."""
     from torch._inductor.utils import run_and_get_code
 
     torch._dynamo.reset()
     model = layers.Decoder(2)
-    compiled = torch.compile(model, backend="tpfuse", options={**options, "fx_graph_cache": False})
+    compiled = torch.compile(
+        model, backend="tpfuse", options={**options, "tpfuse.lower": False, "fx_graph_cache": False}
+    )
     with torch.no_grad(), torch._functorch.config.patch(enable_autograd_cache=False):
         _, codes = run_and_get_code(compiled, layers.tokens())
     return "\n".join(codes)

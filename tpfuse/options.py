@@ -33,6 +33,7 @@ class Options:
         policy, numerics, verify, fuel: see :class:`tpfuse.passes.PassOptions`.
         dump: folder for before/after graphs and the report, or None.
         mode: of ``torch.compile``, for those who pass options too; None leaves Inductor's defaults.
+        lower: with Inductor, leave fused sites to it where the op would have no kernel (:mod:`tpfuse.passes.lowering`).
         batch_invariant: True or False switches the mode of :mod:`tpfuse.ops.invariant` for the process; None leaves it.
         inner_options: what goes to the inner compiler unchanged.
     """
@@ -44,16 +45,17 @@ class Options:
     verify: bool = False
     fuel: int | None = None
     mode: str | None = None
+    lower: bool = True
     batch_invariant: bool | None = None
     inner_options: dict[str, Any] = field(default_factory=dict)
 
     def decisive(self) -> str:
         """The options that decide what is fused, as text."""
-        return f"policy={self.policy} numerics={self.numerics} fuel={self.fuel}"
+        return f"policy={self.policy} numerics={self.numerics} fuel={self.fuel} lower={self.lower}"
 
-    def for_pass(self, fuel: int | None) -> PassOptions:
-        """The pass's share, with what is left of the fuel."""
-        return PassOptions(self.policy, self.numerics, fuel, self.verify)
+    def for_pass(self, fuel: int | None, lower: bool = False) -> PassOptions:
+        """The pass's share, with what is left of the fuel; ``lower`` where Inductor compiles the graph and may do so."""
+        return PassOptions(self.policy, self.numerics, fuel, self.verify, lower)
 
 
 def _by(read: Callable[[str, str], Any]) -> Callable[[str, Any], Any]:
@@ -109,6 +111,7 @@ READERS: dict[str, Callable[[str, Any], Any]] = {
     "verify": _flag,
     "fuel": _count,
     "mode": _mode,
+    "lower": _flag,
     "batch_invariant": _flag,
 }
 
@@ -121,6 +124,7 @@ MEANINGS = {
     "verify": "compare every rewrite with the original at compile time",
     "fuel": "stop after this many rewrites",
     "mode": "the mode of torch.compile, which takes none beside options",
+    "lower": "where the op has no kernel (CPU), Inductor compiles what follows the all-reduce",
 }
 
 

@@ -15,9 +15,11 @@ from torch.fx import Graph, GraphModule
 
 import tpfuse as package
 from tpfuse import compat, report_cache, store
+from tpfuse.ops.settings import batch_invariant
 from tpfuse.options import OptionError, Options, parse, prefix_hint
 from tpfuse.passes import GraphReport, collectives, next_graph_id
 
+from . import lowered
 from .run_pass import run_pass
 
 log = logging.getLogger("tpfuse")
@@ -62,9 +64,9 @@ def registered_spellings() -> list[str]:
 class InductorPass(compat.custom_graph_pass()):  # type: ignore[misc]
     """Runs the user's own pre-passes, then ours, on Inductor's post-grad graph."""
 
-    def __init__(self, parsed: Options, training: bool, previous: Any) -> None:
+    def __init__(self, parsed: Options, training: bool, previous: Any, lower: bool = False) -> None:
         super().__init__()
-        self.parsed, self.training = parsed, training
+        self.parsed, self.training, self.lower = parsed, training, lower
         self.previous = compat.custom_passes(previous)
         self.reports: list[GraphReport] = []
         self.identity = self._identity()
@@ -72,7 +74,7 @@ class InductorPass(compat.custom_graph_pass()):  # type: ignore[misc]
     def __call__(self, graph: Graph) -> None:
         for run in self.previous:
             run(graph, not self.training) if compat.wants_inference_flag(run) else run(graph)
-        run_pass(graph, self.parsed, self.training, self.reports)
+        run_pass(graph, self.parsed, self.training, self.reports, self.lower)
 
     def uuid(self) -> Any:
         return self.identity
@@ -84,7 +86,17 @@ class InductorPass(compat.custom_graph_pass()):  # type: ignore[misc]
             return None  # one of their passes has no identity: Inductor then does not cache, as without us
         p = self.parsed
         left = store.fuel_left(p.fuel)
-        parts = (sources_digest(), torch.__version__, p.policy, p.numerics, p.verify, left, self.training, theirs)
+        parts = (
+            sources_digest(),
+            torch.__version__,
+            p.policy,
+            p.numerics,
+            p.verify,
+            left,
+            self.training,
+            self.lower,
+            theirs,
+        )
         return report_cache.key([*parts, *registered_spellings(), *group_shapes()])
 
 
@@ -128,24 +140,24 @@ def compile(
             "use another mode, or options={'tpfuse.inner': 'aot_eager'}"
         )
     previous = patches.get(PRE_PASS, compat.inductor_config(PRE_PASS))
-    mounted = InductorPass(parsed, training, previous)
+    mounted = InductorPass(parsed, training, previous, lower=parsed.lower and not batch_invariant())
     patches[PRE_PASS] = mounted
     digest = _report_key(gm, inputs, mounted.identity, patches)
     compiled = compat.compile_fx(gm, inputs, patches)
     if mounted.reports:
         report_cache.save(digest, mounted.reports)
-        return compiled
+        return lowered.guarded(compiled, mounted.reports)
     kept = report_cache.load(digest)
     if kept is not None:
         for report in kept:
             store.add(replace(report, graph_id=next_graph_id(), rank=compat.rank()))
-        return compiled
+        return lowered.guarded(compiled, kept)
     # A cache supplied the graph, but the report of the compile that filled it is gone: compile once more without caches.
     log.info("compile cache hit without a kept report; compiling again to make one")
     with compat.without_compile_caches():
         compiled = compat.compile_fx(gm, inputs, patches)
     report_cache.save(digest, mounted.reports)
-    return compiled
+    return lowered.guarded(compiled, mounted.reports)
 
 
 def _report_key(gm: GraphModule, inputs: Sequence[Any], identity: Any, patches: dict[str, Any]) -> str:

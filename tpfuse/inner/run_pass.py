@@ -13,12 +13,23 @@ from tpfuse.passes import GraphReport, fuse
 
 
 def run_pass(
-    graph: GraphModule | Graph, parsed: Options, training: bool, log_to: list[GraphReport] | None = None
+    graph: GraphModule | Graph,
+    parsed: Options,
+    training: bool,
+    log_to: list[GraphReport] | None = None,
+    lower: bool = False,
 ) -> GraphReport:
-    """The pass with everything around it: fuel, dump, store."""
+    """The pass with everything around it: fuel, dump, store.
+
+    Args:
+        graph: functional ATen; rewritten in place.
+        parsed, training: of the compile.
+        log_to: gets the report as well.
+        lower: Inductor compiles the graph and may get sites as the model wrote them.
+    """
     before = _copy_graph(_graph_of(graph)) if parsed.dump else None
     scatters, gathers = unfused.count_row_collectives(_graph_of(graph))
-    report = fuse(graph, parsed.for_pass(store.fuel_left(parsed.fuel)), training=training, inner=parsed.inner)
+    report = fuse(graph, parsed.for_pass(store.fuel_left(parsed.fuel), lower), training=training, inner=parsed.inner)
     report.reduce_scatters, report.all_gathers = scatters, gathers
     artifact.record(report)
     if before is not None and parsed.dump is not None:

@@ -89,7 +89,7 @@ def _header(report: GraphReport, when: str) -> str:
 def _marks(report: GraphReport, *, fused_node: bool) -> dict[str, str]:
     marks = {}
     for number, site in enumerate(report.sites):
-        name = site.replaced_by if site.fused and fused_node else (site.nodes[0] if site.nodes else None)
+        name = site.replaced_by if site.replaced_by and fused_node else (site.nodes[0] if site.nodes else None)
         if name:
             marks[name] = f"site {number}: {words.title(site)}, {words.verdict(site)}, ranks {words.ranks(site.group)}"
     return marks

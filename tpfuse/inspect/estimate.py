@@ -13,6 +13,7 @@ all-reduce in place         1         reads B, writes B
 add and norm, one kernel    1         reads sum and residual, writes both results: 4 B
 fused, one-shot, two-shot   1         reads x and residual, writes both results: 4 B
 fused, library path         2         as the baseline
+fused, lowered (CPU)        2         the baseline itself
 ==========================  ========  =======================================================
 
 So a fused site saves one launch and 2 B: the sum is neither written nor read back. What crosses the links and what is
@@ -62,7 +63,7 @@ def saving(site: Site, rows: int | None = None, path: str | None = None) -> Savi
         rows: row count to assume instead of the one in the graph.
         path: the algorithm that :func:`tpfuse.ops.select` names for that size; ``library`` saves nothing.
     """
-    if path == "library" or not site.shape or not isinstance(site.shape[-1], int):
+    if path == "library" or site.lowered or not site.shape or not isinstance(site.shape[-1], int):
         return NOTHING
     per_row = TRIPS_SAVED * site.shape[-1] * item_size(site.dtype)
     known = rows_of(site) if rows is None else rows

@@ -40,7 +40,8 @@ class NodeLine:
 
 @dataclass(frozen=True)
 class Region:
-    """The nodes of one site before and after. An unfused site has the same nodes in both, with what reads the sum."""
+    """The nodes of one site before and after. A site that is kept has the same nodes in both, with what reads the sum; a lowered
+    one has the same nodes."""
 
     before: tuple[NodeLine, ...]
     after: tuple[NodeLine, ...]
@@ -74,8 +75,9 @@ def from_json(text: str) -> list[Region]:
 
 def _region(site: Site, old: dict[str, Node], new: dict[str, Node]) -> Region:
     before = [old[name] for name in site.nodes if name in old]
-    if not site.fused:
-        before += _readers(before, list(old.values()))
+    if not site.fused or site.lowered:
+        if not site.fused:
+            before += _readers(before, list(old.values()))
         after = [new[node.name] for node in before if node.name in new]
     else:
         fused = new.get(site.replaced_by or "")

@@ -9,7 +9,7 @@ from importlib.resources import files
 from typing import Any
 
 from tpfuse.passes.reasons import REMEDIES
-from tpfuse.passes.report import GraphReport, Site
+from tpfuse.passes.report import LOWERED, GraphReport, Site
 
 from . import compare, estimate, words
 from .load import Dump, DumpedGraph
@@ -110,14 +110,15 @@ def _saving(saved: estimate.Saving) -> str:
 
 def _site(site: Site, region: Region) -> dict[str, Any]:
     first = region.before[0] if region.before else None
-    per_row = estimate.saving(replace(site, fused=True))
+    moved = estimate.saving(replace(site, lowered=False)).bytes
     return {
         "title": words.title(site),
         "role": site.role,
         "layer": site.layer,
         "fused": site.fused,
         "reason": site.reason,
-        "detail": site.detail,
+        "lowered": site.lowered,
+        "detail": f"runs as: {LOWERED}" if site.lowered else site.detail,
         "miss": words.nearest_miss(site),
         "steps": site.pattern.split("+"),
         "matched": list(site.matched),
@@ -127,10 +128,10 @@ def _site(site: Site, region: Region) -> dict[str, Any]:
         "source": site.source,
         "line": first.text if first and first.source == site.source else "",
         "shape": words.shape(site),
-        "bytes": "" if per_row.bytes is None else estimate.in_units(per_row.bytes // estimate.TRIPS_SAVED),
+        "bytes": "" if moved is None else estimate.in_units(moved // estimate.TRIPS_SAVED),
         "eps": site.eps,
         "flavour": words.flavour(site),
-        "saved": _saving(per_row),
+        "saved": _saving(estimate.saving(site)),
         "before": [_line(line) for line in region.before],
         "after": [_line(line) for line in region.after],
     }

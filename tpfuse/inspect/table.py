@@ -15,7 +15,7 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 from tpfuse.passes import source
-from tpfuse.passes.report import GraphReport, Site
+from tpfuse.passes.report import LOWERED, GraphReport, Site
 
 from . import estimate, words
 
@@ -63,7 +63,17 @@ def rows(report: GraphReport, each: bool = False) -> list[Row]:
     alike: dict[object, list[Site]] = {}
     for site in report.sites:
         line = source.without_layer(site.source)
-        key = (site.role, site.group, site.shared, site.pattern, site.fused, site.reason, line, site.flavour)
+        key = (
+            site.role,
+            site.group,
+            site.shared,
+            site.pattern,
+            site.fused,
+            site.lowered,
+            site.reason,
+            line,
+            site.flavour,
+        )
         alike.setdefault(key, []).append(site)
     return [Row(tuple(sites)) for sites in alike.values()]
 
@@ -194,7 +204,10 @@ def _lines(report: GraphReport) -> list[str]:
     saved = estimate.NOTHING
     for site in report.fused:
         saved = saved + estimate.saving(site)
-    if report.fused:
+    lowered = sum(site.lowered for site in report.sites)
+    if lowered:
+        lines.append(f"{lowered} of {len(report.fused)} fused run as: {LOWERED}")
+    if lowered < len(report.fused):
         per = in_all(saved)
         lines.append(f"saves an estimated {saved.launches} launches and {per} of memory traffic per call and rank")
     unproved = [site for site in report.fused if site.admitted == "not-refuted"]

@@ -51,10 +51,11 @@ class Decision:
     fused: bool
     reason: str | None
     ranks: tuple[int, ...]
+    lowered: bool = False
 
     def __str__(self) -> str:
         place = self.role if self.layer is None else f"{self.role} of layer {self.layer}"
-        what = "fused" if self.fused else f"kept ({self.reason})"
+        what = ("lowered" if self.lowered else "fused") if self.fused else f"kept ({self.reason})"
         return f"{place}: {self.pattern} {what} over {list(self.ranks)}"
 
 
@@ -90,7 +91,15 @@ def check_agreement(
 
 def _decision(graph: int, site: Site) -> Decision:
     return Decision(
-        graph, site.role, site.layer, site.pattern, site.flavour, site.fused, site.reason, tuple(site.group)
+        graph,
+        site.role,
+        site.layer,
+        site.pattern,
+        site.flavour,
+        site.fused,
+        site.reason,
+        tuple(site.group),
+        site.lowered,
     )
 
 
@@ -225,7 +234,10 @@ def _agree(group: tuple[int, ...], sites: Sequence[Site], context: str) -> None:
     decisions = [_decision(0, site) for site in sites]
     structure = _digest([(site.dtype, str(site.shape[-1]) if site.shape else "") for site in sites])
     effect = _digest(
-        [(d.pattern, d.flavour, site.eps) if d.fused else None for d, site in zip(decisions, sites, strict=True)]
+        [
+            (d.pattern, d.flavour, site.eps, d.lowered) if d.fused else None
+            for d, site in zip(decisions, sites, strict=True)
+        ]
     )
     if compared.given_up or (structure, effect) in compared.agreed:
         return

@@ -251,7 +251,7 @@
         make("span", { class: "dim", text: `site ${index}` }),
         make("button", { type: "button", class: "quiet", text: "Close", onclick: () => close(true) })),
       story.childElementCount ? story : null, facts,
-      make("div", { class: "sides" }, side("Before", site.before, ""), side("After", site.after, site.fused ? "" : "unchanged")));
+      make("div", { class: "sides" }, side("Before", site.before, ""), side("After", site.after, site.fused && !site.lowered ? "" : "unchanged")));
     for (const d of mine) panel.append(make("p", { class: "differs" }, make("strong", { text: "Ranks differ. " }), sentence(d.text)));
     return panel;
   }

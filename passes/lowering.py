@@ -1,0 +1,52 @@
+"""Fused sites that are lowered: the model's own nodes stay, and Inductor compiles what follows the all-reduce.
+
+On a CPU the op never has a kernel of its own: it is the group's all-reduce and eager operators behind it, and a call that
+Inductor cannot look into. The model's own nodes are the same all-reduce and an epilogue that Inductor fuses with whatever is
+around it. So where nothing is lost by it, the nodes stay, and the compiled code is what Inductor makes of the model alone.
+
+Every fact that decides is in the graph or in the options, which are equal on all ranks; never one that a rank alone has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from tpfuse import compat
+
+from . import values
+from .candidate import Candidate
+from .options import PassOptions
+
+LOW = (torch.bfloat16, torch.float16)
+
+
+def is_lowered(candidate: Candidate, options: PassOptions) -> bool:
+    """Whether a fused site runs as the model's own nodes.
+
+    Args:
+        candidate: judged legal.
+        options: ``lower`` says that Inductor compiles the graph and that no mode of the op would change its bits.
+    """
+    tensors = [values.value(node) for node in (candidate.collective.value, *candidate.operands)]
+    if not options.lower or any(tensor is None or tensor.device.type != "cpu" for tensor in tensors):
+        # On a GPU the ranks vote on a path when they first run, and a compile cache may serve some of them: no compile can know.
+        return False
+    if options.numerics == "relaxed":
+        return True
+    if all(tensor.dtype not in LOW for tensor in tensors if tensor is not None):
+        return True
+    # A mean of bf16 squares rounds inside of torch's operator, where nothing that is said about the graph reaches.
+    return compat.can_round() and candidate.norm.flavour.compute == "float32"
+
+
+def lower(candidates: Sequence[Candidate], options: PassOptions) -> None:
+    """Have every step of lowered regions round to bf16 and fp16 where the model does, as the op would.
+
+    Between operators that it fuses, Inductor keeps such values in fp32 otherwise. In fp32 and fp64 there is nothing to round.
+    """
+    if options.numerics == "exact" and compat.can_round():
+        for candidate in candidates:
+            for node in candidate.nodes:
+                compat.round_here(node)
