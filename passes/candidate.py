@@ -35,6 +35,21 @@ class Term:
 
 
 @dataclass(frozen=True)
+class Merged:
+    """Another sum that the fused op makes together with its own; see :mod:`.merged`.
+
+    Attributes:
+        collective: the other reduction.
+        nodes: what leads from it to the value that is added.
+        factor: what one of ``nodes`` multiplies it by: one value a row, or a number; None where nothing does.
+    """
+
+    collective: Collective
+    nodes: tuple[Node, ...]
+    factor: Node | float | None
+
+
+@dataclass(frozen=True)
 class Candidate:
     """A region that may be rewritten, with every operand of the fused op.
 
@@ -51,6 +66,7 @@ class Candidate:
         rounded: where ``h`` is a residual sum that was not rounded, the nodes that round it; none if nothing reads it rounded.
             None where ``h`` itself is the rounded value.
         block: the rows of the sum that this rank keeps, where it does not keep all.
+        merged: the other sum whose partial sum is added to ``collective.x`` before the one reduction of both.
     """
 
     collective: Collective
@@ -64,6 +80,7 @@ class Candidate:
     post_path: tuple[Node, ...] = ()
     rounded: tuple[Node, ...] | None = None
     block: RowBlock | None = None
+    merged: Merged | None = None
 
     @property
     def outputs(self) -> tuple[Node, ...]:
@@ -80,6 +97,8 @@ class Candidate:
     @property
     def pattern(self) -> str:
         parts = [start_of(self.collective, self.block)]
+        if self.merged is not None:
+            parts.append(self.merged.collective.kind)
         if self.bias is not None:
             parts.append("add" if any(t.kind == "full" and t.operand is self.bias for t in self.terms) else "bias")
         if self.scale != 1.0:
@@ -94,7 +113,9 @@ class Candidate:
     @property
     def operands(self) -> tuple[Node, ...]:
         """What the fused op reads besides the partial sum."""
-        return tuple(n for n in (self.bias, self.residual, self.norm.weight) if n is not None)
+        other = self.merged
+        theirs = () if other is None else (other.collective.x, other.factor)
+        return tuple(n for n in (self.bias, *theirs, self.residual, self.norm.weight) if isinstance(n, Node))
 
     @property
     def reshapes(self) -> tuple[Node, ...]:
@@ -109,6 +130,9 @@ class Candidate:
     def nodes(self) -> tuple[Node, ...]:
         """The nodes that the fused op replaces, the all-reduce first."""
         region = [self.collective.node, *self.collective.waits, *(self.block.nodes if self.block else ())]
+        if self.merged is not None:
+            other = self.merged.collective
+            region += [other.node, *other.waits, *self.merged.nodes]
         region += [node for term in self.terms for node in (*term.path, *term.casts, term.node)]
         region += [*(self.rounded or ()), *self.norm.steps, self.norm.out]
         if self.post_add is not None:
