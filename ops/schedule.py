@@ -48,12 +48,14 @@ def kernel_of(algorithm: str, c: Constants, variant: Variant, attribute: bool = 
     if found is None:
         from .kernels.one_shot import one_shot_kernel
         from .kernels.received_rows import received_rows_kernel
+        from .kernels.received_two_shot import received_two_shot_kernel
         from .kernels.two_shot import two_shot_kernel
 
         function = {
             "one_shot": one_shot_kernel,
             "two_shot": two_shot_kernel,
             "received_rows": received_rows_kernel,
+            "received_two_shot": received_two_shot_kernel,
         }[algorithm]
         options: dict[str, Any] = {
             "maxnreg": register_bound(algorithm, variant.world, Part(variant.lanes, variant.steps))

@@ -316,6 +316,7 @@ def _worker(
         from tpfuse.ops.kernel import launch_plain
         from tpfuse.ops.kernels.one_shot import one_shot_kernel
         from tpfuse.ops.kernels.received_rows import received_rows_kernel
+        from tpfuse.ops.kernels.received_two_shot import received_two_shot_kernel
         from tpfuse.ops.kernels.state import MAX_PROGRAMS, PARTIALS, RECORD
         from tpfuse.ops.kernels.two_shot import two_shot_kernel
         from tpfuse.ops.kernels.variant import GROUP_LANES, Variant, constants
@@ -412,7 +413,7 @@ def _worker(
                 )
                 function = {"one_shot": one_shot_kernel, "two_shot": two_shot_kernel}[call.algorithm]
                 if call.blocks > 1:
-                    function = received_rows_kernel
+                    function = received_rows_kernel if call.algorithm == "one_shot" else received_two_shot_kernel
                 if program is not None:
                     grid.append(programs)
                     launch_plain(function, 1, args, (c, variant))
