@@ -12,7 +12,8 @@ must be shown that B's kernel of call n - 1 has ended before A's call n + 1 begi
 
 1. A's call n has ended (stream order). It could end only because it consumed words that depend on every rank having
    started call n: in one-shot A polled a slot of every peer; in two-shot A polled a row's sum, which its owner pushed
-   after polling a slot of every peer, or owns every row itself and polled all peers directly.
+   after polling a slot of every peer, or owns every row itself and polled all peers directly. That a rank receives some
+   rows only (:mod:`.kernels.received_rows`, :mod:`.kernels.received_two_shot`) changes nothing: each gets a word of all.
 2. B started call n, so B's kernel of call n - 1 had ended (stream order), with all its zeros written.
 
 Hence a rank is never more than one call ahead of a peer, and its pushes meet zeros. The argument uses neither the shape
@@ -105,15 +106,16 @@ class Plane:
         """Raise ``RuntimeError`` if a poll on this plane has given up."""
         if self.seen[0]:
             _, missing, row, phase = (int(v) for v in self.seen)
-            waited = {0: "its rows", 1: "a program of the same rank (split row)", 2: "the sum of a row from its owner"}
-            source = (
-                f"rank {self.ranks[missing]}" if phase // 2 == 0 else f"the owner, rank {self.ranks[row % self.world]}"
-            )
-            if phase // 2 == 1:
-                source = "a sibling program"
+            # What was polled, as kernels add twice the number to the phase. The last one has the owner in place of the row.
+            source, what = (
+                (f"rank {self.ranks[missing]}", f"its rows, row {row}"),
+                ("a sibling program", f"a program of the same rank (split row), row {row}"),
+                (f"the owner, rank {self.ranks[row % self.world]}", f"the sum of a row from its owner, row {row}"),
+                (f"the owner, rank {self.ranks[row % self.world]}", "the sum of a row from its owner"),
+            )[phase // 2]
             raise RuntimeError(
                 f"tpfuse: rank {self.ranks[self.rank]} of group {self.group_name!r} (ranks {list(self.ranks)}) gave up "
-                f"waiting for {source}: {waited[phase // 2]}, row {row}, phase {phase % 2}. A peer has died, or the "
+                f"waiting for {source}: {what}, phase {phase % 2}. A peer has died, or the "
                 "ranks made different calls. Results since then are invalid. Restart the group, or call "
                 "tpfuse.ops.reset(group) on every rank; TPFUSE_WATCHDOG_SECONDS sets how long a poll waits."
             )

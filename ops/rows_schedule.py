@@ -15,7 +15,7 @@ from .schedule import Schedule, dependent_launch_of, kernel_of, launches_of, roo
 from .select import UNBOUNDED, Selection
 from .settings import Settings
 
-ALGORITHM = "received_rows"
+ONE_SHOT, TWO_SHOT = "received_rows", "received_two_shot"
 
 # Bytes of a block above which NCCL's reduce-scatter, which sends every row once, is as fast: four H200s, docs/results/rows.md.
 # Where several ranks receive a block, the library reduces every row on every rank, and the kernels win further up.
@@ -38,29 +38,55 @@ def rows_taken(p: Plane, settings: Settings, hidden: int, dtype: torch.dtype, bl
     return most // (hidden * dtype.itemsize)
 
 
-def rows_of_a_launch(p: Plane, settings: Settings, hidden: int, dtype: torch.dtype) -> int:
-    """Rows of each block that one launch may hold: a slot for each of them and each rank fits into a phase."""
+def one_shot_rows(p: Plane, settings: Settings, hidden: int, dtype: torch.dtype, blocks: int) -> int:
+    """How many rows a block may have in a call that takes one-shot.
+
+    With R of W ranks a block, two-shot sends ``(R - 1)(W - 2) / W`` of the bytes of ``x`` less out of each rank, and takes one
+    more round; for the all-reduce R is W. So it pays for itself at ``(W - 1) / (R - 1)`` times the bytes where the table says
+    that the all-reduce's does, and never for a block a rank.
+    """
+    receivers = p.world // blocks
+    if receivers == 1 or p.world == 2 or settings.algorithm == "one_shot":
+        return UNBOUNDED
+    if settings.algorithm == "two_shot":
+        return 0
+    thresholds = selection.entry(p.architecture, p.world, settings.table)
+    most = thresholds.one_shot_bytes * (p.world - 1) // (receivers - 1)
+    return most // (blocks * hidden * dtype.itemsize)
+
+
+def rows_of_a_launch(p: Plane, settings: Settings, hidden: int, dtype: torch.dtype, algorithm: str, blocks: int) -> int:
+    """Rows of each block that one launch may hold: a slot for each of them and each rank fits into a phase.
+
+    In two-shot a rank has slots for the rows that it owns, one for each rank, and one for the sum of every row.
+    """
     thresholds = selection.entry(p.architecture, p.world, settings.table)
     row_bytes = hidden * dtype.itemsize
-    return max(1, min(p.phase_bytes // (p.world * row_bytes), thresholds.launch_bytes // row_bytes))
+    fit = p.phase_bytes // row_bytes
+    fit = fit // p.world if algorithm == ONE_SHOT else (fit - p.world) // (blocks + 1)
+    return max(1, min(fit, thresholds.launch_bytes // row_bytes))
 
 
 def schedule_of(p: Plane, settings: Settings, c: Constants, dtype: torch.dtype, rows: int, blocks: int) -> Schedule:
     """Launches for ``rows`` rows of each block, or none: the library path."""
     if rows > rows_taken(p, settings, c.hidden, dtype, blocks):
         return Schedule(Selection("library", rows), ())
-    chosen = Selection(ALGORITHM, min(rows, rows_of_a_launch(p, settings, c.hidden, dtype)))
+    algorithm = ONE_SHOT if rows <= one_shot_rows(p, settings, c.hidden, dtype, blocks) else TWO_SHOT
+    chosen = Selection(algorithm, min(rows, rows_of_a_launch(p, settings, c.hidden, dtype, algorithm, blocks)))
     return Schedule(chosen, launches_of(p, settings, c, chosen, rows, blocks=blocks))
 
 
 def kernels_needed(p: Plane, settings: Settings, c: Constants, dtype: torch.dtype, blocks: int) -> list[Kernel]:
     """Every kernel that a call of this kind may need, whatever its rows."""
     taken = rows_taken(p, settings, c.hidden, dtype, blocks)
-    most = min(rows_of_a_launch(p, settings, c.hidden, dtype), taken)
-    if most == 0:
-        return []
-    found = variants_needed(room_of(p, settings, ALGORITHM), most, c.groups, dependent_launch_of(p, settings))
-    return [kernel_of(ALGORITHM, c, replace(variant, blocks=blocks), attribute) for variant, attribute in found]
+    limit = one_shot_rows(p, settings, c.hidden, dtype, blocks)
+    needed = []
+    for algorithm, largest in ((ONE_SHOT, min(taken, limit)), (TWO_SHOT, taken if taken > limit else 0)):
+        most = min(largest, rows_of_a_launch(p, settings, c.hidden, dtype, algorithm, blocks))
+        if most:
+            found = variants_needed(room_of(p, settings, algorithm), most, c.groups, dependent_launch_of(p, settings))
+            needed += [kernel_of(algorithm, c, replace(v, blocks=blocks), attribute) for v, attribute in found]
+    return needed
 
 
 def load(prepared: Prepared, p: Plane, dtype: torch.dtype, blocks: int) -> None:

@@ -48,6 +48,7 @@ def kernel_of(algorithm: str, c: Constants, variant: Variant, attribute: bool = 
     if found is None:
         from .kernels.one_shot import one_shot_kernel, one_shot_quant_kernel
         from .kernels.received_rows import received_rows_kernel
+        from .kernels.received_two_shot import received_two_shot_kernel
         from .kernels.two_shot import two_shot_kernel, two_shot_quant_kernel
 
         function = {
@@ -56,6 +57,7 @@ def kernel_of(algorithm: str, c: Constants, variant: Variant, attribute: bool = 
             ("two_shot", False): two_shot_kernel,
             ("two_shot", True): two_shot_quant_kernel,
             ("received_rows", False): received_rows_kernel,
+            ("received_two_shot", False): received_two_shot_kernel,
         }[algorithm, c.quantized]
         options: dict[str, Any] = {
             "maxnreg": register_bound(algorithm, variant.world, Part(variant.lanes, variant.steps))

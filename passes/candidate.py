@@ -36,6 +36,21 @@ class Term:
 
 
 @dataclass(frozen=True)
+class Merged:
+    """Another sum that the fused op makes together with its own; see :mod:`.merged`.
+
+    Attributes:
+        collective: the other reduction.
+        nodes: what leads from it to the value that is added.
+        factor: what one of ``nodes`` multiplies it by: one value a row, or a number; None where nothing does.
+    """
+
+    collective: Collective
+    nodes: tuple[Node, ...]
+    factor: Node | float | None
+
+
+@dataclass(frozen=True)
 class Candidate:
     """A region that may be rewritten, with every operand of the fused op.
 
@@ -53,6 +68,7 @@ class Candidate:
             None where ``h`` itself is the rounded value.
         block: the rows of the sum that this rank keeps, where it does not keep all.
         factor: a scalar tensor by which each rank multiplies what it gives to the sum, or None.
+        merged: the other sum whose partial sum is added to ``collective.x`` before the one reduction of both.
     """
 
     collective: Collective
@@ -67,6 +83,7 @@ class Candidate:
     rounded: tuple[Node, ...] | None = None
     block: RowBlock | None = None
     factor: Node | None = None
+    merged: Merged | None = None
 
     @property
     def outputs(self) -> tuple[Node, ...]:
@@ -83,6 +100,8 @@ class Candidate:
     @property
     def pattern(self) -> str:
         parts = [start_of(self.collective, self.block)]
+        if self.merged is not None:
+            parts.append(self.merged.collective.kind)
         if self.bias is not None:
             parts.append("add" if any(t.kind == "full" and t.operand is self.bias for t in self.terms) else "bias")
         if self.scale != 1.0 or self.factor is not None:
@@ -97,12 +116,15 @@ class Candidate:
     @property
     def operands(self) -> tuple[Node, ...]:
         """What the fused op reads besides the partial sum."""
-        return tuple(n for n in (self.bias, self.residual, self.norm.weight, self.factor) if n is not None)
+        other = self.merged
+        theirs = () if other is None else (other.collective.x, other.factor)
+        operands = (self.bias, *theirs, self.residual, self.norm.weight, self.factor)
+        return tuple(n for n in operands if isinstance(n, Node))
 
     @property
     def exact(self) -> bool:
         """Whether the fused op gives the model's bits; False only with relaxed numerics."""
-        return self.norm.exact and self.factor is None
+        return self.norm.exact and self.factor is None and self.merged is None
 
     @property
     def reshapes(self) -> tuple[Node, ...]:
@@ -117,6 +139,9 @@ class Candidate:
     def nodes(self) -> tuple[Node, ...]:
         """The nodes that the fused op replaces, the all-reduce first."""
         region = [self.collective.node, *self.collective.waits, *(self.block.nodes if self.block else ())]
+        if self.merged is not None:
+            other = self.merged.collective
+            region += [other.node, *other.waits, *self.merged.nodes]
         region += [node for term in self.terms for node in (*term.path, *term.casts, term.node)]
         region += [*(self.rounded or ()), *self.norm.steps, self.norm.out]
         if self.post_add is not None:

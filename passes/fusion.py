@@ -18,6 +18,7 @@ from .candidate import Candidate, Found
 from .failure import guarded, internal, kept
 from .judge import judge
 from .legality import Legality, reduction, settle
+from .merged import merge
 from .options import PassOptions
 from .reasons import Refusal
 from .replacement import Replacement, build
@@ -84,6 +85,8 @@ def _rewrite(g: Graph, options: PassOptions, training: bool) -> tuple[list[Site]
     found = collectives.find(g)
     legality = Legality(g)
     looked = settle([guarded(c, options, partial(_look, legality, options)) for c in found]) if found else []
+    if options.numerics == "relaxed":
+        looked = merge(looked, legality)
     built: dict[Node, Replacement] = {}
     for position, item in enumerate(looked):
         if isinstance(item.outcome, Candidate):
@@ -94,7 +97,8 @@ def _rewrite(g: Graph, options: PassOptions, training: bool) -> tuple[list[Site]
     receivers = _receivers(looked)
     audits = sharing.audit(found, places, receivers)
     judged = judge(looked, places, audits, sharing.refuted(found, places, receivers), options, training)
-    sites = [site_of(f, p, audits) for f, p in zip(judged, places, strict=True)]
+    absorbed = {f.outcome.merged.collective: f for f in judged if isinstance(f.outcome, Candidate) and f.outcome.merged}
+    sites = [site_of(f, p, audits, absorbed.get(f.collective)) for f, p in zip(judged, places, strict=True)]
 
     decisions: list[rewrite.Decision] = []
     lowered: list[Candidate] = []
@@ -112,14 +116,20 @@ def _rewrite(g: Graph, options: PassOptions, training: bool) -> tuple[list[Site]
                 decisions.append(decision)
     try:
         lowering.lower(lowered, options)
-        fused = iter(rewrite.apply(g, decisions))
+        fused = rewrite.apply(g, decisions)
     except Exception as error:
         if options.verify:
             raise
         refusal = internal(error)
         kept = [Found(f.collective, refusal, f.pattern) if s.fused else f for f, s in zip(judged, sites, strict=True)]
         return [site_of(f, p, audits) for f, p in zip(kept, places, strict=True)], audits
-    return [replace(s, replaced_by=next(fused).name) if s.fused and not s.lowered else s for s in sites], audits
+    names: dict[collectives.Collective, str] = {}
+    for decision, node in zip(decisions, fused, strict=True):
+        candidate = decision.candidate
+        names[candidate.collective] = node.name
+        if candidate.merged is not None:
+            names[candidate.merged.collective] = node.name
+    return [replace(s, replaced_by=names.get(f.collective)) for s, f in zip(sites, judged, strict=True)], audits
 
 
 def _receivers(looked: list[Found]) -> dict[collectives.Collective, tuple[int, ...]]:

@@ -22,6 +22,7 @@ from ..ops import reference
 from ..ops.flavour import Flavour
 from . import values
 from .candidate import Candidate
+from .legality import MUL
 from .reasons import Reason, Refusal
 
 OP = torch.ops.tpfuse.all_reduce_add_rms_norm.default
@@ -200,8 +201,11 @@ def _build(new: Replacement) -> None:
         bias = _followed(new, new.fit(bias, candidate.terms[full].node), full + 1)
     elif bias is not None and len(new.shape(bias)) != 1:
         bias = new.call(aten.view.default, bias, [values.width(candidate.h.root)])
-    given: Node | Value = c.x if candidate.factor is None else new.call(aten.mul.Tensor, c.x, candidate.factor)
-    x = given if block is not None else _followed(new, given, 0)
+    if candidate.merged is not None:
+        x: Node | Value = _merged(new)
+    else:
+        given: Node | Value = c.x if candidate.factor is None else new.call(aten.mul.Tensor, c.x, candidate.factor)
+        x = given if block is not None else _followed(new, given, 0)
     residual: Node | Value | None = candidate.residual
     if residual is not None:
         residual = new.fit(residual, x if block is None else candidate.post_add or candidate.terms[-1].node)
@@ -224,6 +228,23 @@ def _build(new: Replacement) -> None:
     for node in candidate.outputs[1:]:
         path = [] if candidate.rounded is None else candidate.h.path(cast(Node, node.args[0]))
         new.outputs.append((node, cast(Value, new.repeat(tuple(path), summed))))
+
+
+def _merged(new: Replacement) -> Node | Value:
+    """The two partial sums of one reduction, added."""
+    candidate, merged = new.candidate, new.candidate.merged
+    assert merged is not None
+    mine: Node | Value = candidate.collective.x
+    if candidate.block is None:  # in the shape in which the model adds the sums
+        mine = new.fit(new.repeat(candidate.terms[0].path, mine), candidate.terms[0].node)
+    other: Node | Value = new.fit(merged.collective.x, merged.collective.value) if merged.nodes else merged.collective.x
+    for node in merged.nodes:
+        if node.target in MUL:
+            other = new.call(aten.mul.Tensor, other, merged.factor)
+        else:
+            other = new.repeat((node,), other)
+    total = new.call(aten.add.Tensor, mine, new.fit(other, mine))
+    return total if candidate.block is not None else _followed(new, total, 1)
 
 
 def _followed(new: Replacement, value: Node | Value, start: int) -> Node | Value:

@@ -123,11 +123,14 @@ def _check(graph: Graph, decisions: Sequence[Decision], dead: set[Node]) -> None
                 raise RuntimeError(f"{node.name} would read {source.name} before it is computed, or after it is erased")
         seen.add(node)
     for decision in decisions:
-        c = decision.candidate.collective
+        candidate = decision.candidate
+        c = candidate.collective
+        both = [c.node, *([] if candidate.merged is None else [candidate.merged.collective.node])]
         # It would be summed twice: slower than no fusion, and silent.
-        if c.index is None and c.node not in dead:
-            readers = ", ".join(u.name for u in c.node.users if u not in dead)
-            raise RuntimeError(f"{c.node.name} was fused, but {readers} still reads it")
+        for node in both if c.index is None else ():
+            if node not in dead:
+                readers = ", ".join(u.name for u in node.users if u not in dead)
+                raise RuntimeError(f"{node.name} was fused, but {readers} still reads it")
 
 
 def _shrink(graph: Graph, found: Sequence[Collective]) -> set[Node]:
@@ -197,6 +200,10 @@ def verify(decision: Decision) -> str | None:
             theirs.update(dict.fromkeys((c.node, c.value, *c.waits), known[c.x]))
         else:
             theirs[candidate.kept] = candidate.block.of(known[c.x], kept_shape(candidate))
+        if candidate.merged is not None:
+            other, whole = candidate.merged.collective, known[candidate.merged.collective.x]
+            total = whole if candidate.block is None else candidate.block.of(whole, kept_shape(candidate))
+            theirs.update(dict.fromkeys((other.node, other.value, *other.waits), total))
         for node, value in new.outputs:
             name, got = "normed" if node is norm.out else "residual_out", ours[value.index]
             model = _run(node, theirs)

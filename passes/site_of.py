@@ -11,7 +11,8 @@ from .candidate import Candidate, Found
 from .report import LayerAudit, Site
 
 
-def site_of(item: Found, spot: sharing.Place, audits: list[LayerAudit]) -> Site:
+def site_of(item: Found, spot: sharing.Place, audits: list[LayerAudit], within: Found | None = None) -> Site:
+    """``within`` is the fused site whose reduction makes this sum too, if there is one."""
     c, outcome = item.collective, item.outcome
     tensor = values.value(c.value)
     layer = next((a for a in audits if a.layer == spot.layer), None)
@@ -36,6 +37,17 @@ def site_of(item: Found, spot: sharing.Place, audits: list[LayerAudit]) -> Site:
             eps=norm.eps,
             flavour=str(norm.flavour),
             admitted=item.admitted,
+            **common,
+        )
+    if within is not None:
+        bytes_a_row = 0 if tensor is None else tensor.shape[-1] * tensor.dtype.itemsize
+        return Site(
+            fused=True,
+            reason=None,
+            detail=f"its partial sum is added to that of {within.collective.node.name}, and one reduction makes both (relaxed: "
+            f"other bits than the model's); saves one {c.kind} of {bytes_a_row} bytes a row",
+            pattern=within.pattern,
+            nodes=[n.name for n in dict.fromkeys([c.node, *c.waits])],
             **common,
         )
     names = dict.fromkeys([c.node.name, *(w.name for w in c.waits)])

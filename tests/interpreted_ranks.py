@@ -352,6 +352,7 @@ def _worker(
         from tpfuse.ops.kernels.one_shot import one_shot_kernel, one_shot_quant_kernel
         from tpfuse.ops.kernels.quant_constants import quantized
         from tpfuse.ops.kernels.received_rows import received_rows_kernel
+        from tpfuse.ops.kernels.received_two_shot import received_two_shot_kernel
         from tpfuse.ops.kernels.state import MAX_PROGRAMS, PARTIALS, RECORD
         from tpfuse.ops.kernels.two_shot import two_shot_kernel, two_shot_quant_kernel
         from tpfuse.ops.kernels.variant import GROUP_LANES, Variant, constants
@@ -468,7 +469,7 @@ def _worker(
                     ("two_shot", True): two_shot_quant_kernel,
                 }[call.algorithm, bool(extra)]
                 if call.blocks > 1:
-                    function = received_rows_kernel
+                    function = received_rows_kernel if call.algorithm == "one_shot" else received_two_shot_kernel
                 if program is not None:
                     grid.append(programs)
                     launch_plain(function, 1, args, (c, variant))

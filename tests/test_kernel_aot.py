@@ -16,13 +16,14 @@ from tpfuse.ops.kernels.add_norm import add_norm_kernel
 from tpfuse.ops.kernels.memory import NAN_WORD
 from tpfuse.ops.kernels.one_shot import one_shot_kernel
 from tpfuse.ops.kernels.received_rows import received_rows_kernel
+from tpfuse.ops.kernels.received_two_shot import received_two_shot_kernel
 from tpfuse.ops.kernels.two_shot import two_shot_kernel
 from tpfuse.ops.kernels.variant import GROUP_LANES, Constants, Variant, constants, torch_dtype
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 KERNELS = {"one_shot": one_shot_kernel, "two_shot": two_shot_kernel}
-ALL = {**KERNELS, "received_rows": received_rows_kernel}
+ALL = {**KERNELS, "received_rows": received_rows_kernel, "received_two_shot": received_two_shot_kernel}
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 # Triton takes half a second for a kernel: all of sm_90, for which the table was measured, are compiled always, those of the
 # others where slow tests run, but for the few that decode takes.
@@ -146,6 +147,19 @@ def test_rows_with_destinations_do_not_spill(world: int, blocks: int, arch: int,
         chosen = {geometry(room, rows, hidden // 1024).part for rows in (1, 64, 4096)}
         for part in sorted(chosen, key=str):
             _check("received_rows", _constants(hidden), world, part, arch, tmp_path, blocks)
+
+
+@pytest.mark.parametrize("arch", NVIDIA)
+@pytest.mark.parametrize(
+    ("world", "blocks"),
+    ((8, 2), pytest.param(4, 2, marks=pytest.mark.slow), pytest.param(8, 4, marks=pytest.mark.slow)),
+)
+def test_two_shot_with_destinations_does_not_spill(world: int, blocks: int, arch: int, tmp_path: Path) -> None:
+    room = Room("received_two_shot", world, 132)
+    for hidden in (4096, 7168):
+        chosen = {geometry(room, rows, hidden // 1024).part for rows in (1, 64, 4096)}
+        for part in sorted(chosen, key=str):
+            _check("received_two_shot", _constants(hidden), world, part, arch, tmp_path, blocks)
 
 
 @pytest.mark.parametrize("worlds", ((8,), pytest.param((2, 4), marks=pytest.mark.slow)), ids=str)

@@ -122,22 +122,22 @@ def warm(calls: list[Call], rank: int, world: int) -> None:
     """Compile what calls of both ops need, each rank its share; then every rank loads everything, before anything runs."""
     if DEVICE == "cpu":
         return
-    path = paths.describe_path()
-    assert path.plane is not None, path.cause
-    for algorithm in ALGORITHMS[1:]:
+    found: dict[int, Any] = {}
+    for algorithm in ALGORITHMS:
         on_ranks.force(algorithm)
         on_ranks.warm([call for call in calls if call.blocks == 1], rank, world)
+        path = paths.describe_path()
+        assert path.plane is not None, path.cause
+        for call in calls:
+            if call.blocks == 1 or not call.rows:
+                continue
+            weight = None if call.flavour == "weightless" else call.weight_dtype or call.dtype
+            kind = {"bias": call.bias, "scaled": call.scale != 1.0, "has_residual": call.residual}
+            c = constants(call.dtype, weight, call.hidden, NAMED[call.flavour], post_norm=call.post_norm, **kind)  # type: ignore[arg-type]
+            of = rows_schedule.schedule_of(path.plane, path.settings, c, call.dtype, call.rows, call.blocks)
+            for launch in of.launches:
+                found.setdefault(id(launch.kernel), (launch.kernel, c))
     on_ranks.force("auto")
-    found: dict[int, Any] = {}
-    for call in calls:
-        if call.blocks == 1 or not call.rows:
-            continue
-        weight = None if call.flavour == "weightless" else call.weight_dtype or call.dtype
-        kind = {"bias": call.bias, "scaled": call.scale != 1.0, "has_residual": call.residual}
-        c = constants(call.dtype, weight, call.hidden, NAMED[call.flavour], post_norm=call.post_norm, **kind)  # type: ignore[arg-type]
-        of = rows_schedule.schedule_of(path.plane, path.settings, c, call.dtype, call.rows, call.blocks)
-        for launch in of.launches:
-            found.setdefault(id(launch.kernel), (launch.kernel, c))
     if rank == 0:
         print(f"  {len(found)} kernels to compile for rows with destinations", flush=True)
     for mine in (True, False):

@@ -1,0 +1,149 @@
+"""Two sums over the same ranks that are added become one reduction, with relaxed numerics only.
+
+On a fake group a sum over ranks is the partial sum itself, so graphs can be run and compared.
+"""
+
+from __future__ import annotations
+
+import graphs
+import pytest
+import torch
+import torch.distributed as dist
+from tpfuse.passes import PassOptions
+
+H = 16
+RELAXED = PassOptions(policy="all", numerics="relaxed", verify=True)
+ROWS = torch.ops.tpfuse.reduce_rows_add_rms_norm.default
+c10d = torch.ops._c10d_functional
+
+
+@pytest.fixture(autouse=True, scope="module")
+def group():
+    graphs.start_fake_group(4, 1)
+    yield dist.new_group([0, 1]).group_name
+    dist.destroy_process_group()
+
+
+def norm(h, w):
+    return w * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+
+def random(*shape, seed=0, dtype=torch.bfloat16):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def inputs(dtype=torch.bfloat16):
+    return *(random(3, H, seed=n, dtype=dtype) for n in range(3)), random(H, seed=3, dtype=dtype)
+
+
+def routed_and_shared(a, b, r, w):
+    h = r + (graphs.all_reduce(a) + graphs.all_reduce(b))
+    return norm(h, w), h
+
+
+def fused(f, args, options=RELAXED, target=graphs.OP):
+    gm = graphs.trace(f, args)
+    new, report = graphs.fused_copy(gm, options)
+    new.graph.lint()
+    assert graphs.equal(
+        graphs.run(new, *args), graphs.run(gm, *args)
+    )  # a fake group sums nothing: the bits must be equal
+    return new, report
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_two_sums_become_one_reduction_and_the_report_says_what_it_saves(dtype):
+    new, report = fused(routed_and_shared, inputs(dtype))
+    first, second = report.sites
+    assert (first.fused, second.fused, graphs.count(new), graphs.all_reduces_left(new)) == (True, True, 1, 0)
+    assert first.pattern == second.pattern == "all_reduce+all_reduce+add+rms_norm"
+    assert first.replaced_by == second.replaced_by is not None
+    assert f"saves one all_reduce of {H * dtype.itemsize} bytes a row" in first.detail
+    assert "relaxed" in first.detail and second.nodes[0] in first.detail
+
+
+def test_exact_numerics_keep_both():
+    new, report = fused(routed_and_shared, inputs(), PassOptions(policy="all", verify=True))
+    first, second = report.sites
+    assert (first.fused, first.reason, second.fused) == (False, "sum-of-reductions", True)
+    assert (graphs.count(new), graphs.all_reduces_left(new)) == (1, 1)
+
+
+def test_shapes_that_differ_by_views_and_a_scale_behind_the_sums():
+    def f(a, b, r, w):
+        total = graphs.all_reduce(a).view(1, 3, H) + graphs.all_reduce(b.view(1, 1, 3, H)).view(1, 3, H)
+        h = r.view(1, 3, H) + 0.5 * total
+        return norm(h, w), h
+
+    assert all(s.fused for s in fused(f, inputs())[1].sites)
+
+
+def test_two_reduce_scatters():
+    def scatter(x):
+        return c10d.wait_tensor(c10d.reduce_scatter_tensor(x, "sum", 4, graphs.world()))
+
+    def f(a, b, r, w):
+        h = r + (scatter(a) + scatter(b))
+        return norm(h, w), h
+
+    args = random(8, H), random(8, H, seed=1), random(2, H, seed=2), random(H, seed=3)
+    gm = graphs.trace(f, args)
+    new, report = graphs.fused_copy(gm, RELAXED)  # verified against the model's own nodes
+    assert [s.pattern for s in report.sites] == ["reduce_scatter+reduce_scatter+add+rms_norm"] * 2
+    assert graphs.count(new, ROWS) == 1
+    assert not any("reduce_scatter_tensor" in str(n.target) for n in new.graph.nodes)
+
+
+def test_a_factor_that_every_rank_has():
+    """A gate over the sum of an earlier reduction."""
+
+    def f(a, b, r, w):
+        gate = torch.sigmoid(graphs.all_reduce(r).mean(-1, keepdim=True))
+        h = r + (graphs.all_reduce(a) * gate + graphs.all_reduce(b))
+        return norm(h, w), h
+
+    new, report = fused(f, inputs())
+    assert [s.fused for s in report.sites] == [False, True, True]
+    assert (graphs.count(new), graphs.all_reduces_left(new)) == (1, 1)
+
+
+@pytest.mark.parametrize("what", ["input", "half of the ranks", "number"])
+def test_a_factor_that_may_differ_between_ranks_is_refused(group, what):
+    def f(a, b, r, w):
+        gate = {
+            "input": lambda: r[:, :1],
+            "half of the ranks": lambda: graphs.all_reduce(r, group=group).mean(-1, keepdim=True),
+            "number": lambda: graphs.all_reduce(r).mean(-1, keepdim=True) * dist.get_rank(),
+        }[what]()
+        h = r + (graphs.all_reduce(a) * gate + graphs.all_reduce(b))
+        return norm(h, w), h
+
+    _, report = fused(f, inputs())
+    shared, routed = [s for s in report.sites if len(s.group) == 4][-2:]
+    assert (shared.fused, shared.reason, routed.fused) == (False, "sum-of-reductions", True)
+    assert "they stay two reductions: the factor" in shared.detail and "may differ between the ranks" in shared.detail
+
+
+def test_another_group_and_another_reader_are_refused(group):
+    def groups(a, b, r, w):
+        h = r + (graphs.all_reduce(a, group=group) + graphs.all_reduce(b))
+        return norm(h, w), h
+
+    def reader(a, b, r, w):
+        first = graphs.all_reduce(a)
+        h = r + (first + graphs.all_reduce(b))
+        return norm(h, w), first.amax()
+
+    for f, why in ((groups, "over [0, 1], all_reduce"), (reader, "amax reads")):
+        first, second = fused(f, inputs())[1].sites
+        assert (first.fused, second.fused) == (False, True)
+        assert why in first.detail, first.detail
+
+
+def test_fuel_and_policy_keep_both():
+    for options in (
+        PassOptions(policy="all", numerics="relaxed", fuel=0),
+        PassOptions(policy="off", numerics="relaxed"),
+    ):
+        new, report = fused(routed_and_shared, inputs(), options)
+        assert not any(s.fused for s in report.sites) and graphs.all_reduces_left(new) == 2

@@ -1,0 +1,84 @@
+"""Which kernel rows with destinations take, and in launches of how many rows. Pure, so that ranks cannot disagree."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tpfuse.ops import rows_schedule
+from tpfuse.ops.select import TABLE, UNBOUNDED, entry, phase_bytes
+from tpfuse.ops.settings import Settings
+
+H, BF16 = 7168, torch.bfloat16
+
+
+def plane(world: int, architecture: str = "sm_90") -> Any:
+    phase = phase_bytes(entry(architecture, world))
+    return SimpleNamespace(architecture=architecture, world=world, phase_bytes=phase)
+
+
+def settings(**changes: Any) -> Any:
+    return SimpleNamespace(**{"table": TABLE, "algorithm": "auto", "batch_invariant": False, **changes})
+
+
+def limit(world: int, blocks: int, **changes: Any) -> int:
+    return rows_schedule.one_shot_rows(plane(world), settings(**changes), H, BF16, blocks)
+
+
+def sent(world: int, blocks: int, algorithm: str) -> float:
+    """Bytes out of each rank by the rows' own arithmetic, as a part of those of x: pushes to owners and receivers."""
+    receivers, out = world // blocks, 0
+    for row in range(world * receivers):  # of each block; a multiple of the owners
+        for block in range(blocks):
+            of_block = range(block * receivers, (block + 1) * receivers)
+            for rank in range(world):
+                if algorithm == rows_schedule.ONE_SHOT:
+                    out += sum(r != rank for r in of_block)
+                else:
+                    owner = of_block[row % receivers]
+                    out += (owner != rank) + (owner == rank) * (receivers - 1)
+    return out / world / (world * receivers * blocks)
+
+
+@pytest.mark.parametrize("world", range(2, 9))
+def test_two_shot_is_for_blocks_of_several_ranks_where_it_sends_less(world: int) -> None:
+    for blocks in [n for n in range(2, world + 1) if world % n == 0]:
+        receivers = world // blocks
+        one, two = (sent(world, blocks, name) for name in (rows_schedule.ONE_SHOT, rows_schedule.TWO_SHOT))
+        assert one == pytest.approx(receivers * (world - 1) / world)
+        assert two == pytest.approx((world + receivers - 2) / world)
+        if receivers == 1:
+            assert one == two and limit(world, blocks) == UNBOUNDED
+            continue
+        # The all-reduce's two-shot pays for its second round at the table's bytes, with so much less to send:
+        thresholds = entry("sm_90", world)
+        saved = thresholds.one_shot_bytes * ((world - 1) - 2 * (world - 1) / world)
+        rows = limit(world, blocks)
+        assert rows * blocks * H * 2 * (one - two) <= saved < (rows + 1) * blocks * H * 2 * (one - two)
+
+
+def test_forced_algorithms_and_batch_invariance() -> None:
+    assert limit(8, 2, algorithm="one_shot") == UNBOUNDED
+    assert limit(8, 2, algorithm="two_shot") == 0
+    assert limit(8, 8, algorithm="two_shot") == UNBOUNDED  # two-shot would send no less
+    assert rows_schedule.rows_taken(plane(8), settings(algorithm="library"), H, BF16) == 0
+    assert rows_schedule.rows_taken(plane(8), settings(batch_invariant=True), H, BF16) == UNBOUNDED
+
+
+@pytest.mark.parametrize("architecture", ["sm_90", "sm_90-shared", "sm_90-pcie"])
+def test_the_slots_of_a_launch_fit_a_phase(architecture: str) -> None:
+    for world in range(2, 9):
+        p = plane(world, architecture)
+        for blocks in [n for n in range(2, world + 1) if world % n == 0]:
+            for hidden in (64, 7168, 16384):
+                for algorithm in (rows_schedule.ONE_SHOT, rows_schedule.TWO_SHOT):
+                    rows = rows_schedule.rows_of_a_launch(p, settings(), hidden, BF16, algorithm, blocks)
+                    owned = -(-rows // (world // blocks)) * world
+                    slots = rows * world if algorithm == rows_schedule.ONE_SHOT else owned + rows
+                    assert rows >= 1 and slots * hidden * 2 <= p.phase_bytes
+
+
+def test_the_settings_of_the_process_have_what_is_asked_of_them() -> None:
+    assert {"table", "algorithm", "batch_invariant"} <= set(Settings.__dataclass_fields__)
