@@ -9,6 +9,7 @@ from torch.fx import Node
 from . import values
 from .collectives import Collective
 from .norms import NormForm
+from .quantization import Quantization
 from .reasons import Refusal
 from .rows import RowBlock
 
@@ -51,6 +52,8 @@ class Candidate:
         rounded: where ``h`` is a residual sum that was not rounded, the nodes that round it; none if nothing reads it rounded.
             None where ``h`` itself is the rounded value.
         block: the rows of the sum that this rank keeps, where it does not keep all.
+        quantization: of the norm, where the fused op does that too.
+        note: about a quantization of the norm that it does not do.
     """
 
     collective: Collective
@@ -64,6 +67,8 @@ class Candidate:
     post_path: tuple[Node, ...] = ()
     rounded: tuple[Node, ...] | None = None
     block: RowBlock | None = None
+    quantization: Quantization | None = None
+    note: str = ""
 
     @property
     def outputs(self) -> tuple[Node, ...]:
@@ -89,12 +94,15 @@ class Candidate:
         parts.append("rms_norm")
         if self.post_add is not None:
             parts.append("add")
+        if self.quantization is not None:
+            parts.append("quantize")
         return "+".join(parts)
 
     @property
     def operands(self) -> tuple[Node, ...]:
         """What the fused op reads besides the partial sum."""
-        return tuple(n for n in (self.bias, self.residual, self.norm.weight) if n is not None)
+        static_scale = None if self.quantization is None else self.quantization.static_scale
+        return tuple(n for n in (self.bias, self.residual, self.norm.weight, static_scale) if n is not None)
 
     @property
     def reshapes(self) -> tuple[Node, ...]:
@@ -113,6 +121,8 @@ class Candidate:
         region += [*(self.rounded or ()), *self.norm.steps, self.norm.out]
         if self.post_add is not None:
             region += [*self.post_path, self.post_add]
+        if self.quantization is not None:
+            region += self.quantization.nodes
         return tuple(dict.fromkeys(region))
 
 

@@ -42,6 +42,8 @@ class Site:
         flavour: the norm's rounding order as ``str(Flavour)``, or None.
         matched: the steps that matched before the refusal, in order (the nearest miss).
         replaced_by: name of the fused node, or None.
+        quantizer: how the fused op quantizes the norm, as ``str(tpfuse.ops.Quantizer)``, or None where it does not.
+        note: what else is to know about a fused site: why a quantization behind its norm stays outside; or ``""``.
     """
 
     fused: bool
@@ -60,6 +62,8 @@ class Site:
     flavour: str | None = None
     matched: tuple[str, ...] = ()
     replaced_by: str | None = None
+    quantizer: str | None = None
+    note: str = ""
 
     @property
     def remedy(self) -> str:
@@ -170,7 +174,7 @@ class GraphReport:
         return html(self)
 
     def summary(self) -> str:
-        """One line, e.g. ``graph-0: 61 all-reduces, 60 fused, 1 kept (no-norm 1)``."""
+        """One line, e.g. ``graph-0: 61 all-reduces, 60 fused, 1 kept (no-norm 1)``, or ``60 fused (60 quantized)``."""
         counts: dict[str, int] = {}
         for site in self.kept:
             counts[str(site.reason)] = counts.get(str(site.reason), 0) + 1
@@ -182,7 +186,9 @@ class GraphReport:
         )
         scattered = sum(site.pattern.startswith("reduce_scatter") for site in self.sites)
         what = "reductions" if scattered else "all-reduces"
-        return f"{self.graph_id}: {len(self.sites)} {what}, {len(self.fused)} fused, {kept}{others}"
+        quantized = sum(site.quantizer is not None for site in self.fused)
+        also = f" ({quantized} quantized)" if quantized else ""
+        return f"{self.graph_id}: {len(self.sites)} {what}, {len(self.fused)} fused{also}, {kept}{others}"
 
 
 def _site(data: dict[str, Any]) -> Site:

@@ -27,14 +27,19 @@ def site_of(item: Found, spot: sharing.Place, audits: list[LayerAudit]) -> Site:
     if isinstance(outcome, Candidate):
         norm = outcome.norm
         exact = "" if norm.exact else " (relaxed: other bits than the model's)"
+        quantization = outcome.quantization
+        quantized = "" if quantization is None else f"; quantized: {quantization.words}"
+        note = f"; {outcome.note}" if outcome.note else ""
         return Site(
             fused=True,
             reason=None,
-            detail=f"{norm.flavour.describe()}{exact}",
+            detail=f"{norm.flavour.describe()}{exact}{quantized}{note}",
             pattern=outcome.pattern,
             nodes=[n.name for n in outcome.nodes],
             eps=norm.eps,
             flavour=str(norm.flavour),
+            quantizer=None if quantization is None else str(quantization.quantizer),
+            note=outcome.note,
             **common,
         )
     names = dict.fromkeys([c.node.name, *(w.name for w in c.waits)])

@@ -1,0 +1,238 @@
+"""Operators that quantize in one call, each with the arithmetic it is known to have, and where it takes and gives what.
+
+The arithmetic of an operator cannot be read from the graph, so it is declared: here for operators of libraries, and by
+:func:`register_quantizer`. A further argument may change the arithmetic, so a call counts only where each has the value that was
+declared, else its default.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from tpfuse import compat
+
+from ..ops.quantizer import FBGEMM_TOKEN, TORCHAO_STATIC, VLLM_STATIC, Quantizer
+from . import values
+from .quant_expression import Known
+
+
+@dataclass(frozen=True)
+class QuantizerSpelling:
+    """How one operator spells a quantization of the rows of a tensor.
+
+    Attributes:
+        name: of the overload, e.g. ``vllm::scaled_quant.default``.
+        quantizer: its arithmetic.
+        input: position or keyword of the tensor that it quantizes over its last dimension.
+        static_scale: position or keyword of the scale that it is given, or None.
+        quantized, scales: positions of its results; ``scales`` is None without such a result. For an operator that writes
+            into its arguments they are the names of those.
+        arguments: values that further arguments must have, where not their defaults.
+    """
+
+    name: str
+    quantizer: Quantizer
+    input: int | str = 0
+    static_scale: int | str | None = None
+    quantized: int | str = 0
+    scales: int | str | None = 1
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of such an operator on the norm."""
+
+    node: Node
+    quantizer: Quantizer
+    static_scale: Node | None
+    quantized: list[Node]
+    scales: list[Node]
+
+
+_BUILT_IN = {
+    spelling.name: spelling
+    for spelling in (
+        # torchao's quantization of exported models, with the scale that calibration found.
+        QuantizerSpelling(
+            "torchao::quantize_affine_float8_non_decomposed.default",
+            TORCHAO_STATIC,
+            static_scale=1,
+            scales=None,
+        ),
+        # FBGEMM and MSLK, which torchao takes for rows on a GPU where it is installed.
+        QuantizerSpelling("triton::quantize_fp8_row.default", FBGEMM_TOKEN),
+        # vLLM's kernel for a static scale, which writes into a buffer that it is given.
+        QuantizerSpelling(
+            "_C::static_scaled_fp8_quant.default",
+            VLLM_STATIC,
+            input="input",
+            static_scale="scale",
+            quantized="result",
+            scales=None,
+        ),
+    )
+}
+_registered: dict[str, QuantizerSpelling] = {}
+
+
+def register_quantizer(
+    op: Any,
+    quantizer: Quantizer | str,
+    *,
+    input: int | str = 0,
+    static_scale: int | str | None = None,
+    quantized: int | str = 0,
+    scales: int | str | None = 1,
+    arguments: Mapping[str, Any] | None = None,
+) -> None:
+    """Teach the pass an operator that quantizes to fp8, so that it becomes part of the fused op.
+
+    Args:
+        op: an ``OpOverload`` (or a packet with a ``default`` overload).
+        quantizer: its arithmetic, exactly: the fused op gives the bits that this describes in place of the operator's.
+        input: position or keyword of the tensor whose rows, over the last dimension, it quantizes.
+        static_scale: position or keyword of the scale that it is given, one fp32 value; exactly where the quantizer's granularity
+            is ``tensor``.
+        quantized, scales: positions of its results, None for scales that it does not return; for an operator that writes into
+            its arguments, their names.
+        arguments: values that further arguments must have for this arithmetic, by keyword; those not named must have their
+            defaults. A call with others is left alone.
+    Raises:
+        TypeError: ``op`` is not an operator of ``torch.ops``.
+        ValueError: the quantizer is not valid, or has a static scale and no argument for it, or the reverse.
+    """
+    overload = getattr(op, "default", op)
+    if not isinstance(overload, torch._ops.OpOverload):
+        raise TypeError(
+            f"register_quantizer: op is {op!r}; expected an operator such as torch.ops.mylib.quantize.default"
+        )
+    parsed = Quantizer.parse(quantizer) if isinstance(quantizer, str) else quantizer
+    if (parsed.granularity == "tensor") != (static_scale is not None):
+        raise ValueError(
+            f"register_quantizer: static_scale is {static_scale!r} and the quantizer's granularity {parsed.granularity!r}; name "
+            "the argument that holds the scale exactly when the granularity is 'tensor'"
+        )
+    names = [a.name for a in overload._schema.arguments]
+    unknown = [n for n in (arguments or {}) if n not in names]
+    if unknown:
+        raise ValueError(f"register_quantizer: {overload} has no arguments {unknown}; it has {', '.join(names)}")
+    name = _name(overload)
+    _registered[name] = QuantizerSpelling(name, parsed, input, static_scale, quantized, scales, dict(arguments or {}))
+
+
+def unregister_quantizer(op: Any) -> None:
+    """Forget what :func:`register_quantizer` registered. Unknown operators are ignored."""
+    overload = getattr(op, "default", op)
+    if isinstance(overload, torch._ops.OpOverload):
+        _registered.pop(_name(overload), None)
+
+
+def registered() -> list[QuantizerSpelling]:
+    """What :func:`register_quantizer` has registered in this process."""
+    return list(_registered.values())
+
+
+def _name(op: torch._ops.OpOverload) -> str:
+    return f"{op._schema.name}.{op._overloadname}"
+
+
+def calls(normed: Node, known: dict[Node, Known]) -> Iterator[Call]:
+    """The calls of known operators that quantize the norm."""
+    hidden = values.width(normed)
+    seen: set[Node] = set()
+    for node, value in known.items():
+        if value.pair or value.expr.name != "n" or not compat.statically_true(values.width(node) == hidden):
+            continue
+        for user in node.users:
+            found = None if user in seen or user in known else _call(user, node)
+            seen.add(user)
+            if found is not None:
+                yield found
+
+
+def is_call(node: Node) -> bool:
+    """Whether the node calls an operator that is known to quantize."""
+    op = node.args[0] if node.target is compat.auto_functionalized() and node.args else node.target
+    return isinstance(op, torch._ops.OpOverload) and _spelling(op) is not None
+
+
+def _spelling(op: torch._ops.OpOverload) -> QuantizerSpelling | None:
+    return _registered.get(_name(op)) or _BUILT_IN.get(_name(op))
+
+
+def _call(node: Node, source: Node) -> Call | None:
+    """A node as a call of a known operator on ``source``; None where it is another one or has other arguments."""
+    op = node.target
+    wrapped = op is compat.auto_functionalized()
+    if wrapped:
+        op = node.args[0]  # type: ignore[assignment]
+    if node.op != "call_function" or not isinstance(op, torch._ops.OpOverload):
+        return None
+    spelling = _spelling(op)
+    if spelling is None or wrapped != isinstance(spelling.quantized, str):
+        return None
+
+    given = _arguments(op, node.args[1:] if wrapped else node.args, node.kwargs)
+    names = [a.name for a in op._schema.arguments]
+
+    def name_of(where: int | str | None) -> str | None:
+        return names[where] if isinstance(where, int) else where
+
+    scale = given.get(name_of(spelling.static_scale))
+    if given.get(name_of(spelling.input)) is not source or (spelling.static_scale is not None and not _is_scale(scale)):
+        return None
+    spoken_for: set[Any] = {name_of(spelling.input), name_of(spelling.static_scale)}
+    if wrapped:
+        spoken_for |= {spelling.quantized, spelling.scales}
+    for argument in op._schema.arguments:
+        want = spelling.arguments.get(argument.name, argument.default_value)
+        if argument.name not in spoken_for and given[argument.name] != want:
+            return None
+    results = _results(node, op, spelling, wrapped)
+    if results is None:
+        return None
+    return Call(node, spelling.quantizer, scale, *results)
+
+
+def _arguments(op: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[Any, Any]:
+    """Every argument by name, defaults included."""
+    schema = op._schema.arguments
+    given = {a.name: a.default_value for a in schema}
+    given.update(zip((a.name for a in schema), args, strict=False))
+    return {**given, **kwargs}
+
+
+def _is_scale(scale: Any) -> bool:
+    tensor = values.value(scale)
+    if tensor is None or tensor.dtype != torch.float32:
+        return False
+    return all(compat.statically_true(size == 1) for size in tensor.shape)
+
+
+def _results(node: Node, op: Any, spelling: QuantizerSpelling, wrapped: bool) -> tuple[list[Node], list[Node]] | None:
+    """The nodes that hold the quantized rows and the scales; None where another result is read."""
+    if not isinstance(node.meta.get("val"), tuple | list):
+        return ([node], []) if spelling.scales is None and spelling.quantized == 0 else None
+    positions: dict[Any, int] = {}
+    if wrapped:
+        # After the operator's own results (None, where it has none) come the arguments that it writes, in order.
+        written = [a.name for a in op._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+        positions = {name: n + max(1, len(op._schema.returns)) for n, name in enumerate(written)}
+    found: dict[Any, list[Node]] = {spelling.quantized: [], spelling.scales: []}
+    for user in node.users:
+        if values.is_dead(user):
+            continue
+        which = next((w for w in found if w is not None and positions.get(w, w) == user.args[1]), None)
+        if user.target is not operator.getitem or which is None:
+            return None
+        found[which].append(user)
+    if not found[spelling.quantized]:
+        return None
+    return found[spelling.quantized], found[spelling.scales] if spelling.scales is not None else []
