@@ -6,6 +6,8 @@ from .invariant import set_batch_invariant
 from .op import all_reduce_add_rms_norm
 from .paths import GroupPath, describe_path, raise_if_failed, reset, stream_class
 from .prepare import forget
+from .quant import all_reduce_add_rms_norm_quant
+from .quantizer import Quantizer
 from .reduce_rows import reduce_rows_add_rms_norm
 from .select import Selection, select
 from .settings import batch_invariant
@@ -20,8 +22,10 @@ __all__ = [
     "WEIGHTLESS",
     "Flavour",
     "GroupPath",
+    "Quantizer",
     "Selection",
     "all_reduce_add_rms_norm",
+    "all_reduce_add_rms_norm_quant",
     "batch_invariant",
     "describe_path",
     "forget",

@@ -32,10 +32,10 @@ for schema in (SCHEMA, SCHEMA_OUT):
 
 
 def _cpu(*args: Any) -> tuple[Tensor, Tensor]:
-    return _on_a_cpu(Operands.of(*args))
+    return on_a_cpu(Operands.of(*args))
 
 
-def _on_a_cpu(given: Operands) -> tuple[Tensor, Tensor]:
+def on_a_cpu(given: Operands) -> tuple[Tensor, Tensor]:
     if given.x.numel() == 0:
         # Every rank of the group has the same (zero) number of rows, so all of them skip the collective.
         normed, residual_out = reference.add_rms_norm(given.x.clone(), *given.after_the_sum)
@@ -68,7 +68,7 @@ def _cpu_out(*args: Any) -> None:
     given, out = Operands.of(*args[:-2]), args[-2:]
     check_out(given, out, _dtypes(given))
     check_memory(given, out)
-    for tensor, value in zip(out, _on_a_cpu(given), strict=True):
+    for tensor, value in zip(out, on_a_cpu(given), strict=True):
         tensor.copy_(value)
 
 

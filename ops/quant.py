@@ -1,0 +1,133 @@
+"""``tpfuse::all_reduce_add_rms_norm_quant``: the op with a quantized output, from schema to implementation.
+
+What :mod:`tpfuse.ops.op` computes, and then an fp8 quantization of the normed rows, which were rounded to their dtype before.
+The normed rows are returned as well when somebody reads them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import cuda, op, paths
+from .arguments import Operands, refuse_gradients, same_sizes
+from .flavour import LLAMA, Flavour
+from .quant_reference import empty_scales, quantize
+from .quantizer import Quantizer
+
+NAME = "all_reduce_add_rms_norm_quant"
+SCHEMA = (
+    f"{NAME}(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, float scale, str flavour, bool post_norm, "
+    "str group_name, str quantizer, Tensor? static_scale, bool keep_normed) -> "
+    "(Tensor quantized, Tensor scales, Tensor normed, Tensor residual_out)"
+)
+op.library.define(SCHEMA, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
+
+Results = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+class Quantization(NamedTuple):
+    """What a call has besides the arguments of :class:`tpfuse.ops.arguments.Operands`."""
+
+    quantizer: Quantizer
+    static_scale: Tensor | None
+    keep_normed: bool
+
+    @classmethod
+    def of(cls, x: Tensor, quantizer: str, static_scale: Tensor | None, keep_normed: bool) -> Quantization:
+        """From what the dispatcher gives; checked.
+
+        Raises:
+            ValueError: the quantizer or the static scale is not valid.
+            RuntimeError: autograd would have to record the op.
+        """
+        parsed = Quantizer.parse(quantizer)
+        if x.dim() and x.shape[-1] == 0:
+            raise ValueError(f"{NAME}: x has shape {tuple(x.shape)}; expected at least one column to take a scale of")
+        if x.dtype == torch.float64:
+            raise ValueError(
+                f"{NAME}: x has dtype {x.dtype}; expected torch.float32, torch.bfloat16 or torch.float16: fp8 is derived in fp32"
+            )
+        if (static_scale is None) != (parsed.granularity != "tensor"):
+            given = "None" if static_scale is None else f"{static_scale.dtype} {tuple(static_scale.shape)}"
+            raise ValueError(
+                f"{NAME}: static_scale is {given}, but the quantizer's granularity is {parsed.granularity!r}; pass one fp32 "
+                "value exactly when the granularity is 'tensor'"
+            )
+        if static_scale is not None:
+            refuse_gradients(static_scale, None, None, None)
+            if static_scale.dtype != torch.float32 or static_scale.numel() != 1 or static_scale.device != x.device:
+                raise ValueError(
+                    f"{NAME}: static_scale is {static_scale.dtype} {tuple(static_scale.shape)} on {static_scale.device}; "
+                    f"expected one torch.float32 value on {x.device}"
+                )
+        return cls(parsed, static_scale, keep_normed)
+
+    def results(self, normed: Tensor, residual_out: Tensor) -> Results:
+        """The op's results from those of the op without quantization."""
+        quantized, scales = quantize(normed, self.quantizer, self.static_scale)
+        return quantized, scales, normed if self.keep_normed else normed.new_empty(0), residual_out
+
+
+def _cpu(*args: Any) -> Results:
+    asked = Quantization.of(args[0], *args[9:])
+    return asked.results(*op.on_a_cpu(Operands.of(*args[:9])))
+
+
+def _fake(*args: Any, **kwargs: Any) -> Results:
+    asked = Quantization.of(
+        kwargs["x"] if "x" in kwargs else args[0],
+        *args[9:],
+        **{name: kwargs.pop(name) for name in ("quantizer", "static_scale", "keep_normed") if name in kwargs},
+    )
+    normed, residual_out = op.empty_results(Operands.of(*args[:9], same=same_sizes, **kwargs))
+    quantized = normed.new_empty(normed.shape, dtype=asked.quantizer.torch_dtype)
+    scales = empty_scales(normed, asked.quantizer)
+    return quantized, scales, normed if asked.keep_normed else normed.new_empty(0), residual_out
+
+
+def _cuda(*args: Any) -> Results:
+    asked = Quantization.of(args[0], *args[9:])
+    return asked.results(*cuda.run(*args[:9]))
+
+
+op.library.impl(NAME, _cpu, "CPU")
+op.library.impl(NAME, _cuda, "CUDA")
+torch.library.register_fake(f"tpfuse::{NAME}", _fake, lib=op.library)
+
+
+def all_reduce_add_rms_norm_quant(
+    x: Tensor,
+    residual: Tensor | None = None,
+    weight: Tensor | None = None,
+    *,
+    quantizer: Quantizer | str,
+    static_scale: Tensor | None = None,
+    keep_normed: bool = False,
+    eps: float = 1e-6,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    flavour: Flavour | str = LLAMA,
+    post_norm: bool = False,
+    group: torch.distributed.ProcessGroup | str | None = None,
+) -> Results:
+    """Sum ``x`` over the ranks of ``group``, add the residual, normalise and quantize to fp8, in one op.
+
+    Args:
+        x, residual, weight, eps, bias, scale, flavour, post_norm, group: as in :func:`all_reduce_add_rms_norm`, without fp64.
+        quantizer: the arithmetic of the quantization; see :class:`tpfuse.ops.Quantizer`.
+        static_scale: one fp32 value on the device of ``x``, exactly with ``granularity="tensor"``.
+        keep_normed: return the normed rows as well, for readers that are not quantized.
+    Returns:
+        ``(quantized, scales, normed, residual_out)``: ``quantized`` has the shape of ``x`` in fp8; ``scales`` is ``(..., 1)``
+        fp32 per token, ``(..., ceil(H / 128))`` fp32 per group (in the layout ``ue8m0`` ``(..., ceil(H / 512))`` int32), and
+        ``(0,)`` with a static scale; ``normed`` is ``(0,)`` unless ``keep_normed``; ``residual_out`` as in
+        :func:`all_reduce_add_rms_norm`.
+    Raises:
+        ValueError: a shape, dtype or the quantizer does not fit; the message names the argument.
+        RuntimeError: autograd would have to record the op.
+    """
+    given = (x, residual, weight, bias, eps, scale, str(flavour), post_norm, paths.group_name_of(group))
+    return torch.ops.tpfuse.all_reduce_add_rms_norm_quant(*given, str(quantizer), static_scale, keep_normed)
