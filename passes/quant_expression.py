@@ -61,6 +61,9 @@ def _table() -> dict[Any, str]:
         "cast": values.CASTS,
         "abs": values.overloads("abs.default"),
         "amax": values.overloads("amax.default", "max.dim"),
+        "amin": values.overloads("amin.default", "min.dim"),
+        "maximum": values.overloads("maximum.default"),
+        "minimum": values.overloads("minimum.default"),
         "clamp": values.overloads("clamp.default"),
         "clamp_min": values.overloads("clamp_min.default"),
         "clamp_max": values.overloads("clamp_max.default"),
@@ -79,8 +82,10 @@ OPERATORS = _table()
 SAME = (values.RESHAPES - values.EXPANDS) | values.IDENTITIES
 SLICES = values.overloads("slice.Tensor", "narrow.default")
 SCATTERS = values.overloads("slice_scatter.default")
-FULL = values.overloads("full.default", "full_like.default")
-RUN_AGAIN = frozenset(OPERATORS) | SAME | values.EXPANDS | values.COPIES | SLICES | SCATTERS
+PADS = values.overloads("constant_pad_nd.default")
+FULL = values.overloads("full.default", "full_like.default", "zeros_like.default", "ones_like.default")
+ZEROS = values.overloads("zeros_like.default")
+RUN_AGAIN = frozenset(OPERATORS) | SAME | values.EXPANDS | values.COPIES | SLICES | SCATTERS | PADS
 
 
 def read(normed: Node, order: dict[Node, int]) -> dict[Node, Known]:
@@ -134,7 +139,7 @@ def _read(node: Node, known: dict[Node, Known]) -> Known | None:
     old = values.value(node.args[0])
     if old is None:
         return None
-    if node.target in SLICES:
+    if node.target in SLICES | PADS:
         return source if values.same_sizes(old.shape, new.shape) else None
     if node.target in values.EXPANDS:
         run = _run(tuple(old.shape), tuple(new.shape))
@@ -153,7 +158,7 @@ def _operation(node: Node, name: str, known: dict[Node, Known]) -> Known | None:
     operands: list[Known] = []
     args: list[Any] = []
     shapes: list[tuple[Any, ...]] = []
-    for arg in node.args[: 1 if name in ("cast", "amax") else None]:
+    for arg in node.args[: 1 if name in ("cast", "amax", "amin") else None]:
         number = _constant(arg)
         if number is not None:
             args.append(number)
@@ -173,9 +178,9 @@ def _operation(node: Node, name: str, known: dict[Node, Known]) -> Known | None:
     if len(scales) > 1 or not any(arg in known for arg in node.all_input_nodes):
         return None
     scale = next(iter(scales), None)
-    if name == "amax":
+    if name in ("amax", "amin"):
         unit = _reduced(node, operands[0].unit)
-        return None if unit is None else Known(Expr("amax", tensor.dtype, (args[0], unit)), unit, scale, pair)
+        return None if unit is None else Known(Expr(name, tensor.dtype, (args[0], unit)), unit, scale, pair)
     if name in ("clamp", "clamp_min", "clamp_max"):
         bounds = _bounds(name, args[1:], node.kwargs)
         if bounds is None:
@@ -195,9 +200,10 @@ def _constant(arg: Any) -> float | None:
     """A number, as such or as a tensor full of it."""
     if isinstance(arg, int | float) and not isinstance(arg, bool):
         return float(arg)
-    if not isinstance(arg, Node) or arg.target not in FULL or len(arg.args) < 2:
+    if not isinstance(arg, Node) or arg.target not in FULL:
         return None
-    number, dtype = arg.args[1], values.dtype(arg)
+    like = float(arg.target not in ZEROS)
+    number, dtype = arg.args[1] if len(arg.args) > 1 else like, values.dtype(arg)
     if not isinstance(number, int | float) or isinstance(number, bool) or dtype is None:
         return None
     return float(number) if dtype.is_floating_point and _exact(float(number), dtype) else None
@@ -311,11 +317,15 @@ def canonical(expr: Expr) -> Any:
     """
     if expr.name in ("n", "scale"):
         return (expr.name, expr.dtype)
-    if expr.name in ("cast", "abs", "amax", "clamp"):
+    if expr.name in ("cast", "abs", "amax", "amin", "clamp"):
         value = expr.args[0]
         if expr.name == "cast":
             return _cast(canonical(value), value.dtype, expr.dtype)
         return _monotone(expr.name, canonical(value), value.dtype, expr.args[1:])
+    if expr.name == "maximum":
+        magnitude = _largest_magnitude(expr)
+        if magnitude is not None:
+            return canonical(magnitude)
     inner = [(canonical(a), a.dtype) if isinstance(a, Expr) else (a, None) for a in expr.args]
     if any(dtype is not None and not _widens(dtype, expr.dtype) for _, dtype in inner):
         # A number without dimensions does not widen the result. Where it is rounded then depends on the device.
@@ -351,6 +361,25 @@ def _monotone(name: str, tree: Any, have: torch.dtype, rest: tuple[Any, ...]) ->
         high = tree[3] if rest[1] is None else rest[1]
         if low is None or high is None or low <= high:
             return ("clamp", have, low, high, tree[4])
-    if name == "amax":
-        return ("amax", have, rest[0], tree)
+    if name in ("amax", "amin"):
+        return (name, have, rest[0], tree)
     return ("abs", have, tree) if name == "abs" else ("clamp", have, *rest, tree)
+
+
+def _largest_magnitude(expr: Expr) -> Expr | None:
+    """``max(|min(x)|, |max(x)|)``, with or without a zero among the values, as ``max(|x|)``."""
+    found: dict[str, tuple[Any, ...]] = {}
+    bounds = {"amin": "minimum", "amax": "maximum"}
+    for arg in expr.args:
+        if not isinstance(arg, Expr) or arg.name != "abs":
+            return None
+        inner = arg.args[0]
+        if inner.name in bounds.values() and 0.0 in inner.args:
+            outer, inner = inner.name, next(a for a in inner.args if a != 0.0)
+            if bounds.get(inner.name) != outer:
+                return None
+        found[inner.name] = inner.args
+    if set(found) != {"amin", "amax"} or found["amin"] != found["amax"]:
+        return None
+    value, unit = found["amax"]
+    return Expr("amax", expr.dtype, (Expr("abs", value.dtype, (value,)), unit))

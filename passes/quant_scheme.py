@@ -214,11 +214,19 @@ def _run(expr: Expr, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     first = args[0]
     if expr.name == "cast":
         return first.to(expr.dtype)
-    if expr.name == "amax":
-        return first.amax(-1, keepdim=True)
+    if expr.name in ("amax", "amin"):
+        return getattr(first, expr.name)(-1, keepdim=True)
     if expr.name == "clamp":
         return first.clamp(min=args[1], max=args[2])
-    two: dict[str, Any] = {"mul": torch.mul, "div": torch.div, "pow_base": torch.pow}
+    two: dict[str, Any] = {
+        "mul": torch.mul,
+        "div": torch.div,
+        "pow_base": torch.pow,
+        "maximum": torch.maximum,
+        "minimum": torch.minimum,
+    }
     if expr.name in two:
+        if expr.name in ("maximum", "minimum"):
+            args = [a if isinstance(a, torch.Tensor) else torch.full_like(first, a) for a in args]
         return two[expr.name](*args)
     return getattr(torch, expr.name)(first)

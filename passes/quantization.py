@@ -72,7 +72,7 @@ class _Group:
 
     Attributes:
         quantized, scales: nodes that hold it.
-        calls: the operators that give both at once.
+        calls: the operators that give both at once, and the buffers that they write.
         form: the canonical expression of the scales, where they are arithmetic.
     """
 
@@ -136,7 +136,7 @@ def _groups(normed: Node, known: dict[Node, Known]) -> tuple[list[_Group], str]:
     for call in quantizers.calls(normed, known):
         key = (str(call.quantizer), call.static_scale)
         group = groups.setdefault(key, _Group(call.quantizer, call.static_scale))
-        group.calls.append(call.node)
+        group.calls += [call.node, *call.buffers]
         group.quantized += call.quantized
         group.scales += call.scales
     return list(groups.values()), missed
@@ -215,7 +215,7 @@ def _unread(normed: Node, known: dict[Node, Known]) -> str:
         if name in MATRIX or name.startswith(("all_reduce", "wait_tensor", "scaled_dot", "_scaled_dot")):
             continue
         tensor = values.value(node)
-        if tensor is not None and tensor.dtype in FLOAT8:
+        if tensor is not None and tensor.dtype in FLOAT8 and node.target not in quantizers.BUFFERS:
             stop = next((n for n in seen if n not in known and any(a in known for a in n.all_input_nodes)), node)
             return f"{node.name} quantizes the norm, but {stop.name} ({stop.target}) is not understood"
         stack.extend(node.users)

@@ -47,15 +47,17 @@ class QuantizerSpelling:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of such an operator on the norm."""
+    """One call of such an operator on the norm. ``buffers`` are made for it to write into, and for nothing else."""
 
     node: Node
     quantizer: Quantizer
     static_scale: Node | None
     quantized: list[Node]
     scales: list[Node]
+    buffers: list[Node]
 
 
+BUFFERS = values.overloads("empty_like.default", "empty.memory_format", "new_empty.default")
 _BUILT_IN = {
     spelling.name: spelling
     for spelling in (
@@ -159,8 +161,13 @@ def calls(normed: Node, known: dict[Node, Known]) -> Iterator[Call]:
 
 def is_call(node: Node) -> bool:
     """Whether the node calls an operator that is known to quantize."""
-    op = node.args[0] if node.target is compat.auto_functionalized() and node.args else node.target
+    op = node.args[0] if _writes(node) else node.target
     return isinstance(op, torch._ops.OpOverload) and _spelling(op) is not None
+
+
+def _writes(node: Node) -> bool:
+    """Whether the node stands for an operator that writes its arguments."""
+    return node.target in (compat.auto_functionalized(), compat.auto_functionalized_v2()) and bool(node.args)
 
 
 def _spelling(op: torch._ops.OpOverload) -> QuantizerSpelling | None:
@@ -170,7 +177,7 @@ def _spelling(op: torch._ops.OpOverload) -> QuantizerSpelling | None:
 def _call(node: Node, source: Node) -> Call | None:
     """A node as a call of a known operator on ``source``; None where it is another one or has other arguments."""
     op = node.target
-    wrapped = op is compat.auto_functionalized()
+    wrapped = _writes(node)
     if wrapped:
         op = node.args[0]  # type: ignore[assignment]
     if node.op != "call_function" or not isinstance(op, torch._ops.OpOverload):
@@ -195,10 +202,28 @@ def _call(node: Node, source: Node) -> Call | None:
         want = spelling.arguments.get(argument.name, argument.default_value)
         if argument.name not in spoken_for and given[argument.name] != want:
             return None
-    results = _results(node, op, spelling, wrapped)
-    if results is None:
+    written = [a.name for a in op._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    bases = _bases(node, written, given) if wrapped else []
+    results = None if bases is None else _results(node, op, spelling, bases)
+    if results is None or bases is None:
         return None
-    return Call(node, spelling.quantizer, scale, *results)
+    buffers = [b for _, b in bases if b.target in BUFFERS and not set(b.users) - {node}]
+    return Call(node, spelling.quantizer, scale, *results, buffers)
+
+
+def _bases(node: Node, written: list[str], given: dict[Any, Any]) -> list[tuple[str, Node]] | None:
+    """The tensors that a wrapped call writes, in the order of its results, by argument; None where it writes into views."""
+    if node.target is compat.auto_functionalized():
+        return [(name, given[name]) for name in written]
+    bases = node.kwargs["_all_bases"]
+    found: list[Any] = [None] * len(bases)  # type: ignore[arg-type]
+    for name in written:
+        index = node.kwargs.get(f"_{name}_base_index")
+        views = [k for k in node.kwargs if k.startswith(f"_{name}_") and not k.endswith("_base_index")]
+        if not isinstance(index, int) or views:
+            return None
+        found[index] = (name, bases[index])  # type: ignore[index]
+    return None if None in found else found
 
 
 def _arguments(op: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[Any, Any]:
@@ -216,15 +241,14 @@ def _is_scale(scale: Any) -> bool:
     return all(compat.statically_true(size == 1) for size in tensor.shape)
 
 
-def _results(node: Node, op: Any, spelling: QuantizerSpelling, wrapped: bool) -> tuple[list[Node], list[Node]] | None:
+def _results(
+    node: Node, op: Any, spelling: QuantizerSpelling, bases: list[tuple[str, Node]]
+) -> tuple[list[Node], list[Node]] | None:
     """The nodes that hold the quantized rows and the scales; None where another result is read."""
     if not isinstance(node.meta.get("val"), tuple | list):
         return ([node], []) if spelling.scales is None and spelling.quantized == 0 else None
-    positions: dict[Any, int] = {}
-    if wrapped:
-        # After the operator's own results (None, where it has none) come the arguments that it writes, in order.
-        written = [a.name for a in op._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-        positions = {name: n + max(1, len(op._schema.returns)) for n, name in enumerate(written)}
+    # After the operator's own results (None, where it has none) come the tensors that it writes.
+    positions: dict[Any, int] = {name: n + max(1, len(op._schema.returns)) for n, (name, _) in enumerate(bases)}
     found: dict[Any, list[Node]] = {spelling.quantized: [], spelling.scales: []}
     for user in node.users:
         if values.is_dead(user):

@@ -526,6 +526,7 @@ def test_compile_in_this_process():
 def test_auto_functionalized():
     assert isinstance(compat.auto_functionalized(), torch._ops.HigherOrderOperator)
     assert compat.auto_functionalized().name() == "auto_functionalized"
+    assert compat.auto_functionalized_v2().name() == "auto_functionalized_v2"
 
 
 def test_may_vary():

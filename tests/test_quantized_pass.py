@@ -1,5 +1,5 @@
-"""The fp8 quantization behind a norm, in the spellings of several libraries: it becomes part of the fused op, bit for bit, or the site
-fuses without it and says why.
+"""The fp8 quantization behind a norm, in the spellings of several libraries: it becomes part of the fused op, bit for bit, or
+the site fuses without it and says why.
 
 Everything runs on a fake process group, where a sum over ranks is the partial sum itself.
 """
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from graphs import all_reduce
 from tpfuse.ops import Quantizer
 from tpfuse.ops.quantizer import NAMED
-from tpfuse.passes import PassOptions, register_quantizer, unregister_quantizer
+from tpfuse.passes import PassOptions, VerificationError, register_quantizer, unregister_quantizer
 
 H = 256
 E4M3 = torch.float8_e4m3fn
@@ -96,7 +96,269 @@ def test_every_librarys_arithmetic_becomes_part_of_the_fused_op(name, dtype):
         h = r + all_reduce(x)
         return *spelling(llama(h, w), scale), h
 
-    site, new = check(f, inputs(dtype))
+    site, _ = check(f, inputs(dtype))
     found, named = Quantizer.parse(site.quantizer), NAMED[name]
     assert (found.granularity, found.dtype, found.floor) == (named.granularity, named.dtype, named.floor)
     assert site.pattern.endswith("rms_norm+quantize") and "quantized: e4m3 " in site.detail
+
+
+@pytest.mark.parametrize("name", ["torchao-rowwise", "vllm-static", "deepseek-group128"])
+def test_symbolic_rows_and_rows_flattened_for_the_product(name):
+    spelling = getattr(quantizations, name.replace("-", "_"))
+
+    def f(x, r, w, scale):
+        h = r + all_reduce(x)
+        q, scales = spelling(llama(h, w).reshape(-1, H), scale)
+        return q.view(h.shape), scales, h
+
+    check(f, dynamic=(0, 1))
+
+
+def test_e5m2_without_a_clamp():
+    def f(x, r, w):
+        n = llama(r + all_reduce(x), w)
+        scale = n.abs().amax(-1, keepdim=True).float() / torch.finfo(torch.float8_e5m2).max
+        return (n.float() / scale).to(torch.float8_e5m2), scale
+
+    site, _ = check(f, inputs()[:3])
+    assert Quantizer.parse(site.quantizer) == Quantizer(dtype="e5m2", saturate="none")
+
+
+def test_deepgemms_cast_which_pads_into_a_buffer():
+    def f(x, r, w):
+        n = llama(r + all_reduce(x), w).view(-1, H)
+        padded = torch.empty_like(n).fill_(0)
+        padded[:, :H] = n
+        blocks = padded.view(len(n), -1, 128)
+        scale = blocks.abs().float().amax(dim=2).view(len(n), -1).clamp(1e-4) / 448.0
+        return (blocks * (1.0 / scale.unsqueeze(2))).to(E4M3).view(len(n), H)[:, :H].contiguous(), scale
+
+    site, _ = check(f, inputs()[:3])
+    wanted = Quantizer(granularity="group128", floor=1e-4, apply="mul_recip", saturate="none")
+    assert Quantizer.parse(site.quantizer) == wanted
+
+
+def test_each_of_several_products_quantizes_for_itself_and_the_router_reads_the_norm():
+    def f(x, r, w, scale):
+        h = r + all_reduce(x)
+        n = llama(h, w)
+        # Spelled differently, so that no compiler merges them.
+        return (
+            *quantizations.torchao_rowwise(n, scale),
+            *quantizations.torchao_rowwise(n.view(-1, H), scale),
+            *quantizations.torchao_rowwise(n.unsqueeze(0), scale),
+            n @ n.transpose(-1, -2),
+            h,
+        )
+
+    site, new = check(f)
+    (fused,) = (n for n in new.graph.nodes if n.target is QUANT)
+    assert fused.args[-1] is True  # keep_normed
+    assert not any("amax" in str(n.target) for n in new.graph.nodes)
+    assert site.note == ""
+
+
+def test_what_only_the_products_read_is_not_kept():
+    def f(x, r, w, scale):
+        return quantizations.vllm_token(llama(r + all_reduce(x), w), scale)
+
+    _, new = check(f)
+    (fused,) = (n for n in new.graph.nodes if n.target is QUANT)
+    assert fused.args[-1] is False
+
+
+def test_of_different_static_scales_one_is_fused_and_the_site_says_so():
+    def f(x, r, w, scale):
+        n = llama(r + all_reduce(x), w)
+        other = scale.new_full((), 0.5)
+        return *(quantizations.vllm_static(n, s)[0] for s in (scale, other)), n.sum(-1)
+
+    site, new = check(f)
+    assert "one of 2 different quantizations" in site.note
+    assert site.note in site.detail
+
+
+def test_the_factor_may_be_what_the_model_keeps():
+    def f(x, r, w):
+        n = llama(r + all_reduce(x), w)
+        factor = torch.full_like(n[..., :1], 448.0, dtype=torch.float32) / n.abs().amax(-1, keepdim=True).float()
+        return (n.float() * factor).clamp(-448.0, 448.0).to(E4M3), factor
+
+    site, _ = check(f, inputs()[:3])
+    assert Quantizer.parse(site.quantizer).returned == "reciprocal"
+
+
+def _per_tensor(n, scale):
+    return quantizations.torchao_static(n, n.abs().max().float() / 448.0)[0]
+
+
+def _in_the_input_dtype(n, scale):
+    return (n / scale).clamp(-448.0, 448.0).to(E4M3)
+
+
+def _groups_of_64(n, scale):
+    blocks = n.unflatten(-1, (-1, 64)).float()
+    return (blocks / (blocks.abs().amax(-1, keepdim=True) / 448.0)).to(E4M3).flatten(-2)
+
+
+def _other_constant(n, scale):
+    return (n.float() / (n.abs().amax(-1, keepdim=True).float() / 447.0)).to(E4M3)
+
+
+def _other_scales(n, scale):
+    amax = n.abs().amax(-1, keepdim=True).float().clamp(min=1e-4)
+    return (n.float() * (torch.full_like(amax, 448.0) / amax)).to(E4M3), amax / 448.0
+
+
+def _columns_moved(n, scale):
+    return quantizations.torchao_static(n.roll(1, -1), scale)[0]
+
+
+def _scaled_by_columns(n, scale):
+    square = n.view(-1, H)[:1].expand(H, H)
+    return (square.float() / (square.abs().amax(-1).float() / 448.0)).to(E4M3)
+
+
+@pytest.mark.parametrize(
+    ("quantize", "why"),
+    [
+        (_per_tensor, "taken of all rows together"),
+        (_in_the_input_dtype, "computed in torch.bfloat16"),
+        (_groups_of_64, "taken of 64 values"),
+        (_other_constant, "div stands between"),
+        (_other_scales, "read for scales other than"),
+        (_columns_moved, "roll"),
+        (_scaled_by_columns, "is not understood"),
+    ],
+)
+def test_what_no_quantizer_repeats_fuses_without_it_and_says_why(quantize, why):
+    def f(x, r, w, scale):
+        h = r + all_reduce(x)
+        return quantize(llama(h, w), scale), h
+
+    site, _ = check(f, quantized=False)
+    assert why in site.note and site.note in site.detail
+
+
+def test_a_norm_that_nothing_quantizes_has_no_note():
+    def f(x, r, w):
+        h = r + all_reduce(x)
+        n = llama(h, w)
+        return (n @ n.transpose(-1, -2)).to(E4M3), n.float().sum(-1), h
+
+    site, _ = check(f, inputs()[:3], quantized=False)
+    assert site.note == ""
+
+
+def test_post_norm_is_fused_without_its_quantization():
+    def f(x, r, w, scale):
+        n = llama(all_reduce(x), w)
+        return r + n, quantizations.vllm_static(n, scale)[0]
+
+    site, _ = check(f, quantized=False)
+    assert "residual is added to it" in site.note
+
+
+def test_a_scale_that_is_computed_late_stays_outside():
+    def f(x, r, w, scale):
+        n = llama(r + all_reduce(x), w)
+        late = n.float().sum() * 0 + scale
+        return quantizations.vllm_static(n, scale)[0], n, late
+
+    check(f)
+
+
+# -- operators of other libraries ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def library():
+    lib = torch.library.Library("quantizing", "FRAGMENT")
+    lib.define("token(Tensor x, bool odd=False) -> (Tensor, Tensor)")
+    lib.define("static(Tensor(a!) result, Tensor x, Tensor scale) -> ()")
+
+    def token(x, odd=False):
+        return quantizations.vllm_token(x, None)
+
+    def static(result, x, scale):
+        result.copy_(quantizations.vllm_static(x, scale)[0])
+
+    lib.impl("token", token, "CompositeExplicitAutograd")
+    lib.impl("static", static, "CPU")
+    torch.library.register_fake("quantizing::static", lambda result, x, scale: None, lib=lib)
+    yield torch.ops.quantizing
+    lib._destroy()
+
+
+@pytest.fixture()
+def registered(library):
+    register_quantizer(library.token, NAMED["vllm-token"])
+    register_quantizer(
+        library.static, str(NAMED["vllm-static"]), input="x", static_scale="scale", quantized="result", scales=None
+    )
+    yield library
+    unregister_quantizer(library.token)
+    unregister_quantizer(library.static)
+
+
+def test_a_registered_operator_becomes_part_of_the_fused_op(registered):
+    def f(x, r, w):
+        h = r + all_reduce(x)
+        q, scales = registered.token(llama(h, w).view(-1, H))
+        return q.view(h.shape), scales, h
+
+    site, new = check(f, inputs()[:3])
+    assert Quantizer.parse(site.quantizer) == NAMED["vllm-token"]
+    assert graphs.count(new, registered.token.default) == 0
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_registered_operator_that_writes_its_result(registered, version, monkeypatch):
+    # vLLM compiles with the first.
+    monkeypatch.setattr(torch._inductor.config, "enable_auto_functionalized_v2", version == 2)
+
+    def f(x, r, w, scale):
+        h = r + all_reduce(x)
+        n = llama(h, w)
+        result = torch.empty_like(n, dtype=E4M3)
+        registered.static(result, n, scale)
+        return result, h
+
+    site, _ = check(f)
+    assert Quantizer.parse(site.quantizer) == NAMED["vllm-static"]
+
+
+def test_an_operator_with_other_arguments_or_unknown_is_left_alone(library, registered):
+    def odd(x, r, w):
+        return registered.token(llama(r + all_reduce(x), w), True)
+
+    site, _ = check(odd, inputs()[:3], quantized=False)
+    assert "quantizing.token.default" in site.note
+    unregister_quantizer(library.token)
+
+    def plain(x, r, w):
+        return library.token(llama(r + all_reduce(x), w))
+
+    site, _ = check(plain, inputs()[:3], quantized=False)
+    assert "quantizing.token.default" in site.note
+
+
+def test_a_wrong_registration_is_found_by_verify(library):
+    register_quantizer(library.token, NAMED["torchao-rowwise"])
+    try:
+        gm = graphs.trace(lambda x, r, w: library.token(llama(r + all_reduce(x), w)), inputs()[:3])
+        with pytest.raises(VerificationError, match="quantized|scales"):
+            graphs.fused_copy(gm, CHECKED)
+    finally:
+        unregister_quantizer(library.token)
+
+
+def test_registrations_that_make_no_sense_are_refused(library):
+    with pytest.raises(TypeError, match="expected an operator"):
+        register_quantizer(print, NAMED["vllm-token"])
+    with pytest.raises(ValueError, match="static_scale is None"):
+        register_quantizer(library.token, NAMED["vllm-static"])
+    with pytest.raises(ValueError, match=r"no arguments \['wrong'\]; it has x, odd"):
+        register_quantizer(library.token, NAMED["vllm-token"], arguments={"wrong": 1})
+    with pytest.raises(ValueError, match="quantizer"):
+        register_quantizer(library.token, "nonsense")

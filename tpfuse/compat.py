@@ -384,6 +384,13 @@ def auto_functionalized() -> Any:
     return operator
 
 
+def auto_functionalized_v2() -> Any:
+    """The same as torch's compiler uses by default, which knows views. Why private: as :func:`auto_functionalized`."""
+    from torch._higher_order_ops.auto_functionalize import auto_functionalized_v2 as operator
+
+    return operator
+
+
 def may_vary(tensor: torch.Tensor, dim: int) -> None:
     """Let Dynamo make one size of an input a symbol, if the code allows. Why semi-private: only the name is documented."""
     torch._dynamo.maybe_mark_dynamic(tensor, dim)
