@@ -11,7 +11,6 @@ from functools import lru_cache
 from typing import Any, cast
 
 import torch
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from tpfuse import compat
 
@@ -162,9 +161,9 @@ def reference_forms(quantizer: Quantizer, normed: torch.dtype, hidden: int) -> t
     def run(x: torch.Tensor, scale: torch.Tensor) -> Any:
         return quant_reference.quantize(x, quantizer, scale if static else None)
 
-    with compat.without_fake_mode(), torch.no_grad():
-        example = torch.zeros(ROWS, hidden, dtype=normed)
-        graph = make_fx(torch.func.functionalize(run), tracing_mode="fake")(example, torch.ones(())).graph
+    with compat.without_fake_mode():
+        examples = torch.zeros(ROWS, hidden, dtype=normed), torch.ones(())
+    graph = compat.traced_apart(run, *examples)
     order = {node: n for n, node in enumerate(graph.nodes)}
     known = quant_expression.read(next(n for n in graph.nodes if n.op == "placeholder"), order)
     quantized, scales = cast(Any, graph.output_node().args[0])

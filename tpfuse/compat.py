@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from torch.fx.experimental.proxy_tensor import make_fx
 
 
 def resolve_group(name: Any) -> dist.ProcessGroup:
@@ -188,6 +189,17 @@ def without_fake_mode() -> AbstractContextManager[Any]:
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
     return unset_fake_temporarily()
+
+
+def traced_apart(function: Callable[..., Any], *examples: torch.Tensor) -> torch.fx.Graph:
+    """The functional ATen graph of a function on static shapes, whatever compile is under way. Why private: ``make_fx`` takes its
+    fake tensors from the compile around it, and makes their sizes symbols, unless it gets others."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with without_fake_mode(), torch.no_grad():
+        mode = FakeTensorMode()
+        fakes = [mode.from_tensor(example, static_shapes=True) for example in examples]
+        return make_fx(torch.func.functionalize(function))(*fakes).graph
 
 
 def custom_graph_pass() -> type:
