@@ -14,7 +14,10 @@ import torch.distributed as dist
 from graphs import all_reduce
 from tpfuse.ops import Quantizer
 from tpfuse.ops.quantizer import NAMED
-from tpfuse.passes import PassOptions, VerificationError, register_quantizer, unregister_quantizer
+from tpfuse.passes import GraphReport, PassOptions, VerificationError, register_quantizer, unregister_quantizer
+
+from tpfuse.inner import inductor
+from tpfuse.inspect import table, words
 
 H = 256
 E4M3 = torch.float8_e4m3fn
@@ -349,6 +352,31 @@ def test_a_wrong_registration_is_found_by_verify(library):
             graphs.fused_copy(gm, CHECKED)
     finally:
         unregister_quantizer(library.token)
+
+
+def test_a_registration_is_part_of_the_compile_caches_key(library):
+    before = inductor.registered_spellings()
+    register_quantizer(library.token, NAMED["vllm-token"])
+    try:
+        assert inductor.registered_spellings() != before
+    finally:
+        unregister_quantizer(library.token)
+    assert inductor.registered_spellings() == before
+
+
+def test_a_report_shows_how_a_norm_was_quantized_and_what_stayed_outside():
+    def f(x, r, w, scale):
+        h = r + all_reduce(x)
+        g = h + all_reduce(x * 2)
+        return quantizations.vllm_static(llama(h, w), scale)[0], *_other_scales(llama(g, w), scale), g
+
+    gm = graphs.trace(f, inputs())
+    _, report = graphs.fused_copy(gm, CHECKED)
+    assert report.summary().endswith("2 all-reduces, 2 fused (1 quantized), 0 kept")
+    shown = table.plain(report)
+    assert "rms_norm + quantize" in shown and "quantization left outside (1)" in shown
+    assert words.quantizer(report.sites[0]) == NAMED["vllm-static"].describe()
+    assert GraphReport.from_json(report.to_json()) == report
 
 
 def test_registrations_that_make_no_sense_are_refused(library):

@@ -58,6 +58,7 @@ def _decision(site: Site) -> _Decision:
         site.pattern,
         f"eps {site.eps}",
         f"flavour {site.flavour}",
+        f"quantizer {site.quantizer}",
     )
 
 

@@ -129,6 +129,7 @@ def _site(site: Site, region: Region) -> dict[str, Any]:
         "bytes": "" if per_row.bytes is None else estimate.in_units(per_row.bytes // estimate.TRIPS_SAVED),
         "eps": site.eps,
         "flavour": words.flavour(site),
+        "quantizer": words.quantizer(site),
         "saved": _saving(per_row),
         "before": [_line(line) for line in region.before],
         "after": [_line(line) for line in region.after],
