@@ -17,7 +17,7 @@ from tpfuse import compat
 from ..ops import quant_reference
 from ..ops.quantizer import DTYPES, GROUP, Quantizer
 from . import quant_expression
-from .quant_expression import Expr, canonical
+from .quant_form import Expr, canonical
 
 ROWS = 3  # of traced examples: neither the hidden size nor a number of groups of most models
 

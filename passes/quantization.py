@@ -10,15 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch.fx import Node
 
 from ..ops.quantizer import Quantizer
 from . import quantizers, values
-from .quant_expression import EIGHT_BITS, OPERATORS, Known, canonical, read
+from .quant_expression import FLOAT8, OPERATORS, Known, read
+from .quant_form import canonical
 from .quant_scheme import Scheme, reference_forms, scheme_of
 
-FLOAT8 = EIGHT_BITS - {torch.int8, torch.uint8}
 MAX_LOOK = 300  # nodes behind the norm that are looked at for a quantization that was not understood
 MATRIX = (
     "mm",
@@ -45,6 +44,7 @@ class Quantization:
         scales: nodes that hold the scales and are read by what stays.
         keep_normed: whether something still reads the norm itself.
         nodes: nodes that nobody needs afterwards.
+        exact: whether the bits are the model's (False only with relaxed numerics).
     """
 
     quantizer: Quantizer
@@ -53,6 +53,7 @@ class Quantization:
     scales: tuple[Node, ...]
     keep_normed: bool
     nodes: tuple[Node, ...]
+    exact: bool = True
 
     @property
     def words(self) -> str:
@@ -74,11 +75,13 @@ class _Group:
         quantized, scales: nodes that hold it.
         calls: the operators that give both at once, and the buffers that they write.
         form: the canonical expression of the scales, where they are arithmetic.
+        exact: whether every bit is known to be the quantizer's.
     """
 
     quantizer: Quantizer
     static_scale: Node | None
     form: Any = None
+    exact: bool = True
     quantized: list[Node] = field(default_factory=list)
     scales: list[Node] = field(default_factory=list)
     calls: list[Node] = field(default_factory=list)
@@ -91,18 +94,19 @@ class _Group:
         return [*self.scales, *alike]
 
 
-def find(normed: Node, order: dict[Node, int]) -> tuple[Quantization | None, str]:
+def find(normed: Node, order: dict[Node, int], relaxed: bool = False) -> tuple[Quantization | None, str]:
     """The quantization of a norm, and a sentence where one was seen that is not fused.
 
     Args:
         normed: the node that holds the normalized value, which is about to be computed by the fused op.
         order: node positions.
+        relaxed: accept an operator whose bits are not always those of its quantizer.
     """
     tensor = values.value(normed)
     if tensor is None or not isinstance(tensor.shape[-1], int):
         return None, ""
     known = read(normed, order)
-    groups, missed = _groups(normed, known)
+    groups, missed = _groups(normed, known, relaxed)
     if not groups:
         return None, missed or _unread(normed, known)
     groups.sort(key=lambda g: (-len(g.quantized), min(order[n] for n in g.quantized)))
@@ -114,7 +118,7 @@ def find(normed: Node, order: dict[Node, int]) -> tuple[Quantization | None, str
     return found, note
 
 
-def _groups(normed: Node, known: dict[Node, Known]) -> tuple[list[_Group], str]:
+def _groups(normed: Node, known: dict[Node, Known], relaxed: bool) -> tuple[list[_Group], str]:
     """The quantizations that are understood, equal ones together, and what is wrong with the first other one."""
     dtype, hidden = values.dtype(normed), values.width(normed)
     assert dtype is not None
@@ -134,8 +138,16 @@ def _groups(normed: Node, known: dict[Node, Known]) -> tuple[list[_Group], str]:
         group.form = scheme.scales
         group.quantized.append(node)
     for call in quantizers.calls(normed, known):
-        key = (str(call.quantizer), call.static_scale)
-        group = groups.setdefault(key, _Group(call.quantizer, call.static_scale))
+        quantizer = call.spelling.quantizer
+        if not call.spelling.exact and not relaxed:
+            name = call.spelling.name
+            missed = missed or (
+                f"{call.node.name} quantizes the norm with {name}, which gives other bits than the fused op for some inputs; "
+                "tpfuse.numerics='relaxed' accepts that"
+            )
+            continue
+        group = groups.setdefault((str(quantizer), call.static_scale), _Group(quantizer, call.static_scale))
+        group.exact &= call.spelling.exact
         group.calls += [call.node, *call.buffers]
         group.quantized += call.quantized
         group.scales += call.scales
@@ -169,6 +181,7 @@ def _of(group: _Group, normed: Node, known: dict[Node, Known], order: dict[Node,
         tuple(scales),
         needed(normed),
         tuple(dict.fromkeys([*gone, *group.quantized, *group.scales, *group.calls])),
+        group.exact,
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch.fx import Node
 
 from tpfuse import compat
 
-from ..ops.quantizer import FBGEMM_TOKEN, TORCHAO_STATIC, VLLM_STATIC, Quantizer
+from ..ops.quantizer import FBGEMM_TOKEN, TORCHAO_STATIC, VLLM_STATIC, VLLM_TOKEN, Quantizer
 from . import values
 from .quant_expression import Known
 
@@ -34,6 +34,7 @@ class QuantizerSpelling:
         quantized, scales: positions of its results; ``scales`` is None without such a result. For an operator that writes
             into its arguments they are the names of those.
         arguments: values that further arguments must have, where not their defaults.
+        exact: whether it gives the quantizer's bits for every input; else it counts with relaxed numerics only.
     """
 
     name: str
@@ -43,6 +44,7 @@ class QuantizerSpelling:
     quantized: int | str = 0
     scales: int | str | None = 1
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    exact: bool = True
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Call:
     """One call of such an operator on the norm. ``buffers`` are made for it to write into, and for nothing else."""
 
     node: Node
-    quantizer: Quantizer
+    spelling: QuantizerSpelling
     static_scale: Node | None
     quantized: list[Node]
     scales: list[Node]
@@ -68,9 +70,9 @@ _BUILT_IN = {
             static_scale=1,
             scales=None,
         ),
-        # FBGEMM and MSLK, which torchao takes for rows on a GPU where it is installed.
-        QuantizerSpelling("triton::quantize_fp8_row.default", FBGEMM_TOKEN),
-        # vLLM's kernel for a static scale, which writes into a buffer that it is given.
+        # FBGEMM and MSLK, which torchao takes for rows on a GPU where it is installed. Triton's division is not IEEE's.
+        QuantizerSpelling("triton::quantize_fp8_row.default", FBGEMM_TOKEN, exact=False),
+        # vLLM's kernels (csrc/quantization/w8a8/fp8/common.cu) write into buffers. fminf and fmaxf make 448 of NaN.
         QuantizerSpelling(
             "_C::static_scaled_fp8_quant.default",
             VLLM_STATIC,
@@ -78,6 +80,15 @@ _BUILT_IN = {
             static_scale="scale",
             quantized="result",
             scales=None,
+            exact=False,
+        ),
+        QuantizerSpelling(
+            "_C::dynamic_per_token_scaled_fp8_quant.default",
+            replace(VLLM_TOKEN, apply="div"),
+            input="input",
+            quantized="result",
+            scales="scale",
+            exact=False,
         ),
     )
 }
@@ -93,6 +104,7 @@ def register_quantizer(
     quantized: int | str = 0,
     scales: int | str | None = 1,
     arguments: Mapping[str, Any] | None = None,
+    exact: bool = True,
 ) -> None:
     """Teach the pass an operator that quantizes to fp8, so that it becomes part of the fused op.
 
@@ -106,6 +118,7 @@ def register_quantizer(
             its arguments, their names.
         arguments: values that further arguments must have for this arithmetic, by keyword; those not named must have their
             defaults. A call with others is left alone.
+        exact: False where it gives other bits for some inputs, NaN say. It is then fused with ``tpfuse.numerics="relaxed"`` only.
     Raises:
         TypeError: ``op`` is not an operator of ``torch.ops``.
         ValueError: the quantizer is not valid, or has a static scale and no argument for it, or the reverse.
@@ -126,7 +139,9 @@ def register_quantizer(
     if unknown:
         raise ValueError(f"register_quantizer: {overload} has no arguments {unknown}; it has {', '.join(names)}")
     name = _name(overload)
-    _registered[name] = QuantizerSpelling(name, parsed, input, static_scale, quantized, scales, dict(arguments or {}))
+    _registered[name] = QuantizerSpelling(
+        name, parsed, input, static_scale, quantized, scales, dict(arguments or {}), exact
+    )
 
 
 def unregister_quantizer(op: Any) -> None:
@@ -208,7 +223,7 @@ def _call(node: Node, source: Node) -> Call | None:
     if results is None or bases is None:
         return None
     buffers = [b for _, b in bases if b.target in BUFFERS and not set(b.users) - {node}]
-    return Call(node, spelling.quantizer, scale, *results, buffers)
+    return Call(node, spelling, scale, *results, buffers)
 
 
 def _bases(node: Node, written: list[str], given: dict[Any, Any]) -> list[tuple[str, Node]] | None:

@@ -29,6 +29,8 @@ def site_of(item: Found, spot: sharing.Place, audits: list[LayerAudit]) -> Site:
         exact = "" if norm.exact else " (relaxed: other bits than the model's)"
         quantization = outcome.quantization
         quantized = "" if quantization is None else f"; quantized: {quantization.words}"
+        if quantization is not None and not quantization.exact:
+            quantized += " (relaxed: for some inputs other bits than the model's)"
         note = f"; {outcome.note}" if outcome.note else ""
         return Site(
             fused=True,

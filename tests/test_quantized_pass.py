@@ -344,6 +344,50 @@ def test_an_operator_with_other_arguments_or_unknown_is_left_alone(library, regi
     assert "quantizing.token.default" in site.note
 
 
+def test_an_operator_with_other_bits_for_some_inputs_needs_relaxed_numerics(library):
+    register_quantizer(library.token, NAMED["vllm-token"], exact=False)
+    try:
+        gm = graphs.trace(lambda x, r, w: library.token(llama(r + all_reduce(x), w)), inputs()[:3])
+        (kept,) = graphs.fused_copy(gm, CHECKED)[1].sites
+        assert kept.quantizer is None and "numerics='relaxed' accepts that" in kept.note
+        (fused,) = graphs.fused_copy(gm, PassOptions("all", "relaxed"))[1].sites
+        assert fused.quantizer == str(NAMED["vllm-token"]) and "other bits" in fused.detail
+    finally:
+        unregister_quantizer(library.token)
+
+
+def test_vllms_own_operators_with_relaxed_numerics():
+    lib = torch.library.Library("_C", "FRAGMENT")
+    lib.define(
+        "static_scaled_fp8_quant(Tensor(a!) result, Tensor input, Tensor scale, (int, int)? group_shape=None) -> ()"
+    )
+    lib.define(
+        "dynamic_per_token_scaled_fp8_quant(Tensor(a!) result, Tensor input, Tensor(b!) scale, Tensor? scale_ub) -> ()"
+    )
+    for name in ("static_scaled_fp8_quant", "dynamic_per_token_scaled_fp8_quant"):
+        torch.library.register_fake(f"_C::{name}", lambda *args: None, lib=lib)
+        lib.impl(name, lambda *args: None, "CPU")  # for tracing; what the kernels compute is declared
+
+    def f(x, r, w, scale):
+        h = r + all_reduce(x)
+        n, m = llama(h, w), llama(h + all_reduce(x * 2), w)
+        static, token = (torch.empty_like(t, dtype=E4M3) for t in (n, m))
+        scales = torch.empty(*m.shape[:-1], 1)
+        torch.ops._C.static_scaled_fp8_quant(static, n, scale)
+        torch.ops._C.dynamic_per_token_scaled_fp8_quant(token, m, scales, None)
+        return static, token, scales
+
+    try:
+        gm = graphs.trace(f, inputs())
+        new, report = graphs.fused_copy(gm, PassOptions("all", "relaxed"))
+        found = [Quantizer.parse(site.quantizer) for site in report.sites]
+        assert [(q.granularity, q.apply) for q in found] == [("tensor", "mul_recip"), ("token", "div")]
+        assert graphs.count(new, QUANT) == 2 and not any("functionalized" in str(n.target) for n in new.graph.nodes)
+        assert all(s.quantizer is None and "_C::" in s.note for s in graphs.fused_copy(gm)[1].sites)
+    finally:
+        lib._destroy()
+
+
 def test_a_wrong_registration_is_found_by_verify(library):
     register_quantizer(library.token, NAMED["torchao-rowwise"])
     try:
