@@ -12,7 +12,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from ..ops.quantizer import Quantizer
+from ..ops.quantizer import GROUP, Quantizer
 from . import quantizers, values
 from .quant_expression import FLOAT8, OPERATORS, Known, read
 from .quant_form import canonical
@@ -76,6 +76,7 @@ class _Group:
         calls: the operators that give both at once, and the buffers that they write.
         form: the canonical expression of the scales, where they are arithmetic.
         exact: whether every bit is known to be the quantizer's.
+        columns: of which a scale is taken.
     """
 
     quantizer: Quantizer
@@ -85,12 +86,14 @@ class _Group:
     quantized: list[Node] = field(default_factory=list)
     scales: list[Node] = field(default_factory=list)
     calls: list[Node] = field(default_factory=list)
+    columns: int = 0
 
     def names_of_scales(self, known: dict[Node, Known]) -> list[Node]:
         """Every node that holds the scales."""
         if self.form is None:
             return self.scales
-        alike = (n for n, k in known.items() if not k.pair and k.unit > 1 and canonical(k.expr) == self.form)
+        unit = self.columns
+        alike = (n for n, k in known.items() if not k.pair and k.unit == unit and canonical(k.expr) == self.form)
         return [*self.scales, *alike]
 
 
@@ -135,7 +138,7 @@ def _groups(normed: Node, known: dict[Node, Known], relaxed: bool) -> tuple[list
             continue
         key = (str(scheme.quantizer), value.scale)
         group = groups.setdefault(key, _Group(scheme.quantizer, value.scale))
-        group.form = scheme.scales
+        group.form, group.columns = scheme.scales, hidden if scheme.quantizer.granularity == "token" else GROUP
         group.quantized.append(node)
     for call in quantizers.calls(normed, known):
         quantizer = call.spelling.quantizer

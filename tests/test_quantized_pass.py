@@ -16,6 +16,7 @@ from tpfuse.ops import Quantizer
 from tpfuse.ops.quantizer import NAMED
 from tpfuse.passes import GraphReport, PassOptions, VerificationError, register_quantizer, unregister_quantizer
 
+import tpfuse
 from tpfuse.inner import inductor
 from tpfuse.inspect import table, words
 
@@ -191,6 +192,24 @@ def test_the_factor_may_be_what_the_model_keeps():
     assert Quantizer.parse(site.quantizer).returned == "reciprocal"
 
 
+def test_one_scale_for_all_of_a_single_row_is_one_a_row():
+    def f(x, r, w):
+        n = llama(r + all_reduce(x), w)
+        scale = (n.abs().amax(dim=(0, 1, 2), keepdim=True) / 448.0).float()  # torchao's PerTensor()
+        return (n.float() / scale).clamp(-448.0, 448.0).to(E4M3), scale.reshape(1, 1)
+
+    site, _ = check(f, inputs(shape=(1, 1, H))[:3])
+    assert Quantizer.parse(site.quantizer).granularity == "token"
+
+
+def test_scales_that_are_also_repeated_for_groups():
+    def f(x, r, w, scale):
+        q, scales = quantizations.torchao_rowwise(llama(r + all_reduce(x), w), scale)
+        return q, scales, scales.unsqueeze(-1).expand(2, 3, 2, 1) * 2, 1 / scales
+
+    check(f)
+
+
 def _per_tensor(n, scale):
     return quantizations.torchao_static(n, n.abs().max().float() / 448.0)[0]
 
@@ -269,6 +288,24 @@ def test_a_scale_that_is_computed_late_stays_outside():
         return quantizations.vllm_static(n, scale)[0], n, late
 
     check(f)
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_with_symbolic_rows_it_has_the_bits_of_eager_mode(inner):
+    def f(x, r, w, scale):
+        h = r + all_reduce(x)
+        return *quantizations.torchao_rowwise(llama(h, w).reshape(-1, H), scale), h
+
+    torch._dynamo.reset()
+    tpfuse.clear_reports()
+    options = {"tpfuse.policy": "all", "tpfuse.inner": inner, "tpfuse.verify": True}
+    with torch.no_grad():
+        compiled = torch.compile(f, backend="tpfuse", options=options, dynamic=True)
+        for shape in ((2, 3, H), (4, 5, H)):
+            given = inputs(shape=shape)
+            assert same(f(*given), compiled(*given))
+    (report,) = tpfuse.reports()
+    assert report.sites[0].quantizer == str(NAMED["torchao-rowwise"])
 
 
 # -- operators of other libraries ----------------------------------------------------------------------------------------
