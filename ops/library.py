@@ -7,6 +7,7 @@ NCCL's (or gloo's), so it sums in its own order: equal on all ranks, but not bit
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,11 @@ from tpfuse import compat
 from . import reference
 from .arguments import Operands
 from .kernel import Kernel
-from .kernels.variant import GROUP_LANES, Constants, Variant
+from .kernels.variant import GROUP_LANES, Constants, Variant, torch_dtype
+from .quant_reference import scales_like
+from .quantizer import Quantizer
+
+MOST_PROGRAMS = 1 << 16
 
 
 def all_reduce(x: Tensor, group_name: str) -> Tensor:
@@ -27,10 +32,15 @@ def all_reduce(x: Tensor, group_name: str) -> Tensor:
 
 @lru_cache(maxsize=512)
 def _kernel(constants: Constants) -> Kernel:
-    from .kernels.add_norm import add_norm_kernel
+    from .kernels.add_norm import add_norm_kernel, add_norm_quant_kernel
 
-    alone = Variant(world=1, lanes=GROUP_LANES, steps=constants.groups, split=1)
-    return Kernel(add_norm_kernel, GROUP_LANES, (constants, alone))
+    function = add_norm_quant_kernel if constants.quantized else add_norm_kernel
+    return Kernel(function, GROUP_LANES, (constants, alone(constants)))
+
+
+def alone(constants: Constants) -> Variant:
+    """The variant of kernels that wait for nobody: one program a row."""
+    return Variant(world=1, lanes=GROUP_LANES, steps=constants.groups, split=1)
 
 
 def add_norm(
@@ -58,10 +68,60 @@ def add_norm(
         eps,
         scale,
     )
+    _start(kernel, rows, reduced, args)
+
+
+def add_norm_quant(
+    reduced: Tensor,
+    given: Operands,
+    outputs: tuple[Any, ...],
+    static_scale: Tensor | None,
+    constants: Constants,
+    scales: Tensor,
+) -> None:
+    """:func:`add_norm` that quantizes.
+
+    Args:
+        outputs: normed (or None), residual_out, quantized and scales of all rows.
+        scales: the same scales in the op's layout.
+    """
+    normed, residual_out, quantized, flat = outputs
+    rows = reduced.numel() // constants.hidden
+    operands = (given.residual, given.weight, given.bias, normed)
+    args = (
+        reduced,
+        *(reduced if t is None else t for t in operands),
+        *(residual_out, quantized, flat, reduced if static_scale is None else static_scale, scales.stride(-1)),
+        *(rows, given.eps, given.scale),
+    )
+    _start(_kernel(constants), rows, reduced, args)
+
+
+@lru_cache(maxsize=512)
+def quantize_kernel_of(constants: Constants) -> Kernel:
+    """The kernel that quantizes rows in memory, not necessarily compiled yet."""
+    from .kernels.quantize import quantize_kernel
+
+    return Kernel(quantize_kernel, GROUP_LANES, (constants, alone(constants)))
+
+
+def quantize_samples(constants: Constants, quantizer: Quantizer) -> tuple[Any, ...]:
+    """Arguments of the right types to compile that kernel with; see :func:`tpfuse.ops.prepare.samples`."""
+    out = torch_dtype(constants.out_dtype)
+    return (out, quantizer.torch_dtype, scales_like((1, constants.hidden), quantizer)[2], torch.float32, 1, 1)
+
+
+def quantize_rows(outputs: tuple[Any, ...], static_scale: Tensor | None, constants: Constants, scales: Tensor) -> None:
+    """Quantize rows that a kernel has normed. Arguments as for :func:`add_norm_quant`; normed is read."""
+    normed, _, quantized, flat = outputs
+    args = (normed, quantized, flat, normed if static_scale is None else static_scale, scales.stride(-1), len(normed))
+    _start(quantize_kernel_of(constants), len(normed), normed, args)
+
+
+def _start(kernel: Kernel, rows: int, on: Tensor, args: tuple[Any, ...]) -> None:
     if not kernel.ready:
         kernel.compile(*args)
-    stream = compat.current_stream_handle(reduced.device.index)
-    kernel(min(rows, 1 << 16), stream, *args)
+    kernel(min(rows, MOST_PROGRAMS), compat.current_stream_handle(on.device.index), *args)
 
 
 def exact(given: Operands) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,8 @@ from .kernel import Kernel
 from .kernels.variant import Constants, constants, supports, torch_dtype
 from .paths import GroupPath
 from .plane import Plane
+from .quant_reference import scales_like
+from .quantizer import Quantizer
 from .schedule import Schedule, kernels_needed
 
 LOAD_AHEAD = True  # tests that load what they need by themselves switch it off
@@ -141,17 +143,36 @@ def load_together(kernels: list[Kernel], p: Plane, args: tuple[Any, ...]) -> Non
         vote.everyone(None, group, p.world)
 
 
-def samples(c: Constants, p: Plane, counts: int = 1) -> tuple[Any, ...]:
+def samples(c: Constants, p: Plane, counts: int = 1, quantizer: Quantizer | None = None) -> tuple[Any, ...]:
     """Arguments of the right types to compile a kernel with; Triton takes a dtype for a pointer to aligned memory.
 
     No tensors: nothing has to be allocated for them.
 
     Args:
         counts: how many numbers of rows the kernel takes.
+        quantizer: of a kernel that quantizes.
     """
     x, weight, normed, residual_out = (torch_dtype(d) for d in (c.dtype, c.weight_dtype, c.out_dtype, c.residual_dtype))
     tables = (torch.int64, torch.int32)
-    return (x, x, weight, x, normed, residual_out, *tables, p.rank, *(1,) * counts, p.phase_bytes, 1 << 40, 1e-6, 1.0)
+    more: tuple[Any, ...] = ()
+    if quantizer is not None:
+        more = (quantizer.torch_dtype, scales_like((1, c.hidden), quantizer)[2], torch.float32, 1)
+    return (
+        x,
+        x,
+        weight,
+        x,
+        normed,
+        residual_out,
+        *more,
+        *tables,
+        p.rank,
+        *(1,) * counts,
+        p.phase_bytes,
+        1 << 40,
+        1e-6,
+        1.0,
+    )
 
 
 def forget(group: dist.ProcessGroup | str) -> None:

@@ -6,69 +6,24 @@ The normed rows are returned as well when somebody reads them.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import cuda, op, paths
-from .arguments import Operands, refuse_gradients, same_sizes
+from . import op, paths, quant_cuda
+from .arguments import Operands, same_sizes
 from .flavour import LLAMA, Flavour
-from .quant_reference import empty_scales, quantize
+from .quant_reference import empty_scales
+from .quantization import NAME, Quantization, Results
 from .quantizer import Quantizer
 
-NAME = "all_reduce_add_rms_norm_quant"
 SCHEMA = (
     f"{NAME}(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, float scale, str flavour, bool post_norm, "
     "str group_name, str quantizer, Tensor? static_scale, bool keep_normed) -> "
     "(Tensor quantized, Tensor scales, Tensor normed, Tensor residual_out)"
 )
 op.library.define(SCHEMA, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
-
-Results = tuple[Tensor, Tensor, Tensor, Tensor]
-
-
-class Quantization(NamedTuple):
-    """What a call has besides the arguments of :class:`tpfuse.ops.arguments.Operands`."""
-
-    quantizer: Quantizer
-    static_scale: Tensor | None
-    keep_normed: bool
-
-    @classmethod
-    def of(cls, x: Tensor, quantizer: str, static_scale: Tensor | None, keep_normed: bool) -> Quantization:
-        """From what the dispatcher gives; checked.
-
-        Raises:
-            ValueError: the quantizer or the static scale is not valid.
-            RuntimeError: autograd would have to record the op.
-        """
-        parsed = Quantizer.parse(quantizer)
-        if x.dim() and x.shape[-1] == 0:
-            raise ValueError(f"{NAME}: x has shape {tuple(x.shape)}; expected at least one column to take a scale of")
-        if x.dtype == torch.float64:
-            raise ValueError(
-                f"{NAME}: x has dtype {x.dtype}; expected torch.float32, torch.bfloat16 or torch.float16: fp8 is derived in fp32"
-            )
-        if (static_scale is None) != (parsed.granularity != "tensor"):
-            given = "None" if static_scale is None else f"{static_scale.dtype} {tuple(static_scale.shape)}"
-            raise ValueError(
-                f"{NAME}: static_scale is {given}, but the quantizer's granularity is {parsed.granularity!r}; pass one fp32 "
-                "value exactly when the granularity is 'tensor'"
-            )
-        if static_scale is not None:
-            refuse_gradients(static_scale, None, None, None)
-            if static_scale.dtype != torch.float32 or static_scale.numel() != 1 or static_scale.device != x.device:
-                raise ValueError(
-                    f"{NAME}: static_scale is {static_scale.dtype} {tuple(static_scale.shape)} on {static_scale.device}; "
-                    f"expected one torch.float32 value on {x.device}"
-                )
-        return cls(parsed, static_scale, keep_normed)
-
-    def results(self, normed: Tensor, residual_out: Tensor) -> Results:
-        """The op's results from those of the op without quantization."""
-        quantized, scales = quantize(normed, self.quantizer, self.static_scale)
-        return quantized, scales, normed if self.keep_normed else normed.new_empty(0), residual_out
 
 
 def _cpu(*args: Any) -> Results:
@@ -88,13 +43,8 @@ def _fake(*args: Any, **kwargs: Any) -> Results:
     return quantized, scales, normed if asked.keep_normed else normed.new_empty(0), residual_out
 
 
-def _cuda(*args: Any) -> Results:
-    asked = Quantization.of(args[0], *args[9:])
-    return asked.results(*cuda.run(*args[:9]))
-
-
 op.library.impl(NAME, _cpu, "CPU")
-op.library.impl(NAME, _cuda, "CUDA")
+op.library.impl(NAME, quant_cuda.run, "CUDA")
 torch.library.register_fake(f"tpfuse::{NAME}", _fake, lib=op.library)
 
 

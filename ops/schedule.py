@@ -46,15 +46,17 @@ def kernel_of(algorithm: str, c: Constants, variant: Variant, attribute: bool = 
     key = (algorithm, c, variant, attribute)
     found = _kernels.get(key)
     if found is None:
-        from .kernels.one_shot import one_shot_kernel
+        from .kernels.one_shot import one_shot_kernel, one_shot_quant_kernel
         from .kernels.received_rows import received_rows_kernel
-        from .kernels.two_shot import two_shot_kernel
+        from .kernels.two_shot import two_shot_kernel, two_shot_quant_kernel
 
         function = {
-            "one_shot": one_shot_kernel,
-            "two_shot": two_shot_kernel,
-            "received_rows": received_rows_kernel,
-        }[algorithm]
+            ("one_shot", False): one_shot_kernel,
+            ("one_shot", True): one_shot_quant_kernel,
+            ("two_shot", False): two_shot_kernel,
+            ("two_shot", True): two_shot_quant_kernel,
+            ("received_rows", False): received_rows_kernel,
+        }[algorithm, c.quantized]
         options: dict[str, Any] = {
             "maxnreg": register_bound(algorithm, variant.world, Part(variant.lanes, variant.steps))
         }
@@ -152,14 +154,14 @@ def variants_needed(room: Room, most: int, groups: int, pdl: str) -> set[tuple[V
 
 
 def largest_launches(
-    architecture: str, world: int, dtype: torch.dtype, hidden: int, settings: Settings
+    architecture: str, world: int, dtype: torch.dtype, hidden: int, settings: Settings, most: int = UNBOUNDED
 ) -> dict[str, int]:
-    """Algorithm -> most rows of one launch, over calls of any number of rows. Pure."""
+    """Algorithm -> most rows of one launch, over calls of up to ``most`` rows. Pure."""
     thresholds = entry(architecture, world, settings.table)
     row_bytes = hidden * dtype.itemsize
     ends = {thresholds.one_shot_bytes // row_bytes, thresholds.two_shot_bytes // row_bytes}
     found: dict[str, int] = {}
-    for rows in sorted({1, UNBOUNDED, *(max(1, n + more) for n in ends for more in (0, 1))}):
+    for rows in sorted({1, most, *(min(max(1, n + more), most) for n in ends for more in (0, 1))}):
         chosen = select(
             architecture,
             world,
@@ -175,11 +177,15 @@ def largest_launches(
     return found
 
 
-def kernels_needed(p: Plane, settings: Settings, c: Constants, dtype: torch.dtype) -> list[Kernel]:
-    """Every kernel that a call of this kind may need, whatever its rows."""
+def kernels_needed(
+    p: Plane, settings: Settings, c: Constants, dtype: torch.dtype, rows: int = UNBOUNDED
+) -> list[Kernel]:
+    """Every kernel that a call of this kind with up to ``rows`` rows may need."""
+    if rows < 1:
+        return []
     pdl = dependent_launch_of(p, settings)
     return [
         kernel_of(algorithm, c, variant, attribute)
-        for algorithm, most in largest_launches(p.architecture, p.world, dtype, c.hidden, settings).items()
+        for algorithm, most in largest_launches(p.architecture, p.world, dtype, c.hidden, settings, rows).items()
         for variant, attribute in variants_needed(room_of(p, settings, algorithm), most, c.groups, pdl)
     ]

@@ -164,6 +164,12 @@ _SHARED_GPU = register(
     "TPFUSE_SHARED_GPU", "what waiting kernels take of a GPU that ranks share", "spare", word(SHARED_GPU)
 )
 _BACKEND = register("TPFUSE_SYMM_MEM", "torch's symmetric-memory backend", "auto", word(BACKENDS))
+_QUANT_ROWS = register(
+    "TPFUSE_QUANT_ROWS",
+    "rows up to which a call is quantized in the kernel that norms, instead of behind it",
+    selection.QUANT_ROWS,
+    number(0, int),
+)
 
 BATCH_INVARIANT = "TPFUSE_BATCH_INVARIANT"
 _BATCH_INVARIANT = register(BATCH_INVARIANT, "the bits of a row depend on no other row of the call", False, flag)
@@ -196,6 +202,7 @@ class Settings:
             multiprocessors free, so that ordinary kernels of all ranks always run; ``packed`` fills it, for ranks that
             run nothing but these kernels, as benchmarks do.
         backend: ``TPFUSE_SYMM_MEM``: torch's symmetric-memory backend; ``auto`` is torch's own choice.
+        quant_rows: ``TPFUSE_QUANT_ROWS``: see :data:`tpfuse.ops.select.QUANT_ROWS`.
         batch_invariant: ``TPFUSE_BATCH_INVARIANT`` or the option: see :mod:`tpfuse.ops.invariant`.
     """
 
@@ -206,6 +213,7 @@ class Settings:
     concurrent_planes: int = 1
     shared_gpu: str = "spare"
     backend: str = "auto"
+    quant_rows: int = selection.QUANT_ROWS
     batch_invariant: bool = False
 
     @classmethod
@@ -226,6 +234,7 @@ class Settings:
             concurrent_planes=_PLANES.value(),
             shared_gpu=_SHARED_GPU.value(),
             backend=_BACKEND.value(),
+            quant_rows=_QUANT_ROWS.value(),
             batch_invariant=invariant,
         )
 
@@ -233,5 +242,6 @@ class Settings:
         return (
             f"algorithm={self.algorithm} table={selection.fingerprint(self.table)} "
             f"watchdog={self.watchdog_seconds} pdl={self.dependent_launch} planes={self.concurrent_planes} "
-            f"shared_gpu={self.shared_gpu} backend={self.backend} batch_invariant={self.batch_invariant}"
+            f"shared_gpu={self.shared_gpu} backend={self.backend} quant_rows={self.quant_rows} "
+            f"batch_invariant={self.batch_invariant}"
         )

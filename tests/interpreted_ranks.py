@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import warm
 
+STATIC_SCALE = torch.tensor(0.037)
 WATCHDOG_NS = 200_000_000  # 200,000 polls of the portable body: minutes
 
 
@@ -52,6 +53,10 @@ class Call:
     in_place: bool = False  # normed is written over x, and residual_out over the residual; for whole rows
     blocks: int = 1  # of ``rows`` rows, each for as many ranks; see tpfuse.ops.kernels.received_rows
     kept: tuple[int, ...] = ()  # rows that each rank keeps of its block; (): all
+    quantizer: str = (
+        ""  # a name of tpfuse.ops.quantizer.NAMED: the normed rows are quantized, as 'quantized' and 'scales'
+    )
+    keep_normed: bool = True
 
 
 @dataclass
@@ -180,7 +185,7 @@ def squares_in_kernel_order(call: Call) -> Iterator[None]:
 def digest(*tensors: torch.Tensor) -> str:
     h = hashlib.sha256()
     for t in tensors:
-        h.update(t.contiguous().view(torch.uint8).numpy().tobytes())
+        h.update(t.clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy().tobytes())
     return h.hexdigest()[:16]
 
 
@@ -195,6 +200,14 @@ def ulps_apart(a: torch.Tensor, b: torch.Tensor) -> int:
     ia = torch.where(ia < 0, -(ia + top), ia)
     ib = torch.where(ib < 0, -(ib + top), ib)
     return int(torch.where(same, torch.zeros((), dtype=torch.long), (ia - ib).abs()).max()) if a.numel() else 0
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors have one shape and the same bits; NaN is NaN."""
+    if a.dtype == torch.int32 or a.shape != b.shape:
+        return torch.equal(a, b)
+    a, b = a.float().contiguous(), b.float().contiguous()
+    return bool(((a.view(torch.int32) == b.view(torch.int32)) | (a.isnan() & b.isnan())).all())
 
 
 def row_letters(got: tuple[torch.Tensor, ...], want: tuple[torch.Tensor, ...]) -> str:
@@ -227,7 +240,7 @@ def poll_politely(interpreter: Any) -> None:
     interpreter.interpreter_builder.create_masked_load = polite_load
 
 
-def _patch_once(interpreter: Any) -> None:
+def patch_once(interpreter: Any) -> None:
     """Patch Triton's language once a launch, and not again for every function that a kernel calls: a quarter of the time."""
     import triton.language as tl
 
@@ -276,6 +289,28 @@ def round_in_one_step(interpreter: Any) -> None:
     interpreter._get_np_dtype = lambda t: (of_type if t.scalar.is_ptr() else of_scalar)(t.scalar)
 
 
+def fp8_in_one_step(interpreter: Any) -> None:
+    """Round by torch what :func:`tpfuse.ops.kernels.fp8.fp8_code` rounds in twenty interpreted operations.
+
+    ``test_quant_kernel.py`` holds the two against each other.
+    """
+    import triton.language as tl
+    from tpfuse.ops.kernels import fp8
+
+    def fp8_code(value: Any, E5M2: Any, OVERFLOW: Any) -> Any:
+        wide = torch.from_numpy(np.ascontiguousarray(value.handle.data))
+        e5m2, overflow = (getattr(v, "value", v) for v in (E5M2, OVERFLOW))
+        if overflow < 0x7C:
+            top = 57344.0 if e5m2 else 448.0
+            wide = wide.clamp(-top, top)
+        code = wide.to(torch.float8_e5m2 if e5m2 else torch.float8_e4m3fn).view(torch.uint8).numpy()
+        return tl.tensor(
+            interpreter.TensorHandle(code.astype(np.int32), tl.int32), value.type.with_element_ty(tl.int32)
+        )
+
+    fp8.fp8_code = fp8_code
+
+
 def rounded_both_ways(bits: Any, conn: Any) -> None:
     """Send what :func:`half_bits` of the kernels and the short cut above make of fp32 values, for bf16 and fp16."""
     import triton.language as tl
@@ -314,16 +349,20 @@ def _worker(
         import triton.language as tl
         from tpfuse.ops.flavour import NAMED
         from tpfuse.ops.kernel import launch_plain
-        from tpfuse.ops.kernels.one_shot import one_shot_kernel
+        from tpfuse.ops.kernels.one_shot import one_shot_kernel, one_shot_quant_kernel
+        from tpfuse.ops.kernels.quant_constants import quantized
         from tpfuse.ops.kernels.received_rows import received_rows_kernel
         from tpfuse.ops.kernels.state import MAX_PROGRAMS, PARTIALS, RECORD
-        from tpfuse.ops.kernels.two_shot import two_shot_kernel
+        from tpfuse.ops.kernels.two_shot import two_shot_kernel, two_shot_quant_kernel
         from tpfuse.ops.kernels.variant import GROUP_LANES, Variant, constants
+        from tpfuse.ops.quant_reference import quantize, scales_like
+        from tpfuse.ops.quantizer import NAMED as QUANTIZERS
         from triton.runtime import interpreter
 
         poll_politely(interpreter)
-        _patch_once(interpreter)
+        patch_once(interpreter)
         round_in_one_step(interpreter)
+        fp8_in_one_step(interpreter)
         if program is not None:
             # This process is one program of the grid; its siblings are the others.
             builder = interpreter.interpreter_builder
@@ -373,6 +412,9 @@ def _worker(
                 has_residual=call.residual,
                 post_norm=call.post_norm,
             )
+            quantizer = QUANTIZERS[call.quantizer] if call.quantizer else None
+            if quantizer is not None:
+                c = quantized(c, quantizer, call.keep_normed, False)
             row_lanes = c.groups * GROUP_LANES
             steps = call.steps or -(-row_lanes // call.lanes)
             split = -(-row_lanes // (steps * call.lanes))
@@ -386,6 +428,13 @@ def _worker(
             for d, n in zip((c.out_dtype, c.residual_dtype), sizes, strict=True):
                 views.append(outs[start : start + n].view(to_torch[d]).view(kept, call.hidden))
                 start += n
+            extra = []
+            if quantizer is not None:
+                shape, strides, of_scales = scales_like((kept, call.hidden), quantizer)
+                n = kept * call.hidden // 4
+                extra = [outs[start : start + n].view(quantizer.torch_dtype).view(kept, call.hidden)]
+                extra += [torch.as_strided(outs[start + n :].view(of_scales), shape, strides)]
+                extra[1].zero_()
             if call.rows:
                 x = everything.xs[rank].contiguous()
                 none = x
@@ -400,6 +449,8 @@ def _worker(
                     given.bias if given.bias is not None else none,
                     views[0],
                     views[1],
+                    *extra,
+                    *((STATIC_SCALE, extra[1].stride(-1)) if extra else ()),
                     peers,
                     state,
                     rank,
@@ -410,7 +461,12 @@ def _worker(
                     call.eps,
                     call.scale,
                 )
-                function = {"one_shot": one_shot_kernel, "two_shot": two_shot_kernel}[call.algorithm]
+                function = {
+                    ("one_shot", False): one_shot_kernel,
+                    ("two_shot", False): two_shot_kernel,
+                    ("one_shot", True): one_shot_quant_kernel,
+                    ("two_shot", True): two_shot_quant_kernel,
+                }[call.algorithm, bool(extra)]
                 if call.blocks > 1:
                     function = received_rows_kernel
                 if program is not None:
@@ -423,9 +479,22 @@ def _worker(
             outcome.record = tuple(host.tolist())
             outcome.records.append(outcome.record)
             normed, residual_out = views[0].clone(), views[1].clone()
-            outcome.digests.append(digest(normed, residual_out))
+            extra = [e.clone() for e in extra]
             with squares_in_kernel_order(call):
                 want = expected(call, given)
+            if quantizer is not None:
+                asked = quantize(want[0], quantizer, STATIC_SCALE if quantizer.granularity == "tensor" else None)
+                if not call.keep_normed:
+                    normed = want[0]
+                if not outcome.record[0]:
+                    outcome.mistakes += [
+                        f"call {number} {call}: {name} differ from the reference"
+                        for name, got, exact in zip(("values", "scales"), extra, asked, strict=True)
+                        if not same_bits(got, exact)
+                    ]
+                if call.keep_normed and outcome.record[0]:  # rows of a failed plane are NaN in fp8 as well
+                    normed = torch.where(extra[0].float().isnan(), normed, torch.zeros_like(normed))
+            outcome.digests.append(digest(normed, residual_out, *extra))
             outcome.rows.append(row_letters((normed, residual_out), want))
             outcome.row_digests.append([digest(n, h) for n, h in zip(normed, residual_out, strict=True)])
             if outcome.record[0]:
@@ -443,7 +512,7 @@ def _worker(
             )
             if apart[0] > allowed[0] or apart[1] > allowed[1]:
                 outcome.mistakes.append(f"call {number} {call}: {apart} ulps from the reference, allowed {allowed}")
-        partials = state[PARTIALS : PARTIALS + MAX_PROGRAMS * 16]
+        partials = state[PARTIALS : PARTIALS + 2 * MAX_PROGRAMS * 16]  # and the largest values behind them
         outcome.leftover = int((plane != 0).sum()) + int((partials != 0).sum()) + int(state[RECORD] != 0)
         del keep_state, keep_outs, done
     except Exception:
@@ -490,7 +559,7 @@ def run(
     plane_bytes = 2 * (world * max(biggest, 4) + 2 * world * row)
     from tpfuse.ops.kernels.state import STATE_WORDS
 
-    sizes = {"plane": plane_bytes, "state": STATE_WORDS * 4 + 64, "out": 2 * 2 * max(biggest, 4) + 4096, "done": 4096}
+    sizes = {"plane": plane_bytes, "state": STATE_WORDS * 4 + 64, "out": 2 * 4 * max(biggest, 4) + 8192, "done": 4096}
     memories = {
         kind: [shared_memory.SharedMemory(create=True, size=size) for _ in range(world)] for kind, size in sizes.items()
     }

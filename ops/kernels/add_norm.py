@@ -16,6 +16,24 @@ from .epilogue import accept, finish, prefetch
 from .rows import lane_elements, load_words
 
 
+@triton.jit
+def add_norm(reduced_rows, io, rows, eps, scale, C: tl.constexpr, S: tl.constexpr):
+    """All rows of a call, one program a row. ``io``: see :func:`.epilogue.finish`."""
+    STEPS: tl.constexpr = S.steps
+    for row in range(tl.program_id(0), rows, tl.num_programs(0)):
+        loads = ()
+        held = ()
+        for i in tl.static_range(STEPS):
+            element, active = lane_elements(0, i, C, S)
+            start = row.to(tl.int64) * C.hidden + element
+            load = prefetch(row, 0, i, io, C, S)
+            words = load_words(reduced_rows, start, active, C.dtype, C.values, S.ptx)
+            loads = loads + (load,)
+            held = held + (accept(words, row, 0, i, io, scale, load, C, S),)
+        # One program a row exchanges nothing: no state, no phase, nothing to watch.
+        finish(held, row, 0, io, reduced_rows, 0, (0, 0, 0), eps, loads, C, S)
+
+
 @triton.jit(do_not_specialize=["rows"])
 def add_norm_kernel(
     reduced_rows,
@@ -30,18 +48,28 @@ def add_norm_kernel(
     C: tl.constexpr,
     S: tl.constexpr,
 ):
-    """One program a row. Arguments as in ``one_shot_kernel``; ``reduced_rows`` is the all-reduced ``x``."""
-    STEPS: tl.constexpr = S.steps
-    io = (residual, weight, bias, normed, residual_out)
-    for row in range(tl.program_id(0), rows, tl.num_programs(0)):
-        loads = ()
-        held = ()
-        for i in tl.static_range(STEPS):
-            element, active = lane_elements(0, i, C, S)
-            start = row.to(tl.int64) * C.hidden + element
-            load = prefetch(row, 0, i, io, C, S)
-            words = load_words(reduced_rows, start, active, C.dtype, C.values, S.ptx)
-            loads = loads + (load,)
-            held = held + (accept(words, row, 0, i, io, scale, load, C, S),)
-        # One program a row exchanges nothing: no state, no phase, nothing to watch.
-        finish(held, row, 0, io, reduced_rows, 0, (0, 0, 0), eps, loads, C, S)
+    """Arguments as in ``one_shot_kernel``; ``reduced_rows`` is the all-reduced ``x``."""
+    add_norm(reduced_rows, (residual, weight, bias, normed, residual_out), rows, eps, scale, C, S)
+
+
+@triton.jit(do_not_specialize=["scale_stride", "rows"])
+def add_norm_quant_kernel(
+    reduced_rows,
+    residual,
+    weight,
+    bias,
+    normed,
+    residual_out,
+    quantized,
+    scales,
+    static_scale,
+    scale_stride,
+    rows,
+    eps,
+    scale,
+    C: tl.constexpr,
+    S: tl.constexpr,
+):
+    """:func:`add_norm_kernel` that quantizes; ``quantized`` to ``scale_stride`` as in :func:`.quantize.quantize_kernel`."""
+    io = (residual, weight, bias, normed, residual_out, quantized, scales, static_scale, scale_stride)
+    add_norm(reduced_rows, io, rows, eps, scale, C, S)

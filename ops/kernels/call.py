@@ -10,6 +10,7 @@ import triton.language as tl
 
 from . import state as at
 from .memory import NAN_WORD, store16
+from .quantize import poison_quantized
 from .rows import lane_elements, store_words
 
 _NAN: tl.constexpr = tl.constexpr(NAN_WORD)
@@ -69,7 +70,7 @@ def failed(state):
 
 @triton.jit
 def poison(rows, io, C: tl.constexpr, S: tl.constexpr):
-    """NaN in both outputs of all rows: what a launch on a plane that has failed does, and all that it does."""
+    """NaN in all outputs of all rows: what a launch on a plane that has failed does, and all that it does."""
     STEPS: tl.constexpr = S.steps
     for item in range(tl.program_id(0), rows * S.split, tl.num_programs(0)):
         row = item // S.split
@@ -80,8 +81,11 @@ def poison(rows, io, C: tl.constexpr, S: tl.constexpr):
             words = (nan, nan, nan, nan)
             if C.values == 8:
                 words = words + words  # as many as store_words takes of fp32
-            store_words(io[3], start, words, active, C.out_dtype, S.ptx)
+            if C.keeps_normed:
+                store_words(io[3], start, words, active, C.out_dtype, S.ptx)
             store_words(io[4], start, words, active, C.residual_dtype, S.ptx)
+        if C.quantized:
+            poison_quantized(row, item % S.split, io, C, S)
 
 
 @triton.jit

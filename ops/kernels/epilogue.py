@@ -11,7 +11,7 @@ of a row do not depend on how many programs share it, on their width, on the num
 
 # Triton's language, not Python: tuples grow while they are traced, and have no unpacking.
 # mypy: ignore-errors
-# ruff: noqa: PLR1714
+# ruff: noqa: PLR1714, RUF005
 from __future__ import annotations
 
 import triton
@@ -20,8 +20,9 @@ import triton.language as tl
 from .call import spoil
 from .memory import NAN_WORD, store16
 from .packing import over_scalar, pack, plus, plus_scalar, plus_words, rounded, times, times_scalar, times_words, unpack
+from .quantize import quantize_part
 from .rows import held_values, lane_elements, load_words, store_words, values_of, words_of
-from .split_rows import mean_of_squares, restore
+from .split_rows import mean_of_squares, restore, restore_tops
 
 _NAN: tl.constexpr = tl.constexpr(NAN_WORD)
 
@@ -143,17 +144,18 @@ def finish(
     C: tl.constexpr,
     S: tl.constexpr,
 ):
-    """Norm of the groups of one row that this program holds, and the stores that are left.
+    """Norm of the groups of one row that this program holds, their quantization where there is one, and the stores that are left.
 
     Args:
         held: for each step what :func:`accept` returned.
-        io: the tensors of the call: residual, weight, bias, normed, residual_out.
+        io: the tensors of the call: residual, weight, bias, normed, residual_out; what :func:`quantize_part` adds to them.
         loads: for each step what :func:`prefetch` returned; looked at only by programs of one or two steps.
     """
     STEPS: tl.constexpr = S.steps
     residual, weight, normed, residual_out = io[0], io[1], io[3], io[4]
     row_start = row.to(tl.int64) * C.hidden
     mean = mean_of_squares(held, part, row, state, phase, watch, C, S)
+    outs = ()
     for i in tl.static_range(STEPS):
         element, active = lane_elements(part, i, C, S)
         gain = ()
@@ -163,7 +165,10 @@ def finish(
             else:
                 gain = load_words(weight, element.to(tl.int64), active, C.weight_dtype, C.values, S.ptx)
         out = normalised(held_values(held[i], C), mean, gain, eps, C, S.ptx)
-        store_words(normed, row_start + element, out, active, C.out_dtype, S.ptx)
+        if C.keeps_normed:
+            store_words(normed, row_start + element, out, active, C.out_dtype, S.ptx)
+        if C.quantized:
+            outs = outs + (out,)
         if C.post_norm:
             r = ()
             if S.steps <= 2:
@@ -177,5 +182,9 @@ def finish(
             store_words(residual_out, row_start + element, total, active, C.residual_dtype, S.ptx)
         else:
             spoil(mean, state, residual_out, row_start + element, active, C, S)
+    if C.quantized:
+        quantize_part(outs, row, part, io, state, phase, watch, C, S)
     if S.split > 1:
         restore(state, S)
+        if C.exchanges_tops:
+            restore_tops(state, S)

@@ -35,37 +35,11 @@ def push_to_peers(held, item, allowed, bases, offset, rank, C: tl.constexpr, S: 
             push(bases[r] + slot, words, active & allowed & (r != rank).to(tl.int32), S.ptx)
 
 
-@triton.jit(do_not_specialize=["rank", "rows", "phase_bytes", "limit"])
-def one_shot_kernel(
-    x,
-    residual,
-    weight,
-    bias,
-    normed,
-    residual_out,
-    peers,
-    state,
-    rank,
-    rows,
-    phase_bytes,
-    limit,
-    eps,
-    scale,
-    C: tl.constexpr,
-    S: tl.constexpr,
-):
-    """Slot of (row, rank) in a phase: ``(row * W + rank) * row_bytes``.
-
-    Args:
-        x, residual, weight, bias, normed, residual_out: contiguous, 16-byte aligned; unused ones are any pointer.
-        peers: int64 ``(W + 1,)``: the address of each rank's plane, then the address of the host's failure record.
-        state: the plane's local int32 state, see ``epilogue.py``.
-        phase_bytes: size of one of the two phases.
-        limit: watchdog in nanoseconds.
-    """
+@triton.jit
+def begin_one_shot(x, peers, state, rank, rows, C: tl.constexpr, S: tl.constexpr):
+    """What comes before the first push: addresses of all planes, own plane, own first words, phase, two stamps."""
     WORLD: tl.constexpr = S.world
     PDL: tl.constexpr = S.pdl  # Triton 3.6 passes no plain string on
-    STEPS: tl.constexpr = S.steps
     launched = now(S)
     # The table of planes never changes: the only thing that may be read before the previous kernel has ended.
     bases = ()
@@ -79,13 +53,23 @@ def one_shot_kernel(
     has_first = (first < items).to(tl.int32)
     # Before the phase is asked for: both are on their way together.
     to_push = own_part(x, first, has_first, C, S)
-    phase = begin(state)
-    io = (residual, weight, bias, normed, residual_out)
-    if S.world > 4:  # the words of so many ranks leave no register for a second count
-        if failed(state):
-            poison(rows, io, C, S)
-            return
-    else:
+    return (bases, own_base, to_push, begin(state), launched, begun)
+
+
+@triton.jit
+def one_shot(x, io, begun, peers, state, rank, rows, phase_bytes, limit, eps, scale, C: tl.constexpr, S: tl.constexpr):
+    """The rest of a call.
+
+    Args:
+        io: see :func:`.epilogue.finish`.
+        begun: what :func:`begin_one_shot` returned; the rest as in :func:`one_shot_kernel`.
+    """
+    PDL: tl.constexpr = S.pdl  # Triton 3.6 passes no plain string on
+    STEPS: tl.constexpr = S.steps
+    bases, own_base, to_push, phase = begun[0], begun[1], begun[2], begun[3]
+    first = tl.program_id(0)
+    items = rows * S.split
+    if S.world <= 4:
         # Without items nothing is pushed and nothing polled. The way of a call that is well stays straight, with the stores of
         # NaN behind it: 2 to 3 % of the time of a few rows between two GPUs.
         items = tl.where(failed(state), 0, items)
@@ -121,8 +105,78 @@ def one_shot_kernel(
             held = held + (accept(reduced, row, part, i, io, scale, load, C, S),)
         finish(held, row, part, io, state, phase, watch, eps, loads, C, S)
     end(state, phase)
-    keep_stamps(state, phase, (launched, begun, pushed, pushed, received, now(S)), S)
+    keep_stamps(state, phase, (begun[4], begun[5], pushed, pushed, received, now(S)), S)
     if S.world <= 4:
         if items == 0:
             poison(rows, io, C, S)
     let_next_kernel_start(PDL)
+
+
+@triton.jit(do_not_specialize=["rank", "rows", "phase_bytes", "limit"])
+def one_shot_kernel(
+    x,
+    residual,
+    weight,
+    bias,
+    normed,
+    residual_out,
+    peers,
+    state,
+    rank,
+    rows,
+    phase_bytes,
+    limit,
+    eps,
+    scale,
+    C: tl.constexpr,
+    S: tl.constexpr,
+):
+    """Slot of (row, rank) in a phase: ``(row * W + rank) * row_bytes``.
+
+    Args:
+        x, residual, weight, bias, normed, residual_out: contiguous, 16-byte aligned; unused ones are any pointer.
+        peers: int64 ``(W + 1,)``: the address of each rank's plane, then the address of the host's failure record.
+        state: the plane's local int32 state, see ``epilogue.py``.
+        phase_bytes: size of one of the two phases.
+        limit: watchdog in nanoseconds.
+    """
+    io = (residual, weight, bias, normed, residual_out)
+    begun = begin_one_shot(x, peers, state, rank, rows, C, S)
+    if S.world > 4:  # the words of so many ranks leave no register for a second count
+        if failed(state):
+            poison(rows, io, C, S)
+            return
+    one_shot(x, io, begun, peers, state, rank, rows, phase_bytes, limit, eps, scale, C, S)
+
+
+@triton.jit(do_not_specialize=["scale_stride", "rank", "rows", "phase_bytes", "limit"])
+def one_shot_quant_kernel(
+    x,
+    residual,
+    weight,
+    bias,
+    normed,
+    residual_out,
+    quantized,
+    scales,
+    static_scale,
+    scale_stride,
+    peers,
+    state,
+    rank,
+    rows,
+    phase_bytes,
+    limit,
+    eps,
+    scale,
+    C: tl.constexpr,
+    S: tl.constexpr,
+):
+    """:func:`one_shot_kernel` that quantizes; ``quantized`` to ``scale_stride`` as in :func:`.quantize.quantize_kernel`."""
+    io = (residual, weight, bias, normed, residual_out, quantized, scales, static_scale, scale_stride)
+    begun = begin_one_shot(x, peers, state, rank, rows, C, S)
+    if S.world > 4:  # the words of so many ranks leave no register for a second count
+        if failed(state):
+            poison(rows, io, C, S)
+            return
+    one_shot(x, io, begun, peers, state, rank, rows, phase_bytes, limit, eps, scale, C, S)

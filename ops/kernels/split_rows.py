@@ -1,4 +1,4 @@
-"""What the programs of a split row tell each other: the sums of squares of their groups."""
+"""What the programs of a split row tell each other: the sums of squares of their groups, and their largest values."""
 
 # Triton's language, not Python: tuples grow while they are traced, and have no unpacking.
 # mypy: ignore-errors
@@ -16,6 +16,7 @@ from .rows import held_values
 MAX_GROUPS: tl.constexpr = tl.constexpr(at.MAX_GROUPS)
 PARTIALS: tl.constexpr = tl.constexpr(at.PARTIALS)
 RECORD_BYTES: tl.constexpr = tl.constexpr(at.RECORD_BYTES)
+TOPS: tl.constexpr = tl.constexpr(at.TOPS)
 
 
 @triton.jit
@@ -112,6 +113,69 @@ def exchange(sums, part, row, state, phase, watch, C: tl.constexpr, S: tl.conste
             pairs = pairs + (totals[len(totals) - 1],)
         totals = pairs
     return totals[0].to(tl.float32)
+
+
+@triton.jit
+def exchange_tops(top, part, row, state, phase, watch, S: tl.constexpr):
+    """The largest of a row from the largest of each of its programs: int32 bits of absolute values, the same in all lanes.
+
+    As :func:`exchange`, in an area of its own: a sibling may announce this before the sums of squares have been read. A sibling
+    that lacked the words of a peer has told so there, by NaN behind a fence: this one needs none.
+    """
+    first = tl.program_id(0) - part
+    lane = tl.arange(0, S.lanes)
+    place = state + TOPS + (first + lane) * MAX_GROUPS + part
+    word = top | (-2147483648)
+    if S.ptx:
+        tl.inline_asm_elementwise(
+            """
+            {
+            .reg .pred %p;
+            setp.ne.u32 %p, $3, 0;
+            @%p st.relaxed.gpu.global.u32 [$1], $2;
+            mov.u32 $0, 0;
+            }
+            """,
+            "=r,l,r,r",
+            [place.to(tl.int64), word, (lane < S.split).to(tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        tl.atomic_xchg(place, word, mask=lane < S.split, sem="release", scope="gpu")
+    SPLIT: tl.constexpr = S.split
+    mine = (state + TOPS + tl.program_id(0) * MAX_GROUPS).to(tl.int64)
+    words = poll(
+        mine,
+        mine,
+        -1,
+        1,
+        row,
+        phase + 2,
+        (watch[0], watch[1], watch[2] * 8),
+        SLOTS=(SPLIT + 3) // 4,
+        STRIDE=16,
+        WORDS=SPLIT,
+        WAIT=S.wait,
+        PTX=S.ptx,
+        HEED=False,
+        RECORD_AT=RECORD_BYTES,
+        HOST_AT=8 * S.world,
+    )
+    top = top * 0
+    for i in tl.static_range(SPLIT):
+        top = tl.maximum(top, words[i] & 0x7FFFFFFF)
+    return top
+
+
+@triton.jit
+def restore_tops(state, S: tl.constexpr):
+    """:func:`restore` for what :func:`exchange_tops` polled."""
+    tl.debug_barrier()
+    lane = tl.arange(0, S.lanes)
+    place = (state + TOPS + tl.program_id(0) * MAX_GROUPS).to(tl.int64) + lane * 16
+    clear(place, (lane < MAX_GROUPS // 4).to(tl.int32), S.ptx)
 
 
 @triton.jit

@@ -13,7 +13,8 @@ EPOCHS = 0  # one word a program: calls so far, modulo 2
 RECORD = MAX_PROGRAMS  # what a poll that gave up was waiting for; word 0 is 0 while all is well
 RECORD_BYTES = 4 * RECORD  # also in the PTX of call.spoil
 PARTIALS = RECORD + 16  # per program: MAX_GROUPS sums of squares, from the programs of its row
-STATE_WORDS = PARTIALS + MAX_PROGRAMS * MAX_GROUPS
+TOPS = PARTIALS + MAX_PROGRAMS * MAX_GROUPS  # per program: MAX_GROUPS largest values, from the programs of its row
+STATE_WORDS = TOPS + MAX_PROGRAMS * MAX_GROUPS
 
 # Behind the state of a kernel with stamps, which has to be larger: for each phase and program eight int64, in nanoseconds.
 STAMPS = STATE_WORDS // 2

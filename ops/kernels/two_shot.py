@@ -56,31 +56,9 @@ def push_to_owner(held, item, allowed, peers, offset, rank, C: tl.constexpr, S: 
         push(target + element * C.item_bytes, marked(held[i], C.zero_mark), active & allowed, S.ptx)
 
 
-@triton.jit(do_not_specialize=["rank", "rows", "phase_bytes", "limit"])
-def two_shot_kernel(
-    x,
-    residual,
-    weight,
-    bias,
-    normed,
-    residual_out,
-    peers,
-    state,
-    rank,
-    rows,
-    phase_bytes,
-    limit,
-    eps,
-    scale,
-    C: tl.constexpr,
-    S: tl.constexpr,
-):
-    """Arguments as in ``one_shot_kernel``.
-
-    A phase holds two areas: scatter, where the slot of (row, rank) at the row's owner is
-    ``((row // W) * W + rank) * row_bytes``, and behind its ``ceil(rows / W) * W`` rows gather, where row ``t`` is at
-    ``t * row_bytes``.
-    """
+@triton.jit
+def two_shot(x, io, peers, state, rank, rows, phase_bytes, limit, eps, scale, C: tl.constexpr, S: tl.constexpr):
+    """All of a call. ``io``: see :func:`.epilogue.finish`; the rest as in :func:`two_shot_kernel`."""
     WORLD: tl.constexpr = S.world
     PDL: tl.constexpr = S.pdl  # Triton 3.6 passes no plain string on
     STEPS: tl.constexpr = S.steps
@@ -93,7 +71,6 @@ def two_shot_kernel(
     # Before the phase is asked for: both are on their way together.
     to_push = own_part(x, first, for_others(first, items, rank, S), C, S)
     phase = begin(state)
-    io = (residual, weight, bias, normed, residual_out)
     items = tl.where(failed(state), 0, items)  # no push and no poll on a failed plane; see one_shot_kernel
     turns = (items + tl.num_programs(0) - 1) // tl.num_programs(0)
     offset = phase.to(tl.int64) * phase_bytes
@@ -170,3 +147,60 @@ def two_shot_kernel(
     if items == 0:
         poison(rows, io, C, S)
     let_next_kernel_start(PDL)
+
+
+@triton.jit(do_not_specialize=["rank", "rows", "phase_bytes", "limit"])
+def two_shot_kernel(
+    x,
+    residual,
+    weight,
+    bias,
+    normed,
+    residual_out,
+    peers,
+    state,
+    rank,
+    rows,
+    phase_bytes,
+    limit,
+    eps,
+    scale,
+    C: tl.constexpr,
+    S: tl.constexpr,
+):
+    """Arguments as in ``one_shot_kernel``.
+
+    A phase holds two areas: scatter, where the slot of (row, rank) at the row's owner is
+    ``((row // W) * W + rank) * row_bytes``, and behind its ``ceil(rows / W) * W`` rows gather, where row ``t`` is at
+    ``t * row_bytes``.
+    """
+    io = (residual, weight, bias, normed, residual_out)
+    two_shot(x, io, peers, state, rank, rows, phase_bytes, limit, eps, scale, C, S)
+
+
+@triton.jit(do_not_specialize=["scale_stride", "rank", "rows", "phase_bytes", "limit"])
+def two_shot_quant_kernel(
+    x,
+    residual,
+    weight,
+    bias,
+    normed,
+    residual_out,
+    quantized,
+    scales,
+    static_scale,
+    scale_stride,
+    peers,
+    state,
+    rank,
+    rows,
+    phase_bytes,
+    limit,
+    eps,
+    scale,
+    C: tl.constexpr,
+    S: tl.constexpr,
+):
+    """:func:`two_shot_kernel` that quantizes; ``quantized`` to ``scale_stride`` as in :func:`.quantize.quantize_kernel`."""
+    io = (residual, weight, bias, normed, residual_out, quantized, scales, static_scale, scale_stride)
+    two_shot(x, io, peers, state, rank, rows, phase_bytes, limit, eps, scale, C, S)

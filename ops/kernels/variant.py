@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from .. import reference
 from ..flavour import Flavour
 from .state import GROUP_LANES, MAX_GROUPS
+
+if TYPE_CHECKING:
+    from .quant_constants import Quant
 
 try:
     import triton.language as tl
@@ -48,11 +52,27 @@ class Constants:
     values: int  # values a lane: 16 bytes of x
     row_bytes: int
     zero_mark: int  # what a zero word becomes on push: a zero with a sign
+    quant: Quant | None = None  # the normed rows are quantized
 
     @property
     def groups(self) -> int:
         """Groups of ``128 * values`` elements in a row."""
         return -(-self.hidden // (GROUP_LANES * self.values))
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the kernel quantizes the normed rows."""
+        return self.quant is not None
+
+    @property
+    def keeps_normed(self) -> bool:
+        """Whether the normed rows themselves are stored."""
+        return self.quant is None or self.quant.keep_normed
+
+    @property
+    def exchanges_tops(self) -> bool:
+        """Whether programs that share a row also tell each other the largest of its values."""
+        return self.quant is not None and self.quant.granularity == "token"
 
     @property
     def plain_gain(self) -> bool:
