@@ -147,6 +147,8 @@ def _dynamic(tree: Any, common: dict[str, Any], largest: float, normed: torch.dt
         return Quantizer(granularity="token", **common, **found)
     if tree[2] == GROUP:
         return Quantizer(granularity="group128", **common, **found)
+    if tree[2] > hidden:
+        raise Different("its scale is taken of several rows together, and the fused op norms them one by one")
     raise Different(f"a scale is taken of {tree[2]} values; expected a row of {hidden} or a group of {GROUP}")
 
 

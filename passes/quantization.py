@@ -163,7 +163,7 @@ def _of(group: _Group, normed: Node, known: dict[Node, Known], order: dict[Node,
     assert dtype is not None
     quantizer = group.quantizer
     if group.static_scale is not None and values.depends_on(group.static_scale, normed, order):
-        return f"its scale, {group.static_scale.name}, is taken of all rows together, and the fused op norms them one by one"
+        return f"its scale, {group.static_scale.name}, is taken of several rows together, and the fused op norms them one by one"
     scales = _live_scales(group, known)
     if quantizer.derive == "inverse" and not scales and group.form is not None:
         # Perhaps the model reads the factor itself.

@@ -214,6 +214,10 @@ def _per_tensor(n, scale):
     return quantizations.torchao_static(n, n.abs().max().float() / 448.0)[0]
 
 
+def _per_tensor_by_dimensions(n, scale):
+    return quantizations.torchao_static(n, n.abs().amax(dim=(0, 1, 2)).float() / 448.0)[0]
+
+
 def _in_the_input_dtype(n, scale):
     return (n / scale).clamp(-448.0, 448.0).to(E4M3)
 
@@ -244,7 +248,8 @@ def _scaled_by_columns(n, scale):
 @pytest.mark.parametrize(
     ("quantize", "why"),
     [
-        (_per_tensor, "taken of all rows together"),
+        (_per_tensor, "taken of several rows together"),
+        (_per_tensor_by_dimensions, "taken of several rows together"),
         (_in_the_input_dtype, "computed in torch.bfloat16"),
         (_groups_of_64, "taken of 64 values"),
         (_other_constant, "div stands between"),
