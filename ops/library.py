@@ -108,7 +108,7 @@ def quantize_kernel_of(constants: Constants) -> Kernel:
 def quantize_samples(constants: Constants, quantizer: Quantizer) -> tuple[Any, ...]:
     """Arguments of the right types to compile that kernel with; see :func:`tpfuse.ops.prepare.samples`."""
     out = torch_dtype(constants.out_dtype)
-    return (out, quantizer.torch_dtype, scales_like((1, constants.hidden), quantizer)[2], torch.float32, 1, 1)
+    return (out, torch.uint8, scales_like((1, constants.hidden), quantizer)[2], torch.float32, 1, 1)
 
 
 def quantize_rows(outputs: tuple[Any, ...], static_scale: Tensor | None, constants: Constants, scales: Tensor) -> None:

@@ -156,7 +156,7 @@ def samples(c: Constants, p: Plane, counts: int = 1, quantizer: Quantizer | None
     tables = (torch.int64, torch.int32)
     more: tuple[Any, ...] = ()
     if quantizer is not None:
-        more = (quantizer.torch_dtype, scales_like((1, c.hidden), quantizer)[2], torch.float32, 1)
+        more = (torch.uint8, scales_like((1, c.hidden), quantizer)[2], torch.float32, 1)
     return (
         x,
         x,

@@ -51,9 +51,9 @@ class Outputs:
         The scales are only a place to begin at: rows of a column-major layout are beside each other.
         """
         part = slice(start, start + count)
-        normed, residual_out, values = (
-            None if t is None else t.view(-1, c.hidden)[part] for t in (self.normed, self.residual_out, self.quantized)
-        )
+        # Bytes: Triton knows fp8 types of the GPU at hand only.
+        tensors = (self.normed, self.residual_out, self.quantized.view(torch.uint8))
+        normed, residual_out, values = (None if t is None else t.view(-1, c.hidden)[part] for t in tensors)
         step = self.scales.shape[-1] if self.scales.stride(-1) == 1 else 1
         scales = self.scales.as_strided((max(0, self.scales.numel() - start * step),), (1,), start * step)
         return normed, residual_out, values, scales

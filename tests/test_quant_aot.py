@@ -19,6 +19,7 @@ from tpfuse.ops.kernels.quantize import quantize_kernel
 from tpfuse.ops.kernels.two_shot import two_shot_quant_kernel
 from tpfuse.ops.kernels.variant import GROUP_LANES, Constants, Variant, torch_dtype
 from tpfuse.ops.quantizer import NAMED
+from tpfuse.ops.select import QUANT_ROWS
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -45,8 +46,8 @@ def types(c: Constants) -> tuple[tuple[str, ...], tuple[str, ...]]:
         plain.TYPES[torch_dtype(d)] for d in (c.dtype, c.weight_dtype, c.out_dtype, c.residual_dtype)
     )
     assert c.quant is not None
-    fp8, scales = ("*fp8e5" if c.quant.e5m2 else "*fp8e4nv"), ("*i32" if c.quant.layout == "ue8m0" else "*fp32")
-    return (x, x, weight, x, out, residual), (fp8, scales, "*fp32", "i32")
+    scales = "*i32" if c.quant.layout == "ue8m0" else "*fp32"
+    return (x, x, weight, x, out, residual), ("*u8", scales, "*fp32", "i32")
 
 
 def of_ranks(algorithm: str, c: Constants, world: int, part: Part, arch: int) -> Any:
@@ -58,10 +59,10 @@ def of_ranks(algorithm: str, c: Constants, world: int, part: Part, arch: int) ->
     return compiled(KERNELS[algorithm], kinds, (c, variant), arch, launch_pdl=pdl != "off", **options)
 
 
-def check(algorithm: str, c: Constants, world: int, part: Part, arch: int, folder: Path) -> None:
+def check(algorithm: str, c: Constants, world: int, part: Part, arch: int, folder: Path, allowed: int = 0) -> None:
     registers, spilled = plain._resources(of_ranks(algorithm, c, world, part, arch).asm["ptx"], folder)
     # Triton 3.6 brings an assembler that spills a word or two more; see test_kernel_aot.py.
-    allowed = (64 if arch == 100 else 16) if triton.__version__.startswith("3.6.") else 0
+    allowed += (64 if arch == 100 else 16) if triton.__version__.startswith("3.6.") else 0
     assert spilled <= allowed, f"{algorithm} W={world} {part} sm_{arch} {c.quant}: {spilled} bytes spilled"
     assert registers <= register_bound(algorithm, world, part)
 
@@ -72,12 +73,17 @@ def check(algorithm: str, c: Constants, world: int, part: Part, arch: int, folde
 def test_what_quantizes_fits_the_registers_of_what_does_not(
     algorithm: str, world: int, arch: int, tmp_path: Path
 ) -> None:
-    """So the two have one geometry, and the number of programs that wait at once is the same."""
+    """So the two have one geometry, and the number of programs that wait at once is the same.
+
+    Up to the default of ``TPFUSE_QUANT_ROWS`` nothing spills. Above it, two steps of 512 lanes spill up to ten words; a larger
+    bound would halve the programs that fit. On sm_80, where the rounding to fp8 is written out, it is two words more.
+    """
     room = Room(algorithm, world, 132)
     for hidden, name in zip((4096, 7168, 4096), FEW, strict=True):
-        for part in sorted({geometry(room, rows, -(-hidden // 1024)).part for rows in (1, 16, 256)}, key=str):
-            c = quantized(plain._constants(hidden), NAMED[name], True, arch >= 89)
-            check(algorithm, c, world, part, arch, tmp_path)
+        c = quantized(plain._constants(hidden), NAMED[name], True, arch >= 89)
+        chosen = [{geometry(room, n, -(-hidden // 1024)).part for n in rows} for rows in ((1, QUANT_ROWS), (256,))]
+        for part in sorted(chosen[0] | chosen[1], key=str):
+            check(algorithm, c, world, part, arch, tmp_path, (0 if part in chosen[0] else 40) + (8 if arch < 89 else 0))
 
 
 @pytest.mark.slow
@@ -93,7 +99,7 @@ def test_every_quantizer_compiles_with_every_kind_of_row(name: str, tmp_path: Pa
         for keep in (True, False):
             q = quantized(c, NAMED[name], keep, True)
             for algorithm in KERNELS:
-                check(algorithm, q, 8, Part(512, -(-c.groups // 4)), 90, tmp_path)
+                check(algorithm, q, 8, Part(512, -(-c.groups // 4)), 90, tmp_path, allowed=40)
 
 
 @pytest.mark.parametrize("arch", NVIDIA)

@@ -20,7 +20,7 @@ import triton.language as tl
 from .call import spoil
 from .memory import NAN_WORD, store16
 from .packing import over_scalar, pack, plus, plus_scalar, plus_words, rounded, times, times_scalar, times_words, unpack
-from .quantize import quantize_part
+from .quantize import quantize_row, quantize_step
 from .rows import held_values, lane_elements, load_words, store_words, values_of, words_of
 from .split_rows import mean_of_squares, restore, restore_tops
 
@@ -148,7 +148,7 @@ def finish(
 
     Args:
         held: for each step what :func:`accept` returned.
-        io: the tensors of the call: residual, weight, bias, normed, residual_out; what :func:`quantize_part` adds to them.
+        io: the tensors of the call: residual, weight, bias, normed, residual_out; what :func:`quantize_step` adds to them.
         loads: for each step what :func:`prefetch` returned; looked at only by programs of one or two steps.
     """
     STEPS: tl.constexpr = S.steps
@@ -167,8 +167,10 @@ def finish(
         out = normalised(held_values(held[i], C), mean, gain, eps, C, S.ptx)
         if C.keeps_normed:
             store_words(normed, row_start + element, out, active, C.out_dtype, S.ptx)
-        if C.quantized:
+        if C.scale_a_row:
             outs = outs + (out,)
+        elif C.quantized:
+            quantize_step(out, row, part, i, io, C, S)
         if C.post_norm:
             r = ()
             if S.steps <= 2:
@@ -182,9 +184,9 @@ def finish(
             store_words(residual_out, row_start + element, total, active, C.residual_dtype, S.ptx)
         else:
             spoil(mean, state, residual_out, row_start + element, active, C, S)
-    if C.quantized:
-        quantize_part(outs, row, part, io, state, phase, watch, C, S)
+    if C.scale_a_row:
+        quantize_row(outs, row, part, io, state, phase, watch, C, S)
     if S.split > 1:
         restore(state, S)
-        if C.exchanges_tops:
+        if C.scale_a_row:
             restore_tops(state, S)

@@ -192,7 +192,7 @@ def store_rows(values, factor, row, element, active, quantized, C: tl.constexpr,
 
 @triton.jit
 def store_scales(scale, row, part, element, io, C: tl.constexpr, S: tl.constexpr):
-    """Store the scale of a row, or those of the groups of one step. ``io`` as for :func:`quantize_part`."""
+    """Store the scale of a row, or those of the groups of one step. ``io`` as for :func:`quantize_step`."""
     Q: tl.constexpr = C.quant
     scales, stride = io[6], io[8].to(tl.int64)
     row = row.to(tl.int64)
@@ -214,39 +214,42 @@ def store_scales(scale, row, part, element, io, C: tl.constexpr, S: tl.constexpr
 
 
 @triton.jit
-def quantize_part(outs, row, part, io, state, phase, watch, C: tl.constexpr, S: tl.constexpr):
-    """Quantize what a program holds of a row.
+def quantize_step(out, row, part, i: tl.constexpr, io, C: tl.constexpr, S: tl.constexpr):
+    """Quantize one step of a row, where its scales ask for no other step.
 
     Args:
-        outs: for each step the words of the normed values.
+        out: words of the normed values.
         io: residual, weight, bias, normed, residual_out, quantized, scales, static_scale, scale_stride.
     """
     Q: tl.constexpr = C.quant
-    STEPS: tl.constexpr = S.steps
-    if Q.granularity == "token":
-        top = tl.zeros((S.lanes,), tl.int32)
-        for i in tl.static_range(STEPS):
-            element, active = lane_elements(part, i, C, S)
-            top = tl.maximum(top, top_of(values_of(outs[i], C.out_dtype), active))
-        derived = derive(over_row(top, part, row, state, phase, watch, C, S), C)
-        store_scales(derived[1], row, part, 0, io, C, S)
-        factor = derived[0]
+    element, active = lane_elements(part, i, C, S)
+    values = values_of(out, C.out_dtype)
     if Q.granularity == "tensor":
-        factor = static_factor(io[7], C)
+        store_rows(values, static_factor(io[7], C), row, element, active, io[5], C, S)
+    else:
+        derived = derive(over_columns(top_of(values, active), C, S), C)
+        store_scales(derived[1], row, part, element, io, C, S)
+        store_rows(values, derived[0], row, element, active, io[5], C, S)
+
+
+@triton.jit
+def quantize_row(outs, row, part, io, state, phase, watch, C: tl.constexpr, S: tl.constexpr):
+    """Quantize what a program holds of a row that has one scale. ``outs``: for each step as in :func:`quantize_step`."""
+    STEPS: tl.constexpr = S.steps
+    top = tl.zeros((S.lanes,), tl.int32)
     for i in tl.static_range(STEPS):
         element, active = lane_elements(part, i, C, S)
-        values = values_of(outs[i], C.out_dtype)
-        if Q.granularity == "group128":
-            derived = derive(over_columns(top_of(values, active), C, S), C)
-            store_scales(derived[1], row, part, element, io, C, S)
-            store_rows(values, derived[0], row, element, active, io[5], C, S)
-        else:
-            store_rows(values, factor, row, element, active, io[5], C, S)
+        top = tl.maximum(top, top_of(values_of(outs[i], C.out_dtype), active))
+    derived = derive(over_row(top, part, row, state, phase, watch, C, S), C)
+    store_scales(derived[1], row, part, 0, io, C, S)
+    for i in tl.static_range(STEPS):
+        element, active = lane_elements(part, i, C, S)
+        store_rows(values_of(outs[i], C.out_dtype), derived[0], row, element, active, io[5], C, S)
 
 
 @triton.jit
 def poison_quantized(row, part, io, C: tl.constexpr, S: tl.constexpr):
-    """NaN in what :func:`quantize_part` stores of a row."""
+    """NaN in what :func:`quantize_step` stores of a row."""
     Q: tl.constexpr = C.quant
     STEPS: tl.constexpr = S.steps
     for i in tl.static_range(STEPS):
@@ -284,8 +287,11 @@ def quantize_kernel(
         outs = ()
         for i in tl.static_range(STEPS):
             element, active = lane_elements(0, i, C, S)
-            outs = outs + (
-                load_words(normed, row.to(tl.int64) * C.hidden + element, active, C.out_dtype, C.values, S.ptx),
-            )
-        # One program a row exchanges nothing: no state, no phase, nothing to watch.
-        quantize_part(outs, row, 0, io, normed, 0, (0, 0, 0), C, S)
+            out = load_words(normed, row.to(tl.int64) * C.hidden + element, active, C.out_dtype, C.values, S.ptx)
+            if C.scale_a_row:
+                outs = outs + (out,)
+            else:
+                quantize_step(out, row, 0, i, io, C, S)
+        if C.scale_a_row:
+            # One program a row exchanges nothing: no state, no phase, nothing to watch.
+            quantize_row(outs, row, 0, io, normed, 0, (0, 0, 0), C, S)

@@ -70,8 +70,8 @@ class Constants:
         return self.quant is None or self.quant.keep_normed
 
     @property
-    def exchanges_tops(self) -> bool:
-        """Whether programs that share a row also tell each other the largest of its values."""
+    def scale_a_row(self) -> bool:
+        """Whether a row is quantized with one scale of its own, which programs that share it have to agree on."""
         return self.quant is not None and self.quant.granularity == "token"
 
     @property
