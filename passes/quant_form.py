@@ -33,7 +33,9 @@ def _widens(a: torch.dtype, b: torch.dtype) -> bool:
 
 def exact(number: float | None, dtype: torch.dtype) -> bool:
     """Whether a dtype has this number. No bound is as good as one that it has."""
-    return number is None or bool(torch.tensor(number, dtype=torch.float64).to(dtype).double().item() == number)
+    return number is None or bool(
+        torch.tensor(number, dtype=torch.float64, device="cpu").to(dtype).double().item() == number
+    )
 
 
 def _cast(tree: Any, have: torch.dtype, want: torch.dtype) -> Any:

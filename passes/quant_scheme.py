@@ -164,7 +164,7 @@ def reference_forms(quantizer: Quantizer, normed: torch.dtype, hidden: int) -> t
         return quant_reference.quantize(x, quantizer, scale if static else None)
 
     with compat.without_fake_mode():
-        examples = torch.zeros(ROWS, hidden, dtype=normed), torch.ones(())
+        examples = torch.zeros(ROWS, hidden, dtype=normed, device="cpu"), torch.ones((), device="cpu")
     graph = compat.traced_apart(run, *examples)
     order = {node: n for n, node in enumerate(graph.nodes)}
     known = quant_expression.read(next(n for n in graph.nodes if n.op == "placeholder"), order)
@@ -197,12 +197,13 @@ def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _samples(dtype: torch.dtype, hidden: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    generator = torch.Generator().manual_seed(17)
-    rows = torch.randn(8, hidden, generator=generator, dtype=torch.float64)
-    rows *= torch.tensor([1.0, 30.0, 1e-3, 1e3, 0.0, 1e-30, 1.0, 1.0], dtype=torch.float64)[:, None]
+    generator = torch.Generator("cpu").manual_seed(17)
+    rows = torch.randn(8, hidden, generator=generator, dtype=torch.float64, device="cpu")
+    for row, magnitude in enumerate((1.0, 30.0, 1e-3, 1e3, 0.0, 1e-30, 1.0, 1.0)):
+        rows[row] *= magnitude
     rows[6, ::7] = float("nan")
     rows[7, ::5] = float("inf")
-    return [(rows.to(dtype), torch.tensor(scale)) for scale in (0.037, 1.0, 3e-5)]
+    return [(rows.to(dtype), torch.tensor(scale, device="cpu")) for scale in (0.037, 1.0, 3e-5)]
 
 
 def _run(expr: Expr, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,14 @@ import torch.distributed as dist
 from graphs import all_reduce
 from tpfuse.ops import Quantizer
 from tpfuse.ops.quantizer import NAMED
-from tpfuse.passes import GraphReport, PassOptions, VerificationError, register_quantizer, unregister_quantizer
+from tpfuse.passes import (
+    GraphReport,
+    PassOptions,
+    VerificationError,
+    quant_scheme,
+    register_quantizer,
+    unregister_quantizer,
+)
 
 import tpfuse
 from tpfuse.inner import inductor
@@ -304,7 +311,8 @@ def test_compiled_with_symbolic_rows_it_has_the_bits_of_eager_mode(inner):
     torch._dynamo.reset()
     tpfuse.clear_reports()
     options = {"tpfuse.policy": "all", "tpfuse.inner": inner, "tpfuse.verify": True}
-    with torch.no_grad():
+    quant_scheme.forget()
+    with torch.inference_mode():
         compiled = torch.compile(f, backend="tpfuse", options=options, dynamic=True)
         for shape in ((2, 3, H), (4, 5, H)):
             given = inputs(shape=shape)

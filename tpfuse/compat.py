@@ -14,7 +14,6 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch.fx.experimental.proxy_tensor import make_fx
 
 
 def resolve_group(name: Any) -> dist.ProcessGroup:
@@ -195,6 +194,7 @@ def traced_apart(function: Callable[..., Any], *examples: torch.Tensor) -> torch
     """The functional ATen graph of a function on static shapes, whatever compile is under way. Why private: ``make_fx`` takes its
     fake tensors from the compile around it, and makes their sizes symbols, unless it gets others."""
     from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
 
     with without_fake_mode(), torch.no_grad():
         mode = FakeTensorMode()
