@@ -3,6 +3,7 @@
 from .collectives import register_collective, unregister_collective
 from .fusion import VerificationError, fuse, next_graph_id
 from .options import PassOptions
+from .quantizers import register_quantizer, unregister_quantizer
 from .reasons import REMEDIES, Reason, Refusal
 from .report import GraphReport, LayerAudit, ReportFormatError, Site
 
@@ -19,5 +20,7 @@ __all__ = [
     "fuse",
     "next_graph_id",
     "register_collective",
+    "register_quantizer",
     "unregister_collective",
+    "unregister_quantizer",
 ]

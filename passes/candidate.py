@@ -9,6 +9,7 @@ from torch.fx import Node
 from . import values
 from .collectives import Collective
 from .norms import NormForm
+from .quantization import Quantization
 from .reasons import Refusal
 from .rows import RowBlock
 
@@ -69,6 +70,8 @@ class Candidate:
         block: the rows of the sum that this rank keeps, where it does not keep all.
         factor: a scalar tensor by which each rank multiplies what it gives to the sum, or None.
         merged: the other sum whose partial sum is added to ``collective.x`` before the one reduction of both.
+        quantization: of the norm, where the fused op does that too.
+        note: about a quantization of the norm that it does not do.
     """
 
     collective: Collective
@@ -84,6 +87,8 @@ class Candidate:
     block: RowBlock | None = None
     factor: Node | None = None
     merged: Merged | None = None
+    quantization: Quantization | None = None
+    note: str = ""
 
     @property
     def outputs(self) -> tuple[Node, ...]:
@@ -111,6 +116,8 @@ class Candidate:
         parts.append("rms_norm")
         if self.post_add is not None:
             parts.append("add")
+        if self.quantization is not None:
+            parts.append("quantize")
         return "+".join(parts)
 
     @property
@@ -118,13 +125,15 @@ class Candidate:
         """What the fused op reads besides the partial sum."""
         other = self.merged
         theirs = () if other is None else (other.collective.x, other.factor)
-        operands = (self.bias, *theirs, self.residual, self.norm.weight, self.factor)
+        static_scale = None if self.quantization is None else self.quantization.static_scale
+        operands = (self.bias, *theirs, self.residual, self.norm.weight, self.factor, static_scale)
         return tuple(n for n in operands if isinstance(n, Node))
 
     @property
     def exact(self) -> bool:
         """Whether the fused op gives the model's bits; False only with relaxed numerics."""
-        return self.norm.exact and self.factor is None and self.merged is None
+        quantized = self.quantization is None or self.quantization.exact
+        return self.norm.exact and self.factor is None and self.merged is None and quantized
 
     @property
     def reshapes(self) -> tuple[Node, ...]:
@@ -146,6 +155,8 @@ class Candidate:
         region += [*(self.rounded or ()), *self.norm.steps, self.norm.out]
         if self.post_add is not None:
             region += [*self.post_path, self.post_add]
+        if self.quantization is not None:
+            region += self.quantization.nodes
         return tuple(dict.fromkeys(region))
 
 

@@ -13,7 +13,7 @@ from functools import partial
 import torch.distributed as dist
 from torch.fx import Graph, GraphModule, Node
 
-from . import collectives, lowering, region, rewrite, sharing
+from . import collectives, lowering, quantization, region, rewrite, sharing
 from .candidate import Candidate, Found
 from .failure import guarded, internal, kept
 from .judge import judge
@@ -146,7 +146,33 @@ def _look(legality: Legality, options: PassOptions, c: collectives.Collective) -
     found = region.follow(c, legality.order, options.numerics == "relaxed")
     if isinstance(found.outcome, Candidate):
         refusal = legality.refusal(found.outcome)
+        if refusal is None:
+            return replace(found, outcome=_quantized(found.outcome, legality, options))
     return found if refusal is None else Found(c, refusal, found.pattern)
+
+
+def _quantized(candidate: Candidate, legality: Legality, options: PassOptions) -> Candidate:
+    """The candidate with the quantization of its norm, where there is one that the fused op can do."""
+    try:
+        found, note = quantization.find(candidate.norm.out, legality.order, options.numerics == "relaxed")
+        if found is None:
+            return replace(candidate, note=note)
+        if candidate.post_add is not None:
+            return replace(candidate, note="the norm is quantized, but the residual is added to it as well")
+        if candidate.block is not None:
+            return replace(candidate, note="the norm is quantized, but each rank keeps some rows of the sum only")
+        more = replace(candidate, quantization=found, note=note)
+        refusal = legality.refusal(more)
+        return more if refusal is None else _unquantized(candidate, refusal)
+    except Exception as error:
+        if options.verify:
+            raise
+        return _unquantized(candidate, internal(error))
+
+
+def _unquantized(candidate: Candidate, refusal: Refusal) -> Candidate:
+    note = f"the quantization behind the norm stays outside: {refusal.detail} ({refusal.reason})"
+    return replace(candidate, quantization=None, note=note)
 
 
 def _build(item: Found, options: PassOptions) -> tuple[Found, Replacement | None]:
@@ -158,6 +184,8 @@ def _build(item: Found, options: PassOptions) -> tuple[Found, Replacement | None
             raise
         built = internal(error)
     if isinstance(built, Refusal):
+        if item.outcome.quantization is not None:
+            return _build(replace(item, outcome=_unquantized(item.outcome, built)), options)
         return Found(item.collective, built, item.pattern), None
     return item, built
 

@@ -157,6 +157,8 @@ class Legality:
         readers += [n for n in candidate.norm.steps if any(u not in inside for u in n.users)]  # these stay
         readers += [u for name in candidate.h.names for u in name.users if u not in inside and u not in candidate.h]
         readers += _names_that_stay(candidate.h, inside)
+        if candidate.quantization is not None:  # what stands for these goes where they are
+            readers += [*candidate.quantization.quantized, *candidate.quantization.scales]
         if any(self.order[reader] <= ready for reader in readers):
             return None
         return self.nodes[ready + 1]

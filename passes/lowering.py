@@ -33,8 +33,8 @@ def is_lowered(candidate: Candidate, options: PassOptions) -> bool:
     if not options.lower or any(tensor is None or tensor.device.type != "cpu" for tensor in tensors):
         # On a GPU the ranks vote on a path when they first run, and a compile cache may serve some of them: no compile can know.
         return False
-    if candidate.merged is not None:
-        return False  # the model's own nodes would be two reductions again
+    if candidate.merged is not None or candidate.quantization is not None:
+        return False  # two reductions again; several quantizations again, whose bf16 steps nothing would round
     if options.numerics == "relaxed":
         return True
     if all(tensor.dtype not in LOW for tensor in tensors if tensor is not None):

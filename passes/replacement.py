@@ -18,15 +18,18 @@ from torch.fx.node import map_arg
 
 from tpfuse import compat
 
-from ..ops import reference
+from ..ops import quant_reference, reference
 from ..ops.flavour import Flavour
+from ..ops.quantizer import Quantizer
 from . import values
 from .candidate import Candidate
 from .legality import MUL
+from .quantization import Quantization
 from .reasons import Reason, Refusal
 
 OP = torch.ops.tpfuse.all_reduce_add_rms_norm.default
 ROWS = torch.ops.tpfuse.reduce_rows_add_rms_norm.default
+QUANT = torch.ops.tpfuse.all_reduce_add_rms_norm_quant.default
 aten = torch.ops.aten
 
 
@@ -43,12 +46,14 @@ class Value:
 
 @dataclass(frozen=True)
 class Step:
-    """One node to come. ``args`` hold nodes of the graph and :class:`Value` objects; ``fake`` is the result's fake value."""
+    """One node to come. ``args`` hold nodes of the graph and :class:`Value` objects; ``fake`` is the result's fake value. It goes
+    in front of ``at``, or with the rest of the region."""
 
     target: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     fake: Any
+    at: Node | None = None
 
 
 @dataclass
@@ -59,7 +64,8 @@ class Replacement:
         steps: in order.
         fused: the fused op.
         outputs: for each of :attr:`Candidate.outputs` what its readers read: the norm, then the residual sum (with post-norm:
-            the add behind the norm).
+            the add behind the norm); then for each node of a quantization.
+        at: where the next steps go.
     """
 
     candidate: Candidate
@@ -67,6 +73,7 @@ class Replacement:
     steps: list[Step] = field(default_factory=list)
     fused: Value = Value(-1)
     outputs: list[tuple[Node, Value]] = field(default_factory=list)
+    at: Node | None = None
 
     # -- building
 
@@ -75,7 +82,7 @@ class Replacement:
         fakes = _resolve(args, self._fake), _resolve(kwargs, self._fake)
         with self.mode, torch.no_grad():
             result = target(*fakes[0], **fakes[1])
-        self.steps.append(Step(target, args, kwargs, result))
+        self.steps.append(Step(target, args, kwargs, result, self.at))
         return Value(len(self.steps) - 1)
 
     def _fake(self, ref: Node | Value) -> Any:
@@ -110,6 +117,24 @@ class Replacement:
             raise Misfit(f"a value of shape {self.shape(ref)} does not hold the rows of {want}")
         return ref
 
+    def reshaped(self, ref: Value, want: tuple[Any, ...]) -> Value:
+        """``ref``, whose values stay in their order, in a shape that may have symbols in it."""
+        have = self.shape(ref)
+        if values.same_sizes(have, want):
+            return ref
+        sizes: list[Any] = list(want)
+        symbols = [n for n, size in enumerate(want) if not isinstance(size, int)]
+        for n in symbols if len(symbols) > 1 else ():
+            dim = next((d for d, size in enumerate(have) if compat.statically_true(size == want[n])), None)
+            if dim is not None:
+                sizes[n] = self.call(aten.sym_size.int, ref, dim)
+        left = [n for n in symbols if not isinstance(sizes[n], Value)]
+        if len(left) > 1:
+            raise Misfit(f"a value of shape {have} cannot be given the shape {want}")
+        for n in left:
+            sizes[n] = -1
+        return self.call(aten.view.default, ref, sizes)
+
     # -- inserting and running
 
     def insert(self, graph: Graph, before: Node, moved: dict[Node, Node]) -> list[Node]:
@@ -120,14 +145,14 @@ class Replacement:
             return made[ref.index] if isinstance(ref, Value) else moved.get(ref, ref)
 
         start = self.candidate.collective.node
-        with graph.inserting_before(before):
-            for step in self.steps:
+        for step in self.steps:
+            with graph.inserting_before(step.at or before):
                 node = graph.call_function(step.target, _resolve(step.args, actual), _resolve(step.kwargs, actual))
-                node.meta["val"] = step.fake
-                for key in ("stack_trace", "nn_module_stack"):
-                    if key in start.meta:
-                        node.meta[key] = start.meta[key]
-                made.append(node)
+            node.meta["val"] = step.fake
+            for key in ("stack_trace", "nn_module_stack"):
+                if key in start.meta:
+                    node.meta[key] = start.meta[key]
+            made.append(node)
         return made
 
     def run(self, value_of: Callable[[Node], Any]) -> list[Any]:
@@ -145,6 +170,12 @@ class Replacement:
                     x = self.candidate.block.of(x, kept_shape(self.candidate) if residual is None else residual.shape)
                 args = (x, residual, weight, bias, eps, scale, Flavour.parse(flavour), post)
                 results.append(reference.add_rms_norm(*args))
+            elif step.target is QUANT:
+                x, residual, weight, bias, eps, scale, flavour, post, _, quantizer, static_scale, keep = args
+                args = (x, residual, weight, bias, eps, scale, Flavour.parse(flavour), post)
+                normed, summed = reference.add_rms_norm(*args)
+                quantized = quant_reference.quantize(normed, Quantizer.parse(quantizer), static_scale)
+                results.append((*quantized, normed if keep else normed.new_empty(0), summed))
             else:
                 results.append(step.target(*args, **kwargs))
         return results
@@ -212,22 +243,44 @@ def _build(new: Replacement) -> None:
     elif block is not None and block.nodes:
         raise Misfit("without a residual nothing says how many rows of the block are kept")
     arguments = (norm.eps, candidate.scale, str(norm.flavour), post, c.group_name)
+    quantization = candidate.quantization
     try:
-        if block is None:
+        if quantization is not None:
+            more = str(quantization.quantizer), quantization.static_scale, quantization.keep_normed
+            new.fused = new.call(QUANT, x, residual, norm.weight, bias, *arguments, *more)
+        elif block is None:
             new.fused = new.call(OP, x, residual, norm.weight, bias, *arguments)
         else:
             new.fused = new.call(ROWS, x, residual, norm.weight, bias, *arguments, block.blocks, c.kind)
     except ValueError as error:
         raise Misfit(f"the fused op does not take these operands: {error}") from error
-    normed: Node | Value = new.call(operator.getitem, new.fused, 0)
-    summed: Node | Value = new.call(operator.getitem, new.fused, 1)
+    first = 0 if quantization is None else 2
+    normed: Node | Value = new.call(operator.getitem, new.fused, first)
+    summed: Node | Value = new.call(operator.getitem, new.fused, first + 1)
     if block is not None and residual is None:
         normed, summed = _followed(new, normed, 0), _followed(new, summed, 0)
-    out = normed if post else new.repeat(candidate.reshapes, normed)
-    new.outputs.append((norm.out, cast(Value, new.fit(out, norm.out))))
+    if quantization is None or quantization.keep_normed:
+        out = normed if post else new.repeat(candidate.reshapes, normed)
+        new.outputs.append((norm.out, cast(Value, new.fit(out, norm.out))))
     for node in candidate.outputs[1:]:
         path = [] if candidate.rounded is None else candidate.h.path(cast(Node, node.args[0]))
         new.outputs.append((node, cast(Value, new.repeat(tuple(path), summed))))
+    if quantization is not None:
+        _quantized(new, quantization)
+
+
+def _quantized(new: Replacement, quantization: Quantization) -> None:
+    """The quantized rows and their scales in the shapes that the model gives them, in the places where it computes them: only
+    there is every size known that such a shape may have."""
+    results = new.call(operator.getitem, new.fused, 0), new.call(operator.getitem, new.fused, 1)
+    for nodes, result in zip((quantization.quantized, quantization.scales), results, strict=True):
+        for node in nodes:
+            tensor = values.value(node)
+            if tensor is None:
+                raise Misfit(f"{node.name} has no fake value")
+            new.at = node
+            new.outputs.append((node, new.reshaped(result, tuple(tensor.shape))))
+    new.at = None
 
 
 def _merged(new: Replacement) -> Node | Value:

@@ -48,6 +48,8 @@ class Site:
             proved who keeps which rows; ``policy-all``. None for a site that was kept.
         replaced_by: name of the fused node, or None: not fused, or lowered.
         lowered: fused, and runs as :data:`LOWERED`: the graph keeps the model's own nodes.
+        quantizer: how the fused op quantizes the norm, as ``str(tpfuse.ops.Quantizer)``, or None where it does not.
+        note: what else is to know about a fused site: why a quantization behind its norm stays outside; or ``""``.
     """
 
     fused: bool
@@ -68,6 +70,8 @@ class Site:
     replaced_by: str | None = None
     admitted: str | None = None
     lowered: bool = False
+    quantizer: str | None = None
+    note: str = ""
 
     @property
     def remedy(self) -> str:
@@ -178,7 +182,7 @@ class GraphReport:
         return html(self)
 
     def summary(self) -> str:
-        """One line, e.g. ``graph-0: 61 all-reduces, 60 fused, 1 kept (no-norm 1)``."""
+        """One line, e.g. ``graph-0: 61 all-reduces, 60 fused, 1 kept (no-norm 1)``, or ``60 fused (60 quantized)``."""
         counts: dict[str, int] = {}
         for site in self.kept:
             counts[str(site.reason)] = counts.get(str(site.reason), 0) + 1
@@ -190,7 +194,9 @@ class GraphReport:
         )
         scattered = sum(site.pattern.startswith("reduce_scatter") for site in self.sites)
         what = "reductions" if scattered else "all-reduces"
-        return f"{self.graph_id}: {len(self.sites)} {what}, {len(self.fused)} fused, {kept}{others}"
+        quantized = sum(site.quantizer is not None for site in self.fused)
+        also = f" ({quantized} quantized)" if quantized else ""
+        return f"{self.graph_id}: {len(self.sites)} {what}, {len(self.fused)} fused{also}, {kept}{others}"
 
 
 def _site(data: dict[str, Any]) -> Site:

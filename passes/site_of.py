@@ -27,16 +27,27 @@ def site_of(item: Found, spot: sharing.Place, audits: list[LayerAudit], within: 
     }
     if isinstance(outcome, Candidate):
         norm = outcome.norm
-        exact = "" if outcome.exact else " (relaxed: other bits than the model's)"
+        exact = (
+            ""
+            if norm.exact and outcome.factor is None and outcome.merged is None
+            else " (relaxed: other bits than the model's)"
+        )
+        quantization = outcome.quantization
+        quantized = "" if quantization is None else f"; quantized: {quantization.words}"
+        if quantization is not None and not quantization.exact:
+            quantized += " (relaxed: for some inputs other bits than the model's)"
+        note = f"; {outcome.note}" if outcome.note else ""
         return Site(
             fused=True,
             reason=None,
-            detail=f"{norm.flavour.describe()}{exact}",
+            detail=f"{norm.flavour.describe()}{exact}{quantized}{note}",
             pattern=outcome.pattern,
             nodes=[n.name for n in outcome.nodes],
             eps=norm.eps,
             flavour=str(norm.flavour),
             admitted=item.admitted,
+            quantizer=None if quantization is None else str(quantization.quantizer),
+            note=outcome.note,
             **common,
         )
     if within is not None:

@@ -549,6 +549,7 @@ def test_compile_in_this_process():
 def test_auto_functionalized():
     assert isinstance(compat.auto_functionalized(), torch._ops.HigherOrderOperator)
     assert compat.auto_functionalized().name() == "auto_functionalized"
+    assert compat.auto_functionalized_v2().name() == "auto_functionalized_v2"
 
 
 def test_may_vary():
@@ -587,3 +588,18 @@ def test_tracing_through_compiled():
     with compat.tracing_through_compiled():
         graph = make_fx(wrapped)(torch.zeros(2)).graph
     assert [str(n.target) for n in graph.nodes if n.op == "call_function"] == ["aten.sin.default", "aten.add.Tensor"]
+
+
+def test_traced_apart():
+    found = []
+
+    def backend(gm, _):
+        found.append(compat.traced_apart(lambda x: x.clone().add_(1), torch.zeros(5, 3)))
+        return gm
+
+    torch._dynamo.reset()
+    torch.compile(lambda x: x * 2, backend=backend, dynamic=True)(torch.ones(5, 3))
+    (graph,) = found
+    targets = [n.target for n in graph.nodes if n.op == "call_function"]
+    assert torch.ops.aten.add.Tensor in targets and torch.ops.aten.add_.Tensor not in targets
+    assert all(isinstance(size, int) for n in graph.nodes if n.op != "output" for size in n.meta["val"].shape)

@@ -24,6 +24,7 @@ from tpfuse.passes import (  # noqa: E402
     VerificationError,
     fuse,
     register_collective,
+    register_quantizer,
 )
 from tpfuse.store import FusionMismatch, clear_reports, expect, reports  # noqa: E402
 from tpfuse.unfused import FusionWarning  # noqa: E402
@@ -44,5 +45,6 @@ __all__ = [
     "fuse",
     "ops",
     "register_collective",
+    "register_quantizer",
     "reports",
 ]

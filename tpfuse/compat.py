@@ -190,6 +190,18 @@ def without_fake_mode() -> AbstractContextManager[Any]:
     return unset_fake_temporarily()
 
 
+def traced_apart(function: Callable[..., Any], *examples: torch.Tensor) -> torch.fx.Graph:
+    """The functional ATen graph of a function on static shapes, whatever compile is under way. Why private: ``make_fx`` takes its
+    fake tensors from the compile around it, and makes their sizes symbols, unless it gets others."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    with without_fake_mode(), torch.no_grad():
+        mode = FakeTensorMode()
+        fakes = [mode.from_tensor(example, static_shapes=True) for example in examples]
+        return make_fx(torch.func.functionalize(function))(*fakes).graph
+
+
 def custom_graph_pass() -> type:
     """Inductor's base class for passes with a uuid, so that its compile caches stay usable.
 
@@ -393,6 +405,13 @@ def compile_in_this_process() -> None:
 def auto_functionalized() -> Any:
     """The operator that stands for one that writes its arguments. Why private: higher-order operators have no public home."""
     from torch._higher_order_ops.auto_functionalize import auto_functionalized as operator
+
+    return operator
+
+
+def auto_functionalized_v2() -> Any:
+    """The same as torch's compiler uses by default, which knows views. Why private: as :func:`auto_functionalized`."""
+    from torch._higher_order_ops.auto_functionalize import auto_functionalized_v2 as operator
 
     return operator
 

@@ -17,7 +17,7 @@ import tpfuse as package
 from tpfuse import compat, report_cache, store
 from tpfuse.ops.settings import batch_invariant
 from tpfuse.options import OptionError, Options, parse, prefix_hint
-from tpfuse.passes import GraphReport, collectives, next_graph_id
+from tpfuse.passes import GraphReport, collectives, next_graph_id, quantizers
 
 from . import lowered
 from .run_pass import run_pass
@@ -55,10 +55,10 @@ def group_shapes() -> list[tuple[int, int]]:
 
 
 def registered_spellings() -> list[str]:
-    """The all-reduces that users registered: with another set the pass finds other sites."""
+    """The all-reduces and quantizers that users registered: with another set the pass finds other sites."""
     found = collectives.registered()
     names = [(str(s.op), s.input, s.group, s.reduce_op, getattr(s.ranks, "__qualname__", s.ranks)) for s in found]
-    return sorted(str(name) for name in names)
+    return sorted([*(str(name) for name in names), *(str(spelling) for spelling in quantizers.registered())])
 
 
 class InductorPass(compat.custom_graph_pass()):  # type: ignore[misc]

@@ -137,6 +137,7 @@ def _told(culprit: Culprit, count: int) -> str:
         f"  source   {site.source or 'unknown'}",
         f"  pattern  {site.pattern} over ranks {words.ranks(site.group)}, {words.shape(site)}",
         f"  rounding {words.flavour(site) or 'unknown'}",
+        *([f"  quantization {words.quantizer(site)}"] if site.quantizer else []),
         f"Leave it out with TPFUSE_FUEL={culprit.number - 1}; TPFUSE_VERIFY=1 compares each rewrite with the original.",
     ]
     return "\n".join(lines)

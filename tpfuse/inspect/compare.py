@@ -59,6 +59,7 @@ def _decision(site: Site) -> _Decision:
         f"eps {site.eps}",
         f"flavour {site.flavour}",
         "lowered" if site.lowered else "not lowered",
+        f"quantizer {site.quantizer}",
     )
 
 

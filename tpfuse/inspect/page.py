@@ -131,6 +131,7 @@ def _site(site: Site, region: Region) -> dict[str, Any]:
         "bytes": "" if moved is None else estimate.in_units(moved // estimate.TRIPS_SAVED),
         "eps": site.eps,
         "flavour": words.flavour(site),
+        "quantizer": words.quantizer(site),
         "saved": _saving(estimate.saving(site)),
         "before": [_line(line) for line in region.before],
         "after": [_line(line) for line in region.after],

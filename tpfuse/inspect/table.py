@@ -63,17 +63,8 @@ def rows(report: GraphReport, each: bool = False) -> list[Row]:
     alike: dict[object, list[Site]] = {}
     for site in report.sites:
         line = source.without_layer(site.source)
-        key = (
-            site.role,
-            site.group,
-            site.shared,
-            site.pattern,
-            site.fused,
-            site.lowered,
-            site.reason,
-            line,
-            site.flavour,
-        )
+        result = (site.fused, site.lowered, site.reason, site.flavour, site.quantizer, site.note)
+        key = (site.role, site.group, site.shared, site.pattern, line, *result)
         alike.setdefault(key, []).append(site)
     return [Row(tuple(sites)) for sites in alike.values()]
 
@@ -221,6 +212,9 @@ def _lines(report: GraphReport) -> list[str]:
         miss = words.nearest_miss(sites[0]) or sites[0].detail
         if miss:
             lines.append(f"  e.g. {words.title(sites[0])}: {miss}")
+    noted = [site for site in report.fused if site.note]
+    if noted:
+        lines.append(f"quantization left outside ({len(noted)}), e.g. {words.title(noted[0])}: {noted[0].note}")
     return [*lines, *_notes(report)]
 
 

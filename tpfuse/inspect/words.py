@@ -37,6 +37,18 @@ def flavour(site: Site) -> str:
         return site.flavour
 
 
+def quantizer(site: Site) -> str:
+    """How the fused op quantizes the site's norm, in words; empty where it does not."""
+    if not site.quantizer:
+        return ""
+    from tpfuse.ops.quantizer import Quantizer
+
+    try:
+        return Quantizer.parse(site.quantizer).describe()
+    except ValueError:  # written by a version that knew other quantizers
+        return site.quantizer
+
+
 def ranks(group: Iterable[int]) -> str:
     """Ranks in short form: ``0-3``, ``0,2,4,6``, or ``unknown``."""
     members = list(group)

@@ -244,7 +244,8 @@
       fact("Sum", `${site.shape}${site.bytes ? `, ${site.bytes}` : ""}`),
       fact(site.fused ? "Saved per call (estimate)" : "Would save per call (estimate)", `${site.saved} of memory traffic`),
       site.eps === null ? null : fact("eps", site.eps.toExponential()),
-      site.flavour ? fact("Rounding", site.flavour) : null);
+      site.flavour ? fact("Rounding", site.flavour) : null,
+      site.quantizer ? fact("Quantization", site.quantizer) : null);
     const panel = make("section", { class: "detail", id: "detail", "aria-label": `Detail of ${site.title}` },
       make("header", {}, make("h3", { text: site.title }),
         make("span", { class: `state ${site.fused ? "fused" : "kept"}`, text: site.fused ? "fused" : `kept: ${site.reason}` }),
