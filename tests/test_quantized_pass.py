@@ -293,13 +293,19 @@ def test_post_norm_is_fused_without_its_quantization():
     assert "residual is added to it" in site.note
 
 
-def test_a_scale_that_is_computed_late_stays_outside():
-    def f(x, r, w, scale):
+def test_a_scale_that_is_computed_after_the_norm():
+    def alone(x, r, w, scale):
         n = llama(r + all_reduce(x), w)
-        late = n.float().sum() * 0 + scale
-        return quantizations.vllm_static(n, scale)[0], n, late
+        return quantizations.vllm_static(n, scale * 2)[0]
 
-    check(f)
+    check(alone)
+
+    def read_before(x, r, w, scale):
+        n = llama(r + all_reduce(x), w)
+        return n @ n.transpose(-1, -2), quantizations.vllm_static(n, scale * 2)[0]
+
+    site, _ = check(read_before, quantized=False)
+    assert "computed after its result is first read" in site.note
 
 
 @pytest.mark.parametrize("inner", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
