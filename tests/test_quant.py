@@ -8,8 +8,12 @@ import pytest
 import torch
 from quantizations import THEIRS, hard_rows
 from ranks import RankPool
+from tpfuse.ops.flavour import LLAMA
 from tpfuse.ops.quant_reference import quantize, scales_like
 from tpfuse.ops.quantizer import NAMED, Quantizer
+from tpfuse.ops.schedule import largest_launches
+from tpfuse.ops.select import QUANT_ROWS
+from tpfuse.ops.settings import Settings
 
 
 def bits(t: torch.Tensor) -> torch.Tensor:
@@ -229,3 +233,44 @@ def test_the_schema_tells_of_scales_for_any_rows():
     assert (quantized.dtype, quantized.shape) == (torch.float8_e4m3fn, x.shape)
     assert (scales.shape, scales.stride()) == ((7, 8), (1, 8))
     assert (normed.shape, normed.dtype, residual.shape) == ((0,), torch.bfloat16, x.shape)
+
+
+def checked(rank, world):
+    """torch's own checks of an operator: schema, fake, no alias, traced as eager."""
+    op = torch.ops.tpfuse.all_reduce_add_rms_norm_quant.default
+    group = torch.distributed.group.WORLD.group_name
+    x, weight = torch.randn(3, 256, generator=torch.Generator().manual_seed(rank)), torch.ones(256)
+    found = []
+    for name, static in (("vllm-static", torch.tensor(0.037)), ("vllm-token", None), ("deepgemm-ue8m0", None)):
+        for keep in (False, True):
+            args = (x, x.clone(), weight, None, 1e-6, 1.0, str(LLAMA), False, group, str(NAMED[name]), static, keep)
+            found.append(set(torch.library.opcheck(op, args, test_utils=CHECKS).values()))
+    return found
+
+
+CHECKS = ("test_schema", "test_faketensor")
+
+
+@pytest.mark.ranks
+def test_torchs_checks_of_an_operator_find_nothing(pool):
+    assert pool.run(checked) == [[{"SUCCESS"}] * 6] * 2
+
+
+def test_up_to_how_many_rows_it_is_one_kernel_is_a_setting_that_ranks_compare(monkeypatch):
+    assert Settings.from_environment().quant_rows == QUANT_ROWS == 16
+    monkeypatch.setenv("TPFUSE_QUANT_ROWS", "64")
+    more = Settings.from_environment()
+    assert more.quant_rows == 64 and more.fingerprint() != replace(more, quant_rows=16).fingerprint()
+    monkeypatch.setenv("TPFUSE_QUANT_ROWS", "-1")
+    with pytest.raises(ValueError, match="TPFUSE_QUANT_ROWS='-1' is not valid; expected a whole number of at least 0"):
+        Settings.from_environment()
+
+
+def test_kernels_that_quantize_are_loaded_for_the_rows_that_they_get():
+    def largest(**options):
+        return largest_launches("sm_90", 4, torch.bfloat16, 4096, Settings(), **options)
+
+    # One-shot up to 248 KiB, which is 31 rows; two-shot in launches of 8 MiB above.
+    assert largest() == {"one_shot": 31, "two_shot": 1024}
+    assert largest(most=16) == {"one_shot": 16}
+    assert largest(most=40) == {"one_shot": 31, "two_shot": 40}

@@ -64,9 +64,10 @@ def over_columns(top, C: tl.constexpr, S: tl.constexpr):
             over_neighbours_asm(LANES), "=&r,r", [top], dtype=tl.int32, is_pure=False, pack=1
         )
     else:
-        groups = tl.max(tl.reshape(top, (S.lanes // LANES, LANES)), axis=1)
-        spread = tl.zeros((S.lanes // LANES, LANES), tl.int32) + groups[:, None]
-        return tl.reshape(spread, (S.lanes,))
+        ALL: tl.constexpr = S.lanes
+        GROUPS: tl.constexpr = ALL // LANES
+        groups = tl.max(tl.reshape(top, (GROUPS, LANES)), axis=1)
+        return tl.reshape(tl.zeros((GROUPS, LANES), tl.int32) + groups[:, None], (ALL,))
 
 
 @triton.jit
@@ -75,7 +76,7 @@ def over_row(top, part, row, state, phase, watch, C: tl.constexpr, S: tl.constex
     if S.ptx:
         top = tl.inline_asm_elementwise(over_all_asm(S.lanes), "=r,r", [top], dtype=tl.int32, is_pure=False, pack=1)
     else:
-        top = tl.zeros((S.lanes,), tl.int32) + tl.max(top, axis=0)
+        top = top * 0 + tl.max(top, axis=0)
     if S.split > 1:
         top = exchange_tops(top, part, row, state, phase, watch, S)
     return top
@@ -236,7 +237,7 @@ def quantize_step(out, row, part, i: tl.constexpr, io, C: tl.constexpr, S: tl.co
 def quantize_row(outs, row, part, io, state, phase, watch, C: tl.constexpr, S: tl.constexpr):
     """Quantize what a program holds of a row that has one scale. ``outs``: for each step as in :func:`quantize_step`."""
     STEPS: tl.constexpr = S.steps
-    top = tl.zeros((S.lanes,), tl.int32)
+    top = tl.arange(0, S.lanes) * 0
     for i in tl.static_range(STEPS):
         element, active = lane_elements(part, i, C, S)
         top = tl.maximum(top, top_of(values_of(outs[i], C.out_dtype), active))

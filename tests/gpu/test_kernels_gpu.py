@@ -158,3 +158,23 @@ def test_rows_with_destinations_among_calls_of_the_all_reduce(world: int) -> Non
         assert complaints == []
     for complaints in run_ranks(rows_on_ranks.replays, world):
         assert complaints == []
+
+
+@pytest.mark.parametrize("algorithm", ("one_shot", "two_shot", "library"))
+@pytest.mark.parametrize("world", (2, 4))
+@pytest.mark.timeout(400)
+def test_quantized_rows_are_those_of_the_reference_on_every_way_to_them(world: int, algorithm: str) -> None:
+    import quant_on_ranks
+
+    missing = why_not(world) or (
+        "NCCL needs a GPU for each rank" if algorithm == "library" and gpu_count() < world else None
+    )
+    if missing:
+        pytest.skip(missing)
+    _all_well(run_ranks(quant_on_ranks.edges, world, timeout=380, env={"TPFUSE_ALGORITHM": algorithm}))
+
+
+def test_graphs_of_quantized_and_plain_calls_equal_eager() -> None:
+    import quant_on_ranks
+
+    _all_well(run_ranks(quant_on_ranks.replays, 2))

@@ -162,6 +162,13 @@ extern "C" int call(int world, int rank, int rows, int hidden, void** workspace,
 }
 """
 
+# The same with FlashInfer's static fp8 quantization: values times 1 / scale, and no norm beside them.
+_SHIM_FP8 = (
+    _SHIM.replace("kARResidualRMSNorm", "kARResidualRMSNormFP8Quant")
+    .replace("void* gamma,", "void* gamma, void* quant_out, void* quant_scale,")
+    .replace("p.rms_eps = eps;", "p.rms_eps = eps; p.quant_out = quant_out; p.scale_factor = (float*)quant_scale;")
+)
+
 
 def private_folder() -> Path:
     """The folder for libraries that are built here and then loaded: this user's alone, or anybody could put code there.
@@ -189,8 +196,8 @@ def library_name(source: str, version: str, arch: str) -> str:
     return f"flashinfer-{version}-sm_{arch}-{digest}.so"
 
 
-@lru_cache(maxsize=1)
-def flashinfer_library() -> Path:
+@lru_cache(maxsize=2)
+def flashinfer_library(shim: str = _SHIM) -> Path:
     """Build FlashInfer's all-reduce fusion kernel from its installed package with nvcc; the path of the library.
 
     Only the package's headers are used, so none of its own requirements need to be there.
@@ -209,10 +216,10 @@ def flashinfer_library() -> Path:
         version = metadata.version("flashinfer-python")
     except metadata.PackageNotFoundError as error:  # a copy on the path that no installer knows
         raise Unavailable(f"the version of FlashInfer in {data.parent} is not known: {error}") from error
-    target = folder / library_name(_SHIM, version, arch)
+    target = folder / library_name(shim, version, arch)
     if not target.exists():
         source = folder / f"flashinfer_shim_{os.getpid()}.cu"
-        source.write_text(_SHIM)
+        source.write_text(shim)
         built = folder / f"shim_{os.getpid()}.so"
         command = [
             nvcc,
@@ -237,24 +244,24 @@ def flashinfer_library() -> Path:
     return target
 
 
-def _built_once(p: Problem) -> Path:
+def _built_once(p: Problem, shim: str = _SHIM) -> Path:
     """Rank 0 builds, the others wait; all learn of a failure."""
-    key = p.group_name
+    key = (p.group_name, shim)
     if key not in _built:
         said: list[str | None] = [None]
         if p.rank == 0:
             try:
-                flashinfer_library()
+                flashinfer_library(shim)
             except Unavailable as reason:
                 said[0] = str(reason)
         dist.broadcast_object_list(said, src=0)
         _built[key] = said[0]
     if _built[key] is not None:
         raise Unavailable(str(_built[key]))
-    return flashinfer_library()
+    return flashinfer_library(shim)
 
 
-_built: dict[str, str | None] = {}
+_built: dict[tuple[str, str], str | None] = {}
 
 
 @dataclass(frozen=True)
@@ -291,8 +298,12 @@ def _flashinfer_workspace(p: Problem, most_bytes: int) -> _Workspace:
 FLASHINFER_VALUES = 128 * 8192
 
 
-def flashinfer(pdl: bool) -> Callable[[Problem], Call]:
-    """FlashInfer's one-shot ``trtllm_allreduce_fusion`` (fp32 accumulation), with or without PDL."""
+def flashinfer(pdl: bool, fp8_scale: Tensor | None = None) -> Callable[[Problem], Call]:
+    """FlashInfer's one-shot ``trtllm_allreduce_fusion`` (fp32 accumulation), with or without PDL.
+
+    Args:
+        fp8_scale: one fp32 value on the device: the rows are quantized with it, and a call returns (fp8, residual).
+    """
 
     def make(p: Problem) -> Call:
         if p.world not in (2, 4, 8):
@@ -301,12 +312,14 @@ def flashinfer(pdl: bool) -> Callable[[Problem], Call]:
             raise Unavailable(f"its one-shot is measured up to {FLASHINFER_VALUES * 2 >> 10} KiB")
         if p.shared and not _fits(p):
             raise Unavailable("its grid of all ranks together would not fit on one GPU, and it has no watchdog")
-        library = ctypes.CDLL(str(_built_once(p)))
+        library = ctypes.CDLL(str(_built_once(p, _SHIM if fp8_scale is None else _SHIM_FP8)))
         workspace = _flashinfer_workspace(p, 2 * FLASHINFER_VALUES)
         normed, h = torch.empty_like(p.x), torch.empty_like(p.x)
+        quantized = [] if fp8_scale is None else [torch.empty_like(p.x, dtype=torch.float8_e4m3fn), fp8_scale]
+        tensors = (workspace.pointers, p.x, p.residual, h, normed, p.weight, *quantized)
 
         def call() -> tuple[Tensor, Tensor]:
-            pointers = [t.data_ptr() for t in (workspace.pointers, p.x, p.residual, h, normed, p.weight)]
+            pointers = [t.data_ptr() for t in tensors]
             error = library.call(
                 p.world,
                 p.rank,
@@ -319,7 +332,7 @@ def flashinfer(pdl: bool) -> Callable[[Problem], Call]:
             )
             if error:
                 raise RuntimeError(f"FlashInfer's launch failed with CUDA error {error}")
-            return normed, h
+            return quantized[0] if quantized else normed, h
 
         return call
 

@@ -1,0 +1,120 @@
+"""What the GPU tests of quantized output run on every rank. Each function returns complaints: empty means all was well."""
+
+from __future__ import annotations
+
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from interpreted_ranks import Call, digest, expected, inputs, same_bits, ulps_apart
+from tpfuse.ops import all_reduce_add_rms_norm, all_reduce_add_rms_norm_quant, raise_if_failed
+from tpfuse.ops.flavour import NAMED as FLAVOURS
+from tpfuse.ops.quant_reference import quantize
+from tpfuse.ops.quantizer import NAMED
+
+SCALE = 0.037
+
+
+def _make(call: Call, rank: int, world: int, keep: bool) -> tuple[Any, ...]:
+    """(what the reference gives of the norm, what the op gives)."""
+    given = inputs(call, world)
+
+    def cuda(t: torch.Tensor | None) -> torch.Tensor | None:
+        return None if t is None else t.cuda()
+
+    quantizer = NAMED[call.quantizer]
+    got = all_reduce_add_rms_norm_quant(
+        given.xs[rank].cuda(),
+        cuda(given.residual),
+        cuda(given.weight),
+        quantizer=quantizer,
+        static_scale=torch.tensor(SCALE, device="cuda") if quantizer.granularity == "tensor" else None,
+        keep_normed=keep,
+        eps=call.eps,
+        bias=cuda(given.bias),
+        scale=call.scale,
+        flavour=FLAVOURS[call.flavour],
+        post_norm=call.post_norm,
+    )
+    return expected(call, given), got
+
+
+def _complaints(call: Call, rank: int, world: int) -> list[str]:
+    """The norm is within a rounding, the residual exact, and fp8 and scales are those of the norm that the kernel itself gave."""
+    (normed, residual), got = _make(call, rank, world, keep=True)
+    _, alone = _make(call, rank, world, keep=False)
+    quantizer = NAMED[call.quantizer]
+    static = torch.tensor(SCALE) if quantizer.granularity == "tensor" else None
+    want = quantize(got[2].cpu(), quantizer, static)
+    allowed = 8 if call.dtype == torch.float32 else 1
+    wrong = [n for n, g, w in zip(("quantized", "scales"), got, want, strict=False) if not same_bits(g.cpu(), w)]
+    wrong += [f"{n} where normed is not kept" for n, g, w in zip(("quantized", "scales"), alone, want, strict=False)
+              if not same_bits(g.cpu(), w)]  # fmt: skip
+    wrong += ["scales' strides"] if got[1].stride() != want[1].stride() else []
+    wrong += ["normed"] if ulps_apart(got[2].cpu(), normed) > allowed else []
+    wrong += ["residual"] if ulps_apart(got[3].cpu(), residual) > allowed * call.post_norm else []
+    of_all: list[Any] = [None] * world
+    dist.all_gather_object(of_all, digest(*(t.cpu() for t in got[:2])))
+    wrong += ["not the same on all ranks"] if len(set(of_all)) > 1 else []
+    return [f"{call}: {what}" for what in wrong]
+
+
+def edges(rank: int, world: int) -> list[str]:
+    """Every quantizer, dtype and kind of row; rows on both sides of the cap, which is 16."""
+    rng = random.Random(world)
+    kinds = [{}, {"special": "zeros"}, {"special": "denormals"}, {"special": "nonfinite"}, {"flavour": "vllm"}]
+    kinds += [
+        {"flavour": "olmo2", "post_norm": True},
+        {"flavour": "gemma", "weight_dtype": torch.float32, "bias": "row"},
+    ]
+    complaints = []
+    for n, name in enumerate(sorted(NAMED)):
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            hidden = (4096, 2880, 7168)[n % 3]
+            for rows in (1, 2, 16, 17, 70):
+                kind = rng.choice(kinds) if dtype == torch.bfloat16 else {}
+                call = Call(rows, hidden, dtype=dtype, quantizer=name, seed=rows, **kind)  # type: ignore[arg-type]
+                complaints += _complaints(call, rank, world)
+    torch.cuda.synchronize()
+    raise_if_failed()
+    return complaints[:10]
+
+
+def replays(rank: int, world: int) -> list[str]:
+    """A CUDA graph of quantized and plain calls, replayed with other inputs, equals eager calls."""
+    g = torch.Generator(device="cuda").manual_seed(rank)
+    same = torch.Generator(device="cuda").manual_seed(99)
+    x = torch.randn(40, 4096, generator=g, device="cuda").bfloat16()
+    residual = torch.randn(40, 4096, generator=same, device="cuda").bfloat16()
+    weight = torch.rand(4096, generator=same, device="cuda").bfloat16()
+
+    def step() -> list[torch.Tensor]:
+        found: list[torch.Tensor] = []
+        for name in ("vllm-token", "deepgemm-ue8m0"):
+            for rows in (1, 8, 40):
+                found += all_reduce_add_rms_norm_quant(x[:rows], residual[:rows], weight, quantizer=NAMED[name])
+            found += all_reduce_add_rms_norm(x[:4], residual[:4], weight)
+        return found
+
+    step()
+    torch.cuda.synchronize()
+    dist.barrier()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    complaints = []
+    for n in range(20):
+        x.copy_(torch.randn(40, 4096, generator=g, device="cuda"))
+        graph.replay()
+        found = [t.clone() for t in out]
+        for number, (a, b) in enumerate(zip(found, step(), strict=True)):
+            if not same_bits(a, b):
+                complaints.append(f"replay {n}: result {number} differs from an eager call")
+    torch.cuda.synchronize()
+    raise_if_failed()
+    return complaints[:10]
