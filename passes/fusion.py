@@ -153,6 +153,8 @@ def _look(legality: Legality, options: PassOptions, c: collectives.Collective) -
 
 def _quantized(candidate: Candidate, legality: Legality, options: PassOptions) -> Candidate:
     """The candidate with the quantization of its norm, where there is one that the fused op can do."""
+    if not legality.quantizes:
+        return candidate
     try:
         found, note = quantization.find(candidate.norm.out, legality.order, options.numerics == "relaxed")
         if found is None:

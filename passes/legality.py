@@ -16,6 +16,7 @@ from tpfuse import compat
 from . import collectives, storages, values
 from .candidate import Candidate, Found, Term
 from .collectives import Collective
+from .quant_expression import FLOAT8
 from .reasons import Reason, Refusal
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -116,6 +117,7 @@ class Legality:
         self.order = {node: index for index, node in enumerate(self.nodes)}
         self.mutations = [n for n in graph.nodes if storages.mutates(n)]
         self.communication = [n for n in graph.nodes if collectives.is_communication(n)]
+        self.quantizes = any(values.dtype(n) in FLOAT8 for n in graph.nodes)
 
     def refusal(self, candidate: Candidate) -> Refusal | None:
         """Why the region may not be rewritten; None when it may."""

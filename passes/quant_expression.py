@@ -124,7 +124,9 @@ def _read(node: Node, known: dict[Node, Known]) -> Known | None:
     old = values.value(node.args[0])
     if old is None:
         return None
-    if node.target in SLICES | PADS:
+    if node.target in PADS:
+        return source if not any(node.args[1]) else None  # type: ignore[arg-type]
+    if node.target in SLICES:
         return source if values.same_sizes(old.shape, new.shape) else None
     if node.target in values.EXPANDS:
         run = _run(tuple(old.shape), tuple(new.shape))

@@ -247,6 +247,10 @@ def _columns_moved(n, scale):
     return quantizations.torchao_static(n.roll(1, -1), scale)[0]
 
 
+def _columns_moved_by_a_pad(n, scale):
+    return quantizations.torchao_static(torch.nn.functional.pad(n, (1, -1)), scale)[0]
+
+
 def _scaled_by_columns(n, scale):
     square = n.view(-1, H)[:1].expand(H, H)
     return (square.float() / (square.abs().amax(-1).float() / 448.0)).to(E4M3)
@@ -262,6 +266,7 @@ def _scaled_by_columns(n, scale):
         (_other_constant, "div stands between"),
         (_other_scales, "read for scales other than"),
         (_columns_moved, "roll"),
+        (_columns_moved_by_a_pad, "constant_pad_nd"),
         (_scaled_by_columns, "is not understood"),
     ],
 )
@@ -272,6 +277,15 @@ def test_what_no_quantizer_repeats_fuses_without_it_and_says_why(quantize, why):
 
     site, _ = check(f, quantized=False)
     assert why in site.note and site.note in site.detail
+
+
+def test_a_scale_that_meets_columns_is_none_of_a_row_however_square_the_input():
+    def f(x, r, w):
+        n = llama(r + all_reduce(x), w)
+        return (n.float() / (n.abs().amax(-1).float() / 448.0)).to(E4M3)
+
+    site, _ = check(f, inputs(shape=(H, H))[:3], quantized=False)
+    assert "is not understood" in site.note
 
 
 def test_a_norm_that_nothing_quantizes_has_no_note():
@@ -293,13 +307,19 @@ def test_post_norm_is_fused_without_its_quantization():
     assert "residual is added to it" in site.note
 
 
-def test_a_scale_that_is_computed_late_stays_outside():
-    def f(x, r, w, scale):
+def test_a_scale_that_is_computed_after_the_norm():
+    def alone(x, r, w, scale):
         n = llama(r + all_reduce(x), w)
-        late = n.float().sum() * 0 + scale
-        return quantizations.vllm_static(n, scale)[0], n, late
+        return quantizations.vllm_static(n, scale * 2)[0]
 
-    check(f)
+    check(alone)
+
+    def read_before(x, r, w, scale):
+        n = llama(r + all_reduce(x), w)
+        return n @ n.transpose(-1, -2), quantizations.vllm_static(n, scale * 2)[0]
+
+    site, _ = check(read_before, quantized=False)
+    assert "computed after its result is first read" in site.note
 
 
 @pytest.mark.parametrize("inner", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
