@@ -113,6 +113,16 @@ def row_tables(lines: Sequence[dict[str, Any]]) -> Iterator[str]:
         yield row((one["ranks"], one["blocks"], one["hidden"], one["rows"], *times))
 
 
+def quant_tables(lines: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Calls with an fp8 output, microseconds."""
+    names = list(lines[0]["us"])
+    yield from head(("quantizer", "H", "rows", *names, "one kernel / inductor"))
+    for one in lines:
+        times = [f"{one['us'][name]:.2f}" for name in names]
+        where = (one["quantizer"], one["hidden"], one["rows"])
+        yield row((*where, *times, f"{one['us']['one kernel'] / one['us']['inductor']:.2f}"))
+
+
 def token_tables(plan: dict[str, Any], lines: Sequence[dict[str, Any]]) -> Iterator[str]:
     """Tokens of Hugging Face's ``generate``, milliseconds; the ratio is that of ``tpfuse.hf.compile`` to the contender."""
     columns = ("ms a token", "lowest to highest", "GPU busy", "prefill ms", "fused", "tpfuse.hf.compile / it")
@@ -135,6 +145,8 @@ def tables_of(path: Path, contenders: Sequence[str] = ()) -> str:
         return "\n".join(model_tables(stored["lines"]))
     if "stages" in stored:
         return "\n".join(stage_tables(stored["stages"]))
+    if "rows" in stored and "quantizer" in stored["rows"][0]:
+        return "\n".join(quant_tables(stored["rows"]))
     if "rows" in stored:
         return "\n".join(row_tables(stored["rows"]))
     measured = [links.Links(**one) for one in stored.get("links", ())]

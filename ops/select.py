@@ -19,9 +19,9 @@ from .kernels.state import ROW_BYTES
 
 ALGORITHMS = ("one_shot", "two_shot", "library")
 UNBOUNDED = 1 << 60
-# Up to so many rows a call is quantized in the kernel that norms, above them by a kernel behind it. Not measured yet: it is what
-# TensorRT-LLM published of its own such kernel (PR 14629: a step of Llama-3.1-8B gains 4 % at 16 rows and loses 12 % at 256).
-QUANT_ROWS = 16
+# Up to so many rows a call is quantized in the kernel that norms, above them by a kernel behind it. Between two H100s one
+# kernel is the faster way at every size measured, the largest of which this is: docs/results/quant.md.
+QUANT_ROWS = 256
 
 
 @dataclass(frozen=True)

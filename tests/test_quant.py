@@ -257,7 +257,7 @@ def test_torchs_checks_of_an_operator_find_nothing(pool):
 
 
 def test_up_to_how_many_rows_it_is_one_kernel_is_a_setting_that_ranks_compare(monkeypatch):
-    assert Settings.from_environment().quant_rows == QUANT_ROWS == 16
+    assert Settings.from_environment().quant_rows == QUANT_ROWS == 256
     monkeypatch.setenv("TPFUSE_QUANT_ROWS", "64")
     more = Settings.from_environment()
     assert more.quant_rows == 64 and more.fingerprint() != replace(more, quant_rows=16).fingerprint()

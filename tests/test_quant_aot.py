@@ -75,13 +75,13 @@ def test_what_quantizes_fits_the_registers_of_what_does_not(
 ) -> None:
     """So the two have one geometry, and the number of programs that wait at once is the same.
 
-    Up to the default of ``TPFUSE_QUANT_ROWS`` nothing spills. Above it, two steps of 512 lanes spill up to ten words; a larger
+    Up to 16 rows nothing spills. Above, two steps of 512 lanes spill up to ten words; a larger
     bound would halve the programs that fit. On sm_80, where the rounding to fp8 is written out, it is two words more.
     """
     room = Room(algorithm, world, 132)
     for hidden, name in zip((4096, 7168, 4096), FEW, strict=True):
         c = quantized(plain._constants(hidden), NAMED[name], True, arch >= 89)
-        chosen = [{geometry(room, n, -(-hidden // 1024)).part for n in rows} for rows in ((1, QUANT_ROWS), (256,))]
+        chosen = [{geometry(room, n, -(-hidden // 1024)).part for n in rows} for rows in ((1, 16), (QUANT_ROWS,))]
         for part in sorted(chosen[0] | chosen[1], key=str):
             check(algorithm, c, world, part, arch, tmp_path, (0 if part in chosen[0] else 40) + (8 if arch < 89 else 0))
 
