@@ -35,8 +35,8 @@ def main() -> None:
     torch.manual_seed(0)
     x, residual = torch.randn(4, HIDDEN), torch.randn(4, HIDDEN)
 
-    # There is no attention here, so no layer can prove that the group is shared: "all" fuses every legal site.
-    options = {"tpfuse.inner": "aot_eager", "tpfuse.policy": "all"}
+    # There is no attention here: nothing proves that it shares the group, and nothing refutes it, so the sum is fused.
+    options = {"tpfuse.inner": "aot_eager"}
     compiled = torch.compile(model, backend="tpfuse", options=options)
     with torch.inference_mode(), tpfuse.expect(fused=1):
         fused = compiled(x, residual)

@@ -13,7 +13,7 @@ from torch.fx import Graph, Node
 
 from tpfuse import compat
 
-from . import collectives, storages, values
+from . import collectives, storages, streams, values
 from .candidate import Candidate, Found, Term
 from .collectives import Collective
 from .quant_expression import FLOAT8
@@ -82,14 +82,14 @@ def no_norm(current: values.Aliases, terms: list[Term]) -> Refusal:
         tensors = [values.value(a) for a in reader.all_input_nodes if a not in current] if reader.target in MUL else []
         if any(t is not None and t.dim() == 0 for t in tensors):
             return Refusal(Reason.SCALE_NOT_CONSTANT, f"{reader.name} multiplies the {what} by a scalar tensor")
-    for reader in current.readers:
-        streams = _streams(reader, current)
-        if streams:
-            return Refusal(
-                Reason.STREAMS,
-                f"{reader.name} ({reader.target}) spreads the {what} over {streams} residual streams (hyper-connections): the "
-                "fused op lacks the mixing of the streams by weights of each row, before and behind the add",
-            )
+    spread = streams.spread(current)
+    if spread is not None:
+        reader, number = spread
+        return Refusal(
+            Reason.STREAMS,
+            f"{reader.name} ({reader.target}) spreads the {what} over {number} residual streams (hyper-connections): the fused "
+            "op lacks the mixing of the streams by weights of each row, before and behind the add",
+        )
     for reader in current.readers:
         if _drops_out(reader):
             return Refusal(Reason.DROPOUT, f"{reader.name} ({reader.target}) drops values of the {what} at random")
@@ -266,22 +266,6 @@ def _names_that_stay(h: values.Aliases, inside: set[Node]) -> list[Node]:
 def shape_of(node: Node) -> str:
     tensor = values.value(node)
     return "?" if tensor is None else str(tuple(compat.size_hint(n) for n in tensor.shape))
-
-
-def _streams(reader: Node, current: values.Aliases) -> int:
-    """Over how many streams a reader spreads the rows of a value, by a dimension of size one that grows; 0 when it does not."""
-    if reader.target not in MUL and reader.target not in values.EXPANDS:
-        return 0
-    new = values.value(reader)
-    for name in reader.all_input_nodes:
-        old = values.value(name) if name in current else None
-        if new is None or old is None or new.dim() != old.dim() or new.dim() < 2:
-            continue
-        grown = [(m, n) for m, n in zip(old.shape, new.shape, strict=True) if not compat.statically_true(m == n)]
-        same_width = compat.statically_true(new.shape[-1] == old.shape[-1])
-        if same_width and len(grown) == 1 and compat.statically_true(grown[0][0] == 1) and isinstance(grown[0][1], int):
-            return grown[0][1]
-    return 0
 
 
 def _drops_out(node: Node) -> bool:

@@ -181,6 +181,8 @@ PATTERNS: dict[str, TinyModel] = {
         TinyModel("laguna", {**MOE, "head_dim": 16, "shared_expert_intermediate_size": 32}),
         TinyModel("hy_v3", {**MOE, "head_dim": 16}),
         TinyModel("deepseek_v4"),
+        TinyModel("hy_v4", {**MOE, "head_dim": 16}),
+        TinyModel("qwen4_exp_text", {**MOE, "head_dim": 16}),
         TinyModel("olmo3"),
         TinyModel("minimax_m2", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16}),
         TinyModel(
