@@ -150,6 +150,6 @@ def _proved(c: Collective, start: Any, rows: Any, kept_rows: Any, nodes: list[No
             Reason.ROWS_MOVE,
             f"they begin at {start} of {rows}, which is not block {place} of {blocks}",
         )
-    if not compat.statically_true(kept_rows * blocks <= rows):
+    if not compat.follows_from_guards(kept_rows * blocks <= rows):
         return Refusal(Reason.ROWS_MOVE, f"{kept_rows} of {rows} may be more than one of {blocks} blocks")
     return blocks, place

@@ -603,3 +603,27 @@ def test_traced_apart():
     targets = [n.target for n in graph.nodes if n.op == "call_function"]
     assert torch.ops.aten.add.Tensor in targets and torch.ops.aten.add_.Tensor not in targets
     assert all(isinstance(size, int) for n in graph.nodes if n.op != "output" for size in n.meta["val"].shape)
+
+
+def test_a_guard_is_found_under_the_names_that_sizes_got_later() -> None:
+    """A size that is bounded first, and then found to equal that of another input."""
+    answers: list[tuple[bool, bool]] = []
+
+    def keep(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        tensors = [n.meta["example_value"] for n in gm.graph.find_nodes(op="placeholder")]
+        _, most, same = (t.shape[0] for t in tensors if isinstance(t, torch.Tensor))
+        answers.append((compat.follows_from_guards(4 * same <= 4 * most), compat.follows_from_guards(most <= same)))
+        return gm.forward
+
+    @torch.compile(backend=keep, fullgraph=True)
+    def f(x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        if x.shape[0] > y.shape[0]:
+            raise ValueError("too many rows")
+        return (x + z).sum() + y.sum()
+
+    tensors = [torch.ones(n, 2) for n in (3, 7, 3)]
+    for t in tensors:
+        torch._dynamo.mark_dynamic(t, 0)
+    f(*tensors)
+    assert answers == [(True, False)]
+    assert compat.follows_from_guards(True) and not compat.follows_from_guards(False)

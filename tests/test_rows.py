@@ -210,3 +210,22 @@ def test_columns_are_no_rows(column):
 
     _, report = fused(f, random(5, H), random(10, 8, seed=1), random(8, seed=2), random(H, H, seed=3))
     assert report.sites[0].reason == "rows-move"
+
+
+@pytest.mark.parametrize("bounded", [0, 1])  # which of two equal symbols survives is torch's choice
+def test_a_replica_whose_rows_are_bounded_before_their_number_is_found_equal_to_another(column, bounded):
+    """Sizes that the graph holds as symbols: of rows, of the largest replica, and of a residual that has as many rows."""
+
+    def f(x, largest, r, w, e):
+        if (x, r)[bounded].shape[1] > largest.shape[1]:
+            raise ValueError("more rows than the largest replica has")
+        r = r + x
+        total = graphs.all_reduce(gather(largest[0], column).unsqueeze(0) @ e)
+        h = r + total[:, largest.shape[1] : largest.shape[1] + r.shape[1]]
+        return norm(h, w), h
+
+    args = random(1, 3, H), random(1, 5, H), random(1, 3, H, seed=1), random(H, seed=2), random(H, H, seed=3)
+    _, report = fused(f, *args, dynamic=(1,))
+    (site,) = report.sites
+    assert site.fused, site.detail
+    assert "s" in str(site.shape[1])  # a symbol

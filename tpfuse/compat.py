@@ -115,6 +115,24 @@ def statically_true(condition: Any) -> bool:
     return statically_known_true(condition)
 
 
+def follows_from_guards(condition: Any) -> bool:
+    """:func:`statically_true`, or a comparison that a guard of the graph makes in other symbols.
+
+    Why private: torch keeps what guards imply under the names that sizes had when the guard was made. Once a size is found to
+    equal another one (two inputs are added, say), a question about the other one misses it.
+    """
+    if statically_true(condition):
+        return True
+    node = getattr(condition, "node", None)
+    env = getattr(node, "shape_env", None)
+    if node is None or env is None:
+        return False
+    from torch.fx.experimental.symbolic_shapes import canonicalize_bool_expr
+
+    wanted = canonicalize_bool_expr(env.replace(node.expr))
+    return any(canonicalize_bool_expr(env.replace(guard.expr)) == wanted for guard in env.guards)
+
+
 def known_at_run_time_only(size: Any) -> bool:
     """Whether a size is a symbol without a value at trace time (a count of non-zero elements, say).
 
