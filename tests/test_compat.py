@@ -96,6 +96,14 @@ def test_statically_true():
     assert seen == [(True, False)], "asking must not add a guard"
 
 
+def test_can_round():
+    """Before torch 2.13 the C++ backend took the argument that says so and did not look at it."""
+    from torch._inductor.codegen.cpp import CppOverrides
+
+    looks = inspect.getsource(CppOverrides.to_dtype).count("use_compute_types") > 1
+    assert looks == compat.can_round()
+
+
 @pytest.mark.skipif(not compat.can_round(), reason="from torch 2.13 on")
 def test_round_here():
     """Without the mark the sum stays in fp32 on its way to the product."""
