@@ -18,7 +18,7 @@ help:
 	@echo "make test-gpu     the tests that need a CUDA device"
 	@echo "make test-sglang  the hook inside SGLang, on SGLang's real Python files"
 	@echo "make test-matrix  the fast tests over torch and transformers versions"
-	@echo "make test-matrix-ends  the same with the oldest and the newest torch only: part of CI"
+	@echo "make test-matrix-ends  the same with the oldest and the newest torch, what they can break: part of CI"
 	@echo "make test-vllm    the real vLLM on a CPU, two versions of it: about an hour, 6 GB under .cache"
 	@echo "make lint types   ruff and mypy"
 	@echo "make bench        cost of the pass; kernels too where there is a GPU"

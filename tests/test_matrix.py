@@ -24,7 +24,7 @@ def matrix(monkeypatch, tmp_path):
     monkeypatch.setattr(module, "environment", lambda torch, folder, cpu_wheels: folder / f"torch-{torch}")
     monkeypatch.setattr(module, "overlay", lambda python, transformers, folder: "")
     monkeypatch.setattr(module, "counts", golden)
-    monkeypatch.setattr(module, "suite", lambda python, path: ("7 passed, 1 skipped, 2 deselected in 1.0s", False))
+    monkeypatch.setattr(module, "suite", lambda python, path, ends: ("7 passed, 1 skipped, 2 deselected in 1.0s", False))
     monkeypatch.setattr(sys, "argv", ["run.py", "--ends", "--folder", str(tmp_path)])
     return module
 
@@ -33,6 +33,12 @@ def golden(python: Path, path: str, models: list[str]) -> dict[str, Any]:
     known = json.loads((FILE.parent / "golden.json").read_text())
     older = known["torch 2.11"] if OLDEST in str(python) else {}
     return {**known["every pair"], **older}
+
+
+def test_the_files_that_another_version_can_break_exist(matrix):
+    missing = [name for name in matrix.TOUCHES if not (matrix.ROOT / f"tests/test_{name}.py").is_file()]
+    assert missing == []
+    assert len(set(matrix.TOUCHES)) == len(matrix.TOUCHES)
 
 
 def test_both_ends_are_run(matrix, capsys):
@@ -76,7 +82,7 @@ def test_no_end_at_all_fails(matrix, monkeypatch, capsys):
 
 
 def test_a_failing_suite_fails(matrix, monkeypatch):
-    monkeypatch.setattr(matrix, "suite", lambda python, path: ("1 failed, 6 passed in 1.0s", OLDEST in str(python)))
+    monkeypatch.setattr(matrix, "suite", lambda python, path, ends: ("1 failed, 6 passed in 1.0s", OLDEST in str(python)))
     assert matrix.main() == 1
 
 

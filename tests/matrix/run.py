@@ -1,7 +1,8 @@
 """Run the fast suite and the golden counts over torch and transformers versions; fail on a silent loss of matches.
 
     python tests/matrix/run.py                            every pair; environments are made under .cache/matrix
-    python tests/matrix/run.py --ends                     oldest and newest torch, newest transformers (what CI runs)
+    python tests/matrix/run.py --ends                     oldest and newest torch, newest transformers, and of the suite what
+                                                          another version can break (what CI runs)
     python tests/matrix/run.py --torch 2.11 --no-suite    one torch, counts only
     python tests/matrix/run.py --table docs/versions.md   also write the table between its markers
 
@@ -50,6 +51,13 @@ TOOLS = (
 CPU_WHEELS = "https://download.pytorch.org/whl/cpu"
 PATIENCE = 900  # seconds for one call of pip: a slow index must not take the time of everything that CI runs after it
 FAST = "not ranks and not gpu and not slow"
+# What another torch, Triton or transformers can break, for the ends in CI: private names, what Dynamo and Inductor hand over,
+# spellings, and kernels ahead of time. The rest of the fast suite is ours alone, and runs with every torch without --ends.
+TOUCHES = (
+    *("compat", "hf_compat", "load_compat", "backend", "inner", "lowering", "export", "sound_pass", "spellings"),
+    *("spellings_transformers", "rows", "unrounded", "quantized_pass", "op_surface", "snippets", "unfused", "source"),
+    *("kernel_aot", "quant_aot", "add_norm_kernel", "dynamic_tensor_parallel", "vllm", "package"),
+)
 BEGIN, END = "<!-- matrix: begin -->", "<!-- matrix: end -->"
 
 
@@ -146,11 +154,16 @@ def counts(python: Path, path: str, models: list[str]) -> dict[str, list[int] | 
     return json.loads(lines[-1])["counts"]
 
 
-def suite(python: Path, path: str) -> tuple[str, bool]:
-    """(counts line, failed) of the fast suite; what was skipped is printed, and all of it when something failed."""
+def suite(python: Path, path: str, ends: bool) -> tuple[str, bool]:
+    """(counts line, failed) of the fast suite; what was skipped is printed, and all of it when something failed.
+
+    Args:
+        ends: only the files of ``TOUCHES``.
+    """
+    files = [f"tests/test_{name}.py" for name in TOUCHES] if ends else ["tests"]
     spread = ("-n", "auto", "--maxprocesses", "8", "--dist", "loadfile", "--no-loadscope-reorder")
     done = run(
-        python, path, "-m", "pytest", "tests", "-m", FAST, *spread, "-p", "no:cacheprovider", "--tb=short", "-rfEs"
+        python, path, "-m", "pytest", *files, "-m", FAST, *spread, "-p", "no:cacheprovider", "--tb=short", "-rfEs"
     )
     lines = done.stdout.splitlines()
     if done.returncode:
@@ -179,7 +192,9 @@ def check(found: dict[str, list[int] | str], golden: dict[str, list[int]]) -> tu
     )
 
 
-def measure(pair: Pair, folder: Path, models: list[str], with_suite: bool, cpu_wheels: str) -> Result:
+def measure(
+    pair: Pair, folder: Path, models: list[str], with_suite: bool, cpu_wheels: str, ends: bool = False
+) -> Result:
     began, seconds = time.monotonic(), {}
 
     def lap(name: str) -> None:
@@ -199,7 +214,7 @@ def measure(pair: Pair, folder: Path, models: list[str], with_suite: bool, cpu_w
     losses = check(found, golden_counts(pair))
     if not with_suite:
         return Result(pair, found, losses, seconds=seconds)
-    line, failed = suite(python, path)
+    line, failed = suite(python, path, ends)
     lap("suite")
     return Result(pair, found, losses, line, failed, seconds)
 
@@ -279,7 +294,7 @@ def main() -> int:
             # The suite once a torch: transformers touches only the models, and those are counted for every pair.
             with_suite = not given.no_suite and pair.transformers == libraries[-1]
             print(f"torch {pair.torch}, transformers {pair.transformers}", flush=True)
-            result = measure(pair, given.folder, given.models, with_suite, given.cpu_wheels)
+            result = measure(pair, given.folder, given.models, with_suite, given.cpu_wheels, given.ends)
             results.append(result)
             describe(result)
         if given.discard:
