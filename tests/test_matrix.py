@@ -24,7 +24,9 @@ def matrix(monkeypatch, tmp_path):
     monkeypatch.setattr(module, "environment", lambda torch, folder, cpu_wheels: folder / f"torch-{torch}")
     monkeypatch.setattr(module, "overlay", lambda python, transformers, folder: "")
     monkeypatch.setattr(module, "counts", golden)
-    monkeypatch.setattr(module, "suite", lambda python, path, ends: ("7 passed, 1 skipped, 2 deselected in 1.0s", False))
+    monkeypatch.setattr(
+        module, "suite", lambda python, path, ends: ("7 passed, 1 skipped, 2 deselected in 1.0s", False)
+    )
     monkeypatch.setattr(sys, "argv", ["run.py", "--ends", "--folder", str(tmp_path)])
     return module
 
@@ -82,7 +84,9 @@ def test_no_end_at_all_fails(matrix, monkeypatch, capsys):
 
 
 def test_a_failing_suite_fails(matrix, monkeypatch):
-    monkeypatch.setattr(matrix, "suite", lambda python, path, ends: ("1 failed, 6 passed in 1.0s", OLDEST in str(python)))
+    monkeypatch.setattr(
+        matrix, "suite", lambda python, path, ends: ("1 failed, 6 passed in 1.0s", OLDEST in str(python))
+    )
     assert matrix.main() == 1
 
 
