@@ -106,7 +106,9 @@ class Candidate:
     def pattern(self) -> str:
         parts = [start_of(self.collective, self.block)]
         if self.merged is not None:
-            parts.append(self.merged.collective.kind)
+            # A number may come from the rank: in the pattern, which ranks compare.
+            factor = f"*{self.merged.factor!r}" if isinstance(self.merged.factor, float) else ""
+            parts.append(self.merged.collective.kind + factor)
         if self.bias is not None:
             parts.append("add" if any(t.kind == "full" and t.operand is self.bias for t in self.terms) else "bias")
         if self.scale != 1.0 or self.factor is not None:

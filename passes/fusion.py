@@ -101,7 +101,6 @@ def _rewrite(g: Graph, options: PassOptions, training: bool) -> tuple[list[Site]
     sites = [site_of(f, p, audits, absorbed.get(f.collective)) for f, p in zip(judged, places, strict=True)]
 
     decisions: list[rewrite.Decision] = []
-    lowered: list[Candidate] = []
     for place, (item, site) in enumerate(zip(judged, sites, strict=True)):
         if isinstance(item.outcome, Candidate):
             point = legality.insertion_point(item.outcome)
@@ -111,11 +110,9 @@ def _rewrite(g: Graph, options: PassOptions, training: bool) -> tuple[list[Site]
                 _verify(decision, site)
             if lowering.is_lowered(item.outcome, options):
                 sites[place] = replace(site, lowered=True)
-                lowered.append(item.outcome)
             else:
                 decisions.append(decision)
     try:
-        lowering.lower(lowered, options)
         fused = rewrite.apply(g, decisions)
     except Exception as error:
         if options.verify:

@@ -43,11 +43,14 @@ def judge(
             admitted = _policy(item, layer, shared, refuted, options)
             if isinstance(admitted, Refusal):
                 outcome = admitted
-            elif left is not None and left <= 0:
+            elif left is not None and left < (
+                cost := 1 if outcome.merged is None else 2
+            ):  # sites, as reports count them
+                left = 0
                 outcome = Refusal(Reason.FUEL, f"tpfuse.fuel={options.fuel} was used up by earlier rewrites")
             else:
                 rule = admitted
-                left = None if left is None else left - 1
+                left = None if left is None else left - cost
         judged.append(replace(item, outcome=outcome, admitted=rule))
     return judged
 

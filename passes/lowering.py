@@ -9,11 +9,7 @@ Every fact that decides is in the graph or in the options, which are equal on al
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
-
-from tpfuse import compat
 
 from . import values
 from .candidate import Candidate
@@ -35,20 +31,5 @@ def is_lowered(candidate: Candidate, options: PassOptions) -> bool:
         return False
     if candidate.merged is not None or candidate.quantization is not None:
         return False  # two reductions again; several quantizations again, whose bf16 steps nothing would round
-    if options.numerics == "relaxed":
-        return True
-    if all(tensor.dtype not in LOW for tensor in tensors if tensor is not None):
-        return True
-    # A mean of bf16 squares rounds inside of torch's operator, where nothing that is said about the graph reaches.
-    return compat.can_round() and candidate.norm.flavour.compute == "float32"
-
-
-def lower(candidates: Sequence[Candidate], options: PassOptions) -> None:
-    """Have every step of lowered regions round to bf16 and fp16 where the model does, as the op would.
-
-    Between operators that it fuses, Inductor keeps such values in fp32 otherwise. In fp32 and fp64 there is nothing to round.
-    """
-    if options.numerics == "exact" and compat.can_round():
-        for candidate in candidates:
-            for node in candidate.nodes:
-                compat.round_here(node)
+    # Between operators that it fuses, Inductor keeps bf16 and fp16 values in fp32, and rounds other elements than the model does.
+    return options.numerics == "relaxed" or all(tensor.dtype not in LOW for tensor in tensors if tensor is not None)

@@ -137,7 +137,7 @@ def unequal(node: Node, ranks: tuple[int, ...]) -> str | None:
             if name in GATHERED and set(ranks) <= set(members) and dist.get_rank() in members:
                 continue
             return f"depends on {start.name} over {list(members)}"
-        numbers = [a for a in current.args if isinstance(a, int | float)]
+        numbers = [a for a in (*current.args, *current.kwargs.values()) if isinstance(a, int | float)]
         computes = current.target in ADD | MUL or current.target in values.overloads("div.Tensor", "sub.Tensor")
         if current.op != "call_function" or current.target not in POINTWISE or (computes and numbers):
             return f"depends on {current.name}"

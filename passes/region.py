@@ -44,7 +44,8 @@ def follow(c: Collective, order: dict[Node, int], relaxed: bool = False) -> Foun
             found = _unrounded(c, terms, wide, order, relaxed)
             return Found(c, _of_block(found, block), pattern_of(c, block, terms, "add+norm?"))
         term = wide if isinstance(wide, Refusal) else _term(current) if wide is None else _rounded(wide)
-        if relaxed and not terms:
+        # A scalar of the rows that a rank keeps is another one on each rank: not to be multiplied in before the sum.
+        if relaxed and not terms and block is None:
             term = _factor(current, term)
         # A scaled sum is normalised after the scale: s and 2 * s have one norm, up to eps and rounding.
         scaled = isinstance(term, Term) and term.kind in ("scale", "factor")

@@ -59,6 +59,7 @@ def site_of(item: Found, spot: sharing.Place, audits: list[LayerAudit], within: 
             f"other bits than the model's); saves one {c.kind} of {bytes_a_row} bytes a row",
             pattern=within.pattern,
             nodes=[n.name for n in dict.fromkeys([c.node, *c.waits])],
+            admitted=within.admitted,
             **common,
         )
     names = dict.fromkeys([c.node.name, *(w.name for w in c.waits)])

@@ -125,6 +125,7 @@ def changes_its_mind(rank, world_size):
     return compiled(rank, world_size, (off, off), environment_of_rank=limits, depth=5)[1]
 
 
+@pytest.mark.slow
 def test_a_warm_rank_and_a_cold_rank_agree(tmp_path):
     options = {"tpfuse.policy": "all"}
     for number in range(2):

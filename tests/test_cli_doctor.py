@@ -39,7 +39,7 @@ def test_a_wrong_option_in_the_environment_is_found(monkeypatch):
     result = tpfuse("doctor", "--json")
     assert result.returncode == 1
     assert checks(result)["environment"]["status"] == FAIL
-    assert "shared, all, off" in checks(result)["environment"]["fix"]
+    assert "shared, strict, all, off" in checks(result)["environment"]["fix"]
 
 
 def test_incomplete_variables_of_torchrun():

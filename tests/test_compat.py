@@ -96,37 +96,6 @@ def test_statically_true():
     assert seen == [(True, False)], "asking must not add a guard"
 
 
-def test_can_round():
-    """Before torch 2.13 the C++ backend took the argument that says so and did not look at it."""
-    from torch._inductor.codegen.cpp import CppOverrides
-
-    looks = inspect.getsource(CppOverrides.to_dtype).count("use_compute_types") > 1
-    assert looks == compat.can_round()
-
-
-@pytest.mark.skipif(not compat.can_round(), reason="from torch 2.13 on")
-def test_round_here():
-    """Without the mark the sum stays in fp32 on its way to the product."""
-    import operator
-
-    def marks(graph: Any) -> None:
-        for node in graph.nodes:
-            if node.op == "call_function" and node.target is not operator.getitem:
-                compat.round_here(node)
-
-    def f(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return (a + b) * b
-
-    g = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(4096, generator=g).bfloat16() for _ in range(2))
-    torch._dynamo.reset()
-    plain = torch.compile(f, backend="inductor")(a, b)
-    torch._dynamo.reset()
-    marked = torch.compile(f, backend="inductor", options={"post_grad_custom_pre_pass": marks})(a, b)
-    assert torch.equal(marked, f(a, b))
-    assert not torch.equal(plain, f(a, b)), "Inductor rounds by itself now: the mark, and what compat says, can go"
-
-
 def test_size_hint():
     assert compat.size_hint(3) == 3
 
@@ -557,6 +526,9 @@ def test_compile_in_this_process():
 def test_auto_functionalized():
     assert isinstance(compat.auto_functionalized(), torch._ops.HigherOrderOperator)
     assert compat.auto_functionalized().name() == "auto_functionalized"
+
+
+def test_auto_functionalized_v2():
     assert compat.auto_functionalized_v2().name() == "auto_functionalized_v2"
 
 
@@ -613,7 +585,7 @@ def test_traced_apart():
     assert all(isinstance(size, int) for n in graph.nodes if n.op != "output" for size in n.meta["val"].shape)
 
 
-def test_a_guard_is_found_under_the_names_that_sizes_got_later() -> None:
+def test_follows_from_guards() -> None:
     """A size that is bounded first, and then found to equal that of another input."""
     answers: list[tuple[bool, bool]] = []
 

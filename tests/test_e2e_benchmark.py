@@ -69,6 +69,7 @@ def test_deepseek_fuses_what_its_plan_says_and_less_without_rows(tmp_path: Path)
         assert (x["fused"], x["all_reduces"]) == fused[x["contender"]]
 
 
+@pytest.mark.slow
 def test_on_a_shared_gpu_no_collective_of_the_group_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     """Traced on a fake group, whose all-reduce gives back its input: what was gathered is the own rows among zeros."""
     import graphs

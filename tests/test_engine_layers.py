@@ -114,6 +114,20 @@ def unfused(norm: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, Tenso
         return norm(x.clone(), residual.clone())
 
 
+class Quantizing(Llama):
+    """Rows for an fp8 GEMM instead of the norm."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        normed = super().forward(hidden_states).float()
+        scale = normed.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 448.0
+        return (normed / scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
+
+
+def test_a_norm_that_quantizes_is_refused_by_name():
+    with pytest.raises(ValueError, match="Quantizing"):
+        rounding_of(Quantizing(), H, torch.bfloat16, group=dist.group.WORLD)
+
+
 @pytest.mark.parametrize("kind", NORMS, ids=lambda kind: kind.__name__)
 def test_a_norm_of_an_engine_gets_its_own_rounding_and_bits(kind):
     norm, (x, residual) = kind(), rows()

@@ -119,6 +119,7 @@ def package(rank: int, world_size: int, folder: str) -> dict[str, Any]:
     return {"fused": len(report.fused), "error": (want - got).abs().max().item(), "output": got}
 
 
+@pytest.mark.slow
 def test_an_aotinductor_package_of_a_fused_model_loads_and_runs(pool, tmp_path):
     results = pool.run(package, str(tmp_path))
     assert [r["fused"] for r in results] == [2, 2]

@@ -301,7 +301,7 @@ def layer_by_layer(rank: int, world_size: int, options: dict[str, Any]) -> dict[
     }
 
 
-@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("inner", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_one_compile_a_layer_fuses_the_reduction_inside_it(alone, inner):
     for result in alone.run(layer_by_layer, {"tpfuse.inner": inner}):
         one_layer = [("attention", True, None), ("mlp", False, "no-norm")]
@@ -324,7 +324,7 @@ def broken_inside(rank: int, world_size: int, options: dict[str, Any]) -> dict[s
     return {"sites": [(s.role, s.fused, s.reason) for s in sites], "error": (want - got).abs().max().item()}
 
 
-@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("inner", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("policy", ["strict", "all"])
 def test_a_graph_break_inside_a_layer_costs_only_what_it_cuts(alone, inner, policy):
     for result in alone.run(broken_inside, {"tpfuse.inner": inner, "tpfuse.policy": policy}):
@@ -370,7 +370,7 @@ def run_functions(rank: int, world_size: int, inner: str, act: str) -> tuple[int
     return len(report.fused), [s.role for s in report.sites], error
 
 
-@pytest.mark.parametrize("inner", ["inductor", "aot_eager"])
+@pytest.mark.parametrize("inner", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "act", ["silu", "mish", *(pytest.param(act, marks=pytest.mark.slow) for act in ("gelu", "elu"))]
 )

@@ -11,8 +11,6 @@ import torch.distributed as dist
 from ranks import RankPool
 from tpfuse.passes.report import LOWERED
 
-from tpfuse import compat
-
 pytestmark = pytest.mark.ranks
 
 FUSED = 2  # one layer
@@ -179,20 +177,19 @@ def test_in_fp32_the_bits_are_those_of_inductor_alone_and_the_residual_sum_is_th
     assert all(torch.equal(a, b) for a, b in zip(*(r["ours"][0] for r in results), strict=True))
 
 
-@pytest.mark.skipif(not compat.can_round(), reason="Inductor of this torch drops roundings on a CPU, so the op stays")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
-def test_in_low_precision_every_step_rounds_as_the_op_does(pool, dtype):
-    """Inductor alone keeps these steps in fp32, which changes a quarter of the elements. What is left is the order of a sum."""
+def test_in_low_precision_the_op_stays_and_has_the_models_bits(pool, dtype):
+    """Inductor alone keeps these steps in fp32, which changes a quarter of the elements."""
     names = ["llama", "gemma", "vllm"]
-    results = pool.run(norms, dtype, [*names, "input-dtype"], {"ours": OURS})
+    results = pool.run(norms, dtype, names, {"ours": OURS, "relaxed": ("tpfuse", {"tpfuse.numerics": "relaxed"})})
     for found in results:
-        assert found["ours sites"] == ([(True, True)] * len(names) + [(True, False)]) * 2
-        normed, sums = pairs(found, "ours", "eager")
-        assert all(torch.equal(a, b) for a, b in sums)
-        for a, b in normed:
-            assert a.numel() == 0 or (a != b).float().mean() < 0.005
-            torch.testing.assert_close(a, b, rtol=2 * torch.finfo(dtype).eps, atol=0)
-        assert torch.equal(*normed[len(names)])  # the op itself
+        assert found["ours sites"] == [(True, False)] * len(names) * 2
+        assert found["relaxed sites"] == [(True, True)] * len(names) * 2
+        assert all(torch.equal(a, b) for kind in pairs(found, "ours", "eager") for a, b in kind)
+        normed, _ = pairs(found, "relaxed", "eager")
+        assert any(a.numel() and not torch.equal(a, b) for a, b in normed), (
+            "Inductor rounds by itself now: the op can go"
+        )
     assert all(torch.equal(a, b) for a, b in zip(*(r["ours"][0] for r in results), strict=True))
 
 

@@ -147,3 +147,45 @@ def test_fuel_and_policy_keep_both():
     ):
         new, report = fused(routed_and_shared, inputs(), options)
         assert not any(s.fused for s in report.sites) and graphs.all_reduces_left(new) == 2
+
+
+def test_fuel_counts_both_sites_of_a_merge():
+    """As reports count them: `tpfuse bisect` numbers rewrites by fused sites."""
+
+    def two_merges(a, b, r, w):
+        h = r + (graphs.all_reduce(a) + graphs.all_reduce(b))
+        n = norm(h, w)
+        h = h + (graphs.all_reduce(n * 2) + graphs.all_reduce(n * 3))
+        return norm(h, w), h
+
+    gm = graphs.trace(two_merges, inputs())
+    made = {fuel: graphs.fused_copy(gm, PassOptions("all", "relaxed", fuel=fuel))[1].fused for fuel in range(5)}
+    assert {fuel: len(sites) for fuel, sites in made.items()} == {0: 0, 1: 0, 2: 2, 3: 2, 4: 4}
+    assert {site.admitted for site in made[4]} == {"policy-all"}
+
+
+def test_a_scalar_of_the_rows_that_a_rank_keeps_is_not_multiplied_in_before_the_sum():
+    def scaled(x, r, w):
+        mine = c10d.wait_tensor(c10d.reduce_scatter_tensor(x, "sum", 4, graphs.world()))
+        h = r + mine * torch.sigmoid(r.mean())
+        return norm(h, w), h
+
+    args = (random(8, H), random(2, H, seed=2), random(H, seed=3))
+    _, report = graphs.fused_copy(graphs.trace(scaled, args), RELAXED)
+    assert [(site.fused, site.reason) for site in report.sites] == [(False, "scale-not-constant")]
+
+
+def test_a_number_of_the_rank_is_no_proof_and_stands_in_the_pattern():
+    def gated(a, b, r, w):
+        z = graphs.all_reduce(r).mean(-1, keepdim=True)
+        h = r + (graphs.all_reduce(a) * torch.add(z, z, alpha=dist.get_rank() + 1) + graphs.all_reduce(b))
+        return norm(h, w), h
+
+    def scaled(a, b, r, w):
+        h = r + (graphs.all_reduce(a) * (1 + dist.get_rank()) + graphs.all_reduce(b))
+        return norm(h, w), h
+
+    _, report = graphs.fused_copy(graphs.trace(gated, inputs()), RELAXED)
+    assert not any("all_reduce+all_reduce" in site.pattern for site in report.sites)
+    _, report = graphs.fused_copy(graphs.trace(scaled, inputs()), RELAXED)
+    assert [site.pattern for site in report.sites] == ["all_reduce+all_reduce*2.0+add+rms_norm"] * 2  # ranks compare it

@@ -101,6 +101,19 @@ def test_a_rank_with_another_decision_is_named_on_every_rank(pool):
         assert seconds < 300
 
 
+def one_other_quantizer(rank, world_size, odd):
+    """As of an operator that one rank registered with another quantizer."""
+    reports = reports_of(dist.group.WORLD, dist.group.WORLD)
+    mine = "B" if rank == odd else "A"
+    reports = [replace(reports[0], sites=[replace(site, quantizer=mine) for site in reports[0].sites])]
+    return outcome(reports, timeout=300)
+
+
+def test_a_rank_that_quantizes_in_another_way_is_named(pool):
+    for _, ranks, _ in pool.run(one_other_quantizer, 1):
+        assert ranks == (1,)
+
+
 def wrong_group(rank, world_size):
     """Rank 3 believes that its MLP reduces over [1, 3]; everybody else that theirs reduces over their pair."""
     pair = build_groups(ParallelConfig(4, 2, 1, 2)).group("attn_tp")

@@ -41,7 +41,7 @@ def test_nothing_else_is_relaxed():
     ]
     assert uses == [
         "norms.py: if relaxed and close is not None:",
-        "region.py: if relaxed and not terms:",
+        "region.py: if relaxed and not terms and block is None:",
     ]
 
 

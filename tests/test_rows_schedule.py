@@ -63,8 +63,8 @@ def test_forced_algorithms_and_batch_invariance() -> None:
     assert limit(8, 2, algorithm="one_shot") == UNBOUNDED
     assert limit(8, 2, algorithm="two_shot") == 0
     assert limit(8, 8, algorithm="two_shot") == UNBOUNDED  # two-shot would send no less
-    assert rows_schedule.rows_taken(plane(8), settings(algorithm="library"), H, BF16) == 0
-    assert rows_schedule.rows_taken(plane(8), settings(batch_invariant=True), H, BF16) == UNBOUNDED
+    assert rows_schedule.rows_taken(plane(8), settings(algorithm="library"), H, BF16, 2) == 0
+    assert rows_schedule.rows_taken(plane(8), settings(batch_invariant=True), H, BF16, 2) == UNBOUNDED
 
 
 @pytest.mark.parametrize("architecture", ["sm_90", "sm_90-shared", "sm_90-pcie"])

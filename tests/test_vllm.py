@@ -27,6 +27,7 @@ from ranks import RankPool
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
+from tpfuse.passes import quantizers
 from vllm_operators import EPS, GROUP, define_operators, provider, provider_of, world
 
 import tpfuse
@@ -330,6 +331,13 @@ def test_the_uuid_is_stable_and_follows_what_matters(group, monkeypatch):
     monkeypatch.setattr(vllm_compat, "group_ranks", lambda name: (0, 1, 2, 3))
     others.append(SimpleNamespace(uuid=made.uuid))  # the same pass beside a group of vLLM
     assert len({p.uuid() for p in others} | {same[1].uuid()}) == 4
+
+
+def test_the_uuid_follows_registered_quantizers(monkeypatch):
+    made = vllm.make_pass()
+    before = made.uuid()
+    monkeypatch.setattr(quantizers, "_registered", {**quantizers._registered, "my::quantize.default": "another one"})
+    assert made.uuid() != before
 
 
 def test_ranks_of_different_groups_have_different_uuids(monkeypatch):

@@ -245,19 +245,6 @@ def wants_inference_flag(graph_pass: Any) -> bool:
     return aware is not None and isinstance(graph_pass, aware)
 
 
-def can_round() -> bool:
-    """Whether Inductor's code for a CPU honours :func:`round_here`: from torch 2.13 on."""
-    return tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
-
-
-def round_here(node: torch.fx.Node) -> None:
-    """Let Inductor round low-precision inputs and results of one operator, also where it fuses it with others.
-
-    Why private: the public setting, ``emulate_precision_casts``, is for whole graphs. It marks nodes in this way.
-    """
-    node.meta["low_precision_pointwise_barrier"] = True
-
-
 def inductor_config(name: str, default: Any = None) -> Any:
     """The current value of one Inductor setting, e.g. a pass that the user installed; ``default`` where torch lacks it."""
     from torch._inductor import config

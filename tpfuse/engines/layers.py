@@ -210,7 +210,9 @@ def _trace(
 def _read(graph: GraphModule, held: list[str], residual: bool, otherwise: str) -> Rounding:
     """The arguments of the fused op, where the graph is that op and nothing else."""
     inputs = [n for n in graph.graph.nodes if n.op == "placeholder"]
-    op = next(n for n in graph.graph.nodes if n.target is OP)
+    op = next((n for n in graph.graph.nodes if n.target is OP), None)
+    if op is None:  # fused in another op: a norm that quantizes
+        raise ValueError(otherwise)
     x, added, weight, bias, eps, scale, flavour, post, _ = cast(Any, op.args)
     outputs: list[Node] = []
     map_arg(graph.graph.output_node().args, outputs.append)

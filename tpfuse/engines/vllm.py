@@ -31,7 +31,7 @@ from tpfuse.inner.run_pass import run_pass
 from tpfuse.ops import settings
 from tpfuse.options import Options, parse
 from tpfuse.parallel.agreement import AgreementError, agree_on
-from tpfuse.passes import GraphReport, collectives
+from tpfuse.passes import GraphReport, collectives, quantizers
 
 from . import vllm_compat as names
 from . import vllm_norms as norms
@@ -147,7 +147,9 @@ class _Fusion:
         p = self.options
         theirs = None if self.previous is None else str(_uuid(self.previous))
         parts = (sources_digest(), _own_digest(), torch.__version__, p.policy, p.numerics, p.verify, p.fuel, theirs)
-        return report_cache.key([*parts, settings.batch_invariant(), *_torch_names(self.ranks)])
+        # Not the collectives: this pass registers vLLM's own once it runs.
+        quantize = sorted(str(known) for known in quantizers.registered())
+        return report_cache.key([*parts, *quantize, settings.batch_invariant(), *_torch_names(self.ranks)])
 
     def __reduce__(self) -> Any:
         return _rebuild, ((self.options, self.ranks, self.previous, self.folder),)

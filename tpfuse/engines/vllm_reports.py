@@ -72,7 +72,7 @@ class EngineReport:
 
 
 def _outcomes(report: GraphReport) -> list[Any]:
-    return [(site.fused, site.reason, site.flavour) for site in report.sites]
+    return [(site.fused, site.reason, site.flavour, site.quantizer) for site in report.sites]
 
 
 def merge(model: str, pieces: Sequence[Piece], rank: int, world_size: int) -> list[GraphReport]:

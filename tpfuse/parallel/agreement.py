@@ -52,6 +52,7 @@ class Decision:
     reason: str | None
     ranks: tuple[int, ...]
     lowered: bool = False
+    quantizer: str | None = None
 
     def __str__(self) -> str:
         place = self.role if self.layer is None else f"{self.role} of layer {self.layer}"
@@ -100,6 +101,7 @@ def _decision(graph: int, site: Site) -> Decision:
         site.reason,
         tuple(site.group),
         site.lowered,
+        site.quantizer,
     )
 
 
@@ -235,7 +237,7 @@ def _agree(group: tuple[int, ...], sites: Sequence[Site], context: str) -> None:
     structure = _digest([(site.dtype, str(site.shape[-1]) if site.shape else "") for site in sites])
     effect = _digest(
         [
-            (d.pattern, d.flavour, site.eps, d.lowered) if d.fused else None
+            (d.pattern, d.flavour, site.eps, d.lowered, d.quantizer) if d.fused else None
             for d, site in zip(decisions, sites, strict=True)
         ]
     )
