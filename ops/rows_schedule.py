@@ -39,20 +39,11 @@ def rows_taken(p: Plane, settings: Settings, hidden: int, dtype: torch.dtype, bl
 
 
 def one_shot_rows(p: Plane, settings: Settings, hidden: int, dtype: torch.dtype, blocks: int) -> int:
-    """How many rows a block may have in a call that takes one-shot.
-
-    With R of W ranks a block, two-shot sends ``(R - 1)(W - 2) / W`` of the bytes of ``x`` less out of each rank, and takes one
-    more round; for the all-reduce R is W. So it pays for itself at ``(W - 1) / (R - 1)`` times the bytes where the table says
-    that the all-reduce's does, and never for a block a rank.
-    """
-    receivers = p.world // blocks
-    if receivers == 1 or p.world == 2 or settings.algorithm == "one_shot":
+    """How many rows a block may have in a call that takes one-shot."""
+    most = selection.one_shot_bytes(selection.entry(p.architecture, p.world, settings.table), blocks)
+    if most == UNBOUNDED or settings.algorithm == "one_shot":
         return UNBOUNDED
-    if settings.algorithm == "two_shot":
-        return 0
-    thresholds = selection.entry(p.architecture, p.world, settings.table)
-    most = thresholds.one_shot_bytes * (p.world - 1) // (receivers - 1)
-    return most // (blocks * hidden * dtype.itemsize)
+    return 0 if settings.algorithm == "two_shot" else most // (blocks * hidden * dtype.itemsize)
 
 
 def rows_of_a_launch(p: Plane, settings: Settings, hidden: int, dtype: torch.dtype, algorithm: str, blocks: int) -> int:

@@ -164,6 +164,19 @@ def select(
     return Selection(algorithm, max(1, min(rows, most, thresholds.launch_bytes // row_bytes)))
 
 
+def one_shot_bytes(thresholds: Entry, blocks: int) -> int:
+    """Bytes of ``x`` up to which rows with destinations take one-shot, with so many blocks of rows.
+
+    With R of W ranks a block, two-shot sends ``(R - 1)(W - 2) / W`` of the bytes of ``x`` less out of each rank, and takes one
+    more round; for the all-reduce R is W. So it pays for itself at ``(W - 1) / (R - 1)`` times the bytes where the table says
+    that the all-reduce's does, and never for a block a rank.
+    """
+    receivers = thresholds.world // blocks
+    if receivers == 1 or thresholds.world == 2:
+        return UNBOUNDED
+    return thresholds.one_shot_bytes * (thresholds.world - 1) // (receivers - 1)
+
+
 def phase_bytes(thresholds: Entry) -> int:
     """Size of one phase of a plane: what the largest launch of the entry needs, in whole MiB."""
     one_shot = thresholds.world * min(thresholds.one_shot_bytes, thresholds.launch_bytes)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +20,7 @@ import torch
 
 import tpfuse
 from tpfuse import compat
-from tpfuse.ops.select import select
+from tpfuse.ops.select import entry, one_shot_bytes, select
 from tpfuse.parallel import GROUP_NAMES, ParallelConfig, Plan
 from tpfuse.parallel.architecture import architecture_of
 from tpfuse.parallel.model import Parallelized, exchange_rows, layout_of, parallelize
@@ -321,10 +322,14 @@ def _algorithm(site: Site, rows: int, architecture: str) -> str:
     """What the op's own selection would take for this many rows."""
     try:
         dtype = getattr(torch, site.dtype)
-        found = select(architecture, len(site.group), dtype, int(site.shape[-1]), rows).algorithm
-        # Rows with destinations have one kernel, which pushes as one-shot does.
-        rows_move = site.pattern.startswith(("reduce_scatter", "all_reduce+rows"))
-        return "one_shot" if rows_move and found == "two_shot" else found
+        world, width = len(site.group), int(site.shape[-1])
+        found = select(architecture, world, dtype, width, rows).algorithm
+        part = re.match(r"reduce_scatter|all_reduce\+rows/(\d+)", site.pattern)
+        if part is None or found == "library":
+            return found
+        # Rows with destinations have a limit of their own.
+        most = one_shot_bytes(entry(architecture, world), int(part[1] or world))
+        return "one_shot" if rows * width * dtype.itemsize <= most else "two_shot"
     except ValueError:  # a world size that the kernels do not take
         return "library"
 
