@@ -18,7 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-CALLS, ROUNDS = 20, 11
+import turns
+
+ROUNDS = 11
 QUANTIZERS = ("vllm-static", "vllm-token", "vllm-group128-kernel")
 EPS = 1e-6
 Line = dict[str, Any]
@@ -104,38 +106,6 @@ def truth_of(x: Any, residual: Any, weight: Any) -> Any:
     return weight.double() * h * torch.rsqrt(h.square().mean(-1, keepdim=True) + EPS)
 
 
-def timed(calls: dict[str, Any]) -> dict[str, float]:
-    """Microseconds a call, of the slowest rank."""
-    import torch
-    import torch.distributed as dist
-
-    graphs = {}
-    for name, call in calls.items():
-        for _ in range(2):
-            call()
-        torch.cuda.synchronize()
-        dist.barrier()
-        graphs[name] = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graphs[name], capture_error_mode="thread_local"):
-            for _ in range(CALLS):
-                call()
-    times: dict[str, list[float]] = {name: [] for name in graphs}
-    for _ in range(ROUNDS + 2):
-        for name, graph in graphs.items():
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            dist.barrier()
-            graph.replay()  # ranks leave the barrier apart; this replay brings them together
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times[name].append(begin.elapsed_time(end) * 1e3 / CALLS)
-    mine = {name: statistics.median(t[2:]) for name, t in times.items()}
-    of_all: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(of_all, mine)
-    return {name: max(other[name] for other in of_all) for name in mine}
-
-
 def measure(rank: int, world: int, rows: tuple[int, ...], widths: tuple[int, ...], behind: bool) -> list[Line]:
     """One line for each (quantizer, H, rows)."""
     import torch
@@ -159,7 +129,7 @@ def measure(rank: int, world: int, rows: tuple[int, ...], widths: tuple[int, ...
                         "quantizer": name,
                         "hidden": hidden,
                         "rows": count,
-                        "us": timed(calls),
+                        "us": turns.microseconds(calls, ROUNDS),
                         "error": errors,
                     }
                     lines.append(line)

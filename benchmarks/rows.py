@@ -16,7 +16,9 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-CALLS, ROUNDS = 20, 15
+import turns
+
+ROUNDS = 15
 
 
 def _contenders(x: Any, residual: Any, weight: Any, blocks: int, rank: int, world: int) -> dict[str, Any]:
@@ -49,7 +51,6 @@ def _contenders(x: Any, residual: Any, weight: Any, blocks: int, rank: int, worl
 def measure(rank: int, world: int, rows: tuple[int, ...], widths: tuple[int, ...]) -> list[dict[str, Any]]:
     """One line for each (blocks, H, rows); the slowest rank's time."""
     import torch
-    import torch.distributed as dist
 
     lines = []
     for blocks in [n for n in range(2, world + 1) if world % n == 0]:
@@ -58,31 +59,9 @@ def measure(rank: int, world: int, rows: tuple[int, ...], widths: tuple[int, ...
                 x = torch.randn(blocks * count, hidden, device="cuda").bfloat16()
                 residual = torch.randn(count, hidden, device="cuda").bfloat16()
                 weight = torch.rand(hidden, device="cuda").bfloat16()
-                graphs = {}
                 with torch.no_grad():
-                    for name, call in _contenders(x, residual, weight, blocks, rank, world).items():
-                        for _ in range(2):
-                            call()
-                        torch.cuda.synchronize()
-                        dist.barrier()
-                        graphs[name] = torch.cuda.CUDAGraph()
-                        with torch.cuda.graph(graphs[name], capture_error_mode="thread_local"):
-                            for _ in range(CALLS):
-                                call()
-                times: dict[str, list[float]] = {name: [] for name in graphs}
-                for _ in range(ROUNDS + 2):
-                    for name, graph in graphs.items():
-                        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                        dist.barrier()
-                        graph.replay()
-                        begin.record()
-                        graph.replay()
-                        end.record()
-                        end.synchronize()
-                        times[name].append(begin.elapsed_time(end) * 1e3 / CALLS)
-                medians = torch.tensor([statistics.median(t[2:]) for t in times.values()], device="cuda")
-                dist.all_reduce(medians, op=dist.ReduceOp.MAX)
-                ours, theirs = medians.tolist()
+                    times = turns.microseconds(_contenders(x, residual, weight, blocks, rank, world), ROUNDS)
+                ours, theirs = times["tpfuse"], times["nccl"]
                 lines.append(
                     {"ranks": world, "blocks": blocks, "rows": count, "hidden": hidden, "tpfuse": ours, "nccl": theirs}
                 )

@@ -52,7 +52,7 @@ def test_hook_of_something_else():
 
 
 def test_hooks_of_gradients_go_and_others_stay():
-    """Transformers 5.17 to 5.21 put one on the module, where Dynamo breaks the graph."""
+    """Transformers 5.17 puts one on the module, where Dynamo breaks the graph."""
 
     class Style:
         def install_forward(self, module):

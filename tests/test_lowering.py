@@ -1,4 +1,4 @@
-"""Lowered sites: on a CPU Inductor gets the model's own nodes, with the op's roundings, and the report still counts them."""
+"""Lowered sites: on a CPU Inductor gets the model's own nodes, and the report still counts them."""
 
 from __future__ import annotations
 

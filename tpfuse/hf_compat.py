@@ -64,8 +64,8 @@ def hook_of(module: nn.Module) -> Hook | None:
 def drop_gradient_hooks(module: nn.Module) -> int:
     """Take the hooks off a module by which a parallel style reduces gradients; their number.
 
-    Why private: releases before 5.22 register them on the module (Qwen3's norms of queries and keys), where each is a graph break
-    for Dynamo, and keep no handle; torch keeps them in ``_backward_hooks``.
+    Why private: transformers 5.17 registers them on the module (Qwen3's norms of queries and keys), where each is a graph break
+    for Dynamo, and keeps no handle; torch keeps them in ``_backward_hooks``.
     """
     hooks = module._backward_hooks
     found = [

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from tpfuse.passes.report import GraphReport, Site
 
@@ -31,10 +32,7 @@ def flavour(site: Site) -> str:
         return ""
     from tpfuse.ops.flavour import Flavour
 
-    try:
-        return Flavour.parse(site.flavour).describe()
-    except ValueError:  # written by a version that knew other flavours
-        return site.flavour
+    return _described(site.flavour, Flavour.parse)
 
 
 def quantizer(site: Site) -> str:
@@ -43,10 +41,14 @@ def quantizer(site: Site) -> str:
         return ""
     from tpfuse.ops.quantizer import Quantizer
 
+    return _described(site.quantizer, Quantizer.parse)
+
+
+def _described(text: str, parse: Callable[[str], Any]) -> str:
     try:
-        return Quantizer.parse(site.quantizer).describe()
-    except ValueError:  # written by a version that knew other quantizers
-        return site.quantizer
+        return str(parse(text).describe())
+    except ValueError:  # written by a version that knew others
+        return text
 
 
 def ranks(group: Iterable[int]) -> str:
