@@ -2,13 +2,14 @@
 
     python benchmarks/e2e.py --worlds 2,4 --batch 1,8,32 --out e2e.json
     python benchmarks/e2e.py --worlds 2 --batch 1,8,32,128 --prefill 2048
+    python benchmarks/e2e.py --model llama-float8 --worlds 2 --batch 1,8,32,128      # needs torchao
     python benchmarks/e2e.py --model deepseek --tp 4 --dp 2 --k 2 --batch 1,8,32,128 --prefill 2048
     python benchmarks/e2e.py --model deepseek --experts 8 --batch 1,8,32           # on one GPU, shared by four ranks
     python benchmarks/e2e.py --device cpu --tiny [--model deepseek]        # gloo ranks: shows that it runs, times nothing
 
 Models. ``llama``: 16 layers of H = 4096, one rank's shard written out here, random weights; a decode step attends to a cache
-that is full and constant, so every step costs the same; a prefill attends causally to its own rows. ``deepseek``: see
-``benchmarks/e2e_deepseek.py``.
+that is full and constant, so every step costs the same; a prefill attends causally to its own rows. ``llama-float8``: the same
+with the layers of Llama-3-8B and torchao's row-wise float8. ``deepseek``: see ``benchmarks/e2e_deepseek.py``.
 
 Contenders, all under ``torch.compile(mode="reduce-overhead", dynamic=False, fullgraph=True)``:
 
@@ -17,6 +18,7 @@ Contenders, all under ``torch.compile(mode="reduce-overhead", dynamic=False, ful
   op that Inductor does not look into (left alone it would copy the symmetric buffer, which is a graph input to it).
   Two-shot takes part in prefills only.
 - ``nccl`` (``gloo`` on a CPU): ``backend="inductor"`` on the functional all-reduces. NCCL needs a GPU for each rank.
+- ``tpfuse quant off``, llama-float8 only: ``tpfuse`` with the quantization behind a norm left to Inductor.
 - ``tpfuse rows off``, deepseek only, where it is named or ranks share a GPU: ``tpfuse`` without rows with destinations; see
   ``benchmarks/e2e_rows.py``.
 
@@ -79,7 +81,7 @@ def numbers(text: str) -> tuple[int, ...]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=("llama", "deepseek"), default="llama")
+    parser.add_argument("--model", choices=("llama", "llama-float8", "deepseek"), default="llama")
     parser.add_argument("--worlds", type=numbers, default=(2, 4), help="llama: world sizes")
     parser.add_argument("--tp", type=int, default=4, help="deepseek: ranks")
     parser.add_argument("--dp", type=int, default=2, help="deepseek: replicas of attention")
@@ -124,8 +126,10 @@ def main() -> None:
     )
     lines: list[Line] = []
     runs: list[tuple[int, Callable[..., list[Line]], Plan]]
-    if args.model == "llama":
+    if args.model != "deepseek":
         sizes = e2e_llama.TINY if args.tiny else e2e_llama.Sizes()
+        if args.model == "llama-float8":
+            sizes = replace(e2e_llama.TINY_FLOAT8 if args.tiny else e2e_llama.LLAMA_3_8B, float8=True)
         if args.layers:
             sizes = replace(sizes, layers=args.layers)
         runs = [(world, e2e_llama.llama, replace(plan, sizes=sizes)) for world in args.worlds]

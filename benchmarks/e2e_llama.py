@@ -6,7 +6,9 @@ attends causally to its own rows and needs no cache.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
+from dataclasses import dataclass, replace
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -29,9 +31,15 @@ class Sizes:
     context: int = 256
     vocabulary: int = 8192
     dtype: torch.dtype = torch.bfloat16
+    key_value_heads: int | None = None  # as many as heads
+    float8: bool = (
+        False  # the four matrix products of a layer in fp8: torchao's scale a row of x and a row of the weight
+    )
 
 
+LLAMA_3_8B = Sizes(key_value_heads=8, inner=14336)
 TINY = Sizes(layers=3, hidden=64, heads=4, width=16, inner=128, context=8, vocabulary=97, dtype=torch.float32)
+TINY_FLOAT8 = replace(TINY, key_value_heads=2, dtype=torch.bfloat16)  # torchao wants bf16
 
 
 def rms_norm(h: Tensor, weight: Tensor) -> Tensor:
@@ -58,27 +66,36 @@ class Weights:
         return nn.Parameter(values.normal_(mean, scale, generator=generator), requires_grad=False)
 
 
+def linear(weight: nn.Parameter) -> nn.Linear:
+    """A linear layer without a bias that has this weight."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = weight
+    return layer
+
+
 class Attention(nn.Module):
     """This rank's heads: (rows, H) -> partial sums (rows, H)."""
 
-    def __init__(self, sizes: Sizes, heads: int, batch: int, weights: Weights) -> None:
+    def __init__(self, sizes: Sizes, world: int, batch: int, weights: Weights) -> None:
         super().__init__()
-        self.heads, self.width, self.prefill = heads, sizes.width, False
-        self.qkv = weights.own(3 * heads * sizes.width, sizes.hidden)
-        self.out = weights.own(sizes.hidden, heads * sizes.width)
+        kv_heads = sizes.key_value_heads or sizes.heads
+        self.width, self.prefill, self.grouped = sizes.width, False, kv_heads < sizes.heads
+        self.parts = tuple(n // world * sizes.width for n in (sizes.heads, kv_heads, kv_heads))
+        self.qkv = linear(weights.own(sum(self.parts), sizes.hidden))
+        self.out = linear(weights.own(sizes.hidden, self.parts[0]))
         # Keys and values of a full cache; a smaller batch uses its first rows.
-        self.cache = weights.own(2, batch, heads, sizes.context, sizes.width, scale=1.0)
+        self.cache = weights.own(2, batch, kv_heads // world, sizes.context, sizes.width, scale=1.0)
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.shape[0]
-        q, k, v = (part.view(rows, self.heads, self.width) for part in (x @ self.qkv.T).chunk(3, -1))
+        q, k, v = (part.view(rows, -1, self.width) for part in self.qkv(x).split(self.parts, -1))
         attention = nn.functional.scaled_dot_product_attention
         if self.prefill:
             q, k, v = (part.transpose(0, 1).unsqueeze(0) for part in (q, k, v))
-            a = attention(q, k, v, is_causal=True)[0].transpose(0, 1)
+            a = attention(q, k, v, is_causal=True, enable_gqa=self.grouped)[0].transpose(0, 1)
         else:
-            a = attention(q.unsqueeze(2), self.cache[0, :rows], self.cache[1, :rows])
-        return a.reshape(rows, -1) @ self.out.T
+            a = attention(q.unsqueeze(2), self.cache[0, :rows], self.cache[1, :rows], enable_gqa=self.grouped)
+        return self.out(a.reshape(rows, -1))
 
 
 class Mlp(nn.Module):
@@ -86,18 +103,19 @@ class Mlp(nn.Module):
 
     def __init__(self, sizes: Sizes, inner: int, weights: Weights) -> None:
         super().__init__()
-        self.up, self.down = weights.own(2 * inner, sizes.hidden), weights.own(sizes.hidden, inner)
+        self.up = linear(weights.own(2 * inner, sizes.hidden))
+        self.down = linear(weights.own(sizes.hidden, inner))
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = (x @ self.up.T).chunk(2, -1)
-        return (nn.functional.silu(gate) * up) @ self.down.T
+        gate, up = self.up(x).chunk(2, -1)
+        return self.down(nn.functional.silu(gate) * up)
 
 
 class Layer(nn.Module):
     def __init__(self, sizes: Sizes, world: int, batch: int, weights: Weights) -> None:
         super().__init__()
         self.attention_norm, self.mlp_norm = (weights.common(sizes.hidden, mean=1.0) for _ in range(2))
-        self.attention = Attention(sizes, sizes.heads // world, batch, weights)
+        self.attention = Attention(sizes, world, batch, weights)
         self.mlp = Mlp(sizes, sizes.inner // world, weights)
 
 
@@ -106,8 +124,9 @@ class Decoder(nn.Module):
 
     def __init__(self, sizes: Sizes, rank: int, world: int, batch: int, group_name: str, device: torch.device) -> None:
         super().__init__()
-        if sizes.heads % world or sizes.inner % world:
-            raise ValueError(f"{sizes.heads} heads and {sizes.inner} columns do not split over {world} ranks")
+        counts = (sizes.heads, sizes.key_value_heads or sizes.heads, sizes.inner)
+        if any(n % world for n in counts):
+            raise ValueError("{} heads, {} of keys and values, {} columns: not for {} ranks".format(*counts, world))
         weights = Weights(sizes.dtype, rank, device)
         self.group_name, self.reduction = group_name, "tpfuse"
         self.embedding, self.head = (weights.common(sizes.vocabulary, sizes.hidden) for _ in range(2))
@@ -124,6 +143,18 @@ class Decoder(nn.Module):
         return (rms_norm(h, self.norm) @ self.head.T).argmax(-1)
 
 
+def to_float8(model: nn.Module) -> None:
+    """torchao's ``Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())`` on every linear layer."""
+    try:
+        from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quant_api, quantize_
+    except ImportError as error:
+        raise RuntimeError(f"float8 needs torchao (pip install torchao): {error}") from error
+    on_gpu = next(model.parameters()).is_cuda
+    # torchao refuses CPUs, where torch has the operators all the same, which is enough for a rehearsal.
+    with contextlib.nullcontext() if on_gpu else patch.object(quant_api, "_check_hardware_support"):
+        quantize_(model, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
+
+
 def llama(rank: int, world: int, plan: Plan) -> list[Line]:
     """On every rank: all shapes of the plan on one instance of the model."""
     device = prepare(plan)
@@ -132,6 +163,8 @@ def llama(rank: int, world: int, plan: Plan) -> list[Line]:
     say = Say(rank, f"llama W={world}")
     batch = max((rows for phase, rows in plan.shapes if phase == "decode"), default=1)
     model = Decoder(sizes, rank, world, batch, name, device)
+    if sizes.float8:
+        to_float8(model)
     if plan.device == "cuda":
         # Before anything is captured, and for the largest shape.
         other_libraries.reserve(name, max(rows for _, rows in plan.shapes) * sizes.hidden, sizes.dtype, device)
@@ -149,9 +182,16 @@ def llama(rank: int, world: int, plan: Plan) -> list[Line]:
         for layer in model.layers:
             layer.attention.prefill = phase == "prefill"  # type: ignore[union-attr]
         return Case(
-            model, lambda step, given: step(given), lambda: None, tokens, 2 * sizes.layers, tuple(range(world)), (name,)
+            model,
+            lambda step, given: step(given),
+            lambda: None,
+            tokens,
+            2 * sizes.layers,
+            tuple(range(world)),
+            (name,),
+            expected_quantized=2 * sizes.layers - 1 if sizes.float8 else 0,  # the head reads the last norm in bf16
         )
 
     for phase, rows in plan.shapes:
-        measure_shape("llama", phase, rows, case(phase, rows), plan, say, recorder)
+        measure_shape("llama-float8" if sizes.float8 else "llama", phase, rows, case(phase, rows), plan, say, recorder)
     return recorder.lines

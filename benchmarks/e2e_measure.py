@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from e2e_rows import ROWS_OFF, SymmetricCollectives, rows_off
+from e2e_rows import QUANT_OFF, ROWS_OFF, WITHOUT, SymmetricCollectives
 from torch import Tensor, nn
 
 import tpfuse
@@ -22,6 +22,7 @@ from tpfuse.measure import other_libraries, tables
 from tpfuse.measure.ranks import gpu_count
 
 TPFUSE = "tpfuse"
+OURS = (TPFUSE, *WITHOUT)
 WARM, CHECKS, STEPS, CHAIN, CHAINS = 4, 4, 20, 20, 5
 
 
@@ -57,6 +58,7 @@ class Line:
     back_to_back: float | None = None
     compile_seconds: float | None = None
     fused: int | None = None
+    quantized: int | None = None  # fused sites whose norm is quantized in the op
     all_reduces: int | None = None
     ranks_equal: bool | None = None
     equal_to_tpfuse: float | None = None  # fraction of the tokens
@@ -78,6 +80,7 @@ class Case:
         same_rows: ranks that must choose the same tokens as this one, itself included.
         group_names: groups whose kernels tpfuse runs, to ask whether a poll gave up.
         expected_rows_off: fused reductions of ``tpfuse rows off``.
+        expected_quantized: of the fused ones, whose norm the op quantizes.
     """
 
     module: nn.Module
@@ -88,6 +91,7 @@ class Case:
     same_rows: tuple[int, ...]
     group_names: tuple[str, ...]
     expected_rows_off: int = 0
+    expected_quantized: int = 0
 
     def expected_of(self, contender: str) -> int:
         return self.expected_rows_off if contender == ROWS_OFF else self.expected
@@ -193,7 +197,7 @@ def memory(plan: Plan) -> str:
 def contenders_for(plan: Plan, phase: str, world: int) -> tuple[str, ...]:
     """Names in the order of measurement. Pure: the same on every rank."""
     if plan.device == "cpu":
-        named = (ROWS_OFF,) if ROWS_OFF in (plan.contenders or ()) else ()
+        named = tuple(c for c in WITHOUT if c in (plan.contenders or ()))
         chosen: tuple[str, ...] = ("gloo", *named, "tpfuse")
     else:
         shared = gpu_count() < world
@@ -206,6 +210,7 @@ def contenders_for(plan: Plan, phase: str, world: int) -> tuple[str, ...]:
             *(("symm two-shot",) if symmetric and phase == "prefill" else ()),
             *(() if shared else ("nccl",)),
             *((ROWS_OFF,) if plan.parallel[0] and (shared or ROWS_OFF in (plan.contenders or ())) else ()),
+            *((QUANT_OFF,) if getattr(plan.sizes, "float8", False) else ()),
             "tpfuse",
         )
     return tuple(c for c in chosen if plan.contenders is None or c in plan.contenders)
@@ -213,7 +218,7 @@ def contenders_for(plan: Plan, phase: str, world: int) -> tuple[str, ...]:
 
 def compiled_for(contender: str, module: nn.Module, inner: str, symmetric: bool = False) -> Any:
     mode = "reduce-overhead" if inner == "inductor" else None
-    if contender in (TPFUSE, ROWS_OFF):
+    if contender in OURS:
         options: dict[str, Any] = {"tpfuse.inner": inner, "tpfuse.mode": mode}
         if symmetric:
             options["post_grad_custom_post_pass"] = SymmetricCollectives()
@@ -252,7 +257,7 @@ def measure_shape(model: str, phase: str, rows: int, case: Case, plan: Plan, say
         line = replace(empty, contender=contender, problems=[])
         error = ""
         try:
-            with rows_off() if contender == ROWS_OFF else contextlib.nullcontext():
+            with WITHOUT.get(contender, contextlib.nullcontext)():
                 chosen[contender] = measure_contender(line, case, plan, say)
         except Exception as raised:  # the other contenders keep their figures
             error = f"{type(raised).__name__}: {str(raised)[:600]}"
@@ -299,9 +304,14 @@ def measure_contender(line: Line, case: Case, plan: Plan, say: Say) -> Tensor:
                 say(
                     f"{line.phase} {line.rows}, {line.contender}: compiled and run once in {line.compile_seconds:.0f} s"
                 )
-        if line.contender in (TPFUSE, ROWS_OFF):
+        if line.contender in OURS:
             expected, reports = case.expected_of(line.contender), tpfuse.reports()
             line.fused, line.all_reduces = sum(len(r.fused) for r in reports), sum(len(r.sites) for r in reports)
+            line.quantized = sum(site.quantizer is not None for r in reports for site in r.fused)
+            quantized = 0 if line.contender == QUANT_OFF else case.expected_quantized
+            if line.quantized != quantized:
+                notes = sorted({site.note for r in reports for site in r.fused})
+                line.problems.append(f"{line.quantized} norms quantized in the op instead of {quantized}; {notes[:3]}")
             if line.fused != expected:
                 kept = {f"{site.reason}: {site.detail}" for r in reports for site in r.kept}
                 line.problems.append(f"{line.fused} all-reduces fused instead of {expected}; {sorted(kept)[:3]}")
@@ -324,7 +334,7 @@ def measure_contender(line: Line, case: Case, plan: Plan, say: Say) -> Tensor:
             with stopwatch(plan.device, together):
                 for _ in range(chain):
                     tokens = once(tokens)
-    if plan.device == "cuda" and line.contender in (TPFUSE, ROWS_OFF):
+    if plan.device == "cuda" and line.contender in OURS:
         for name in case.group_names:
             tpfuse.ops.raise_if_failed(name)
     digest = hashlib.sha256(checked.numpy().tobytes() + tokens.cpu().numpy().tobytes()).hexdigest()

@@ -1,6 +1,7 @@
-"""For ``e2e_deepseek.py``: tpfuse without the fusion of rows with destinations, and collectives for ranks that share a GPU.
+"""Contenders that are tpfuse without one of its parts, and collectives for ranks that share a GPU.
 
-``tpfuse rows off`` is tpfuse as it was before it fused reduce-scatters and all-reduces of which a rank keeps its replica's rows.
+``tpfuse rows off`` is tpfuse as it was before it fused reduce-scatters and all-reduces of which a rank keeps its replica's rows,
+``tpfuse quant off`` leaves the fp8 quantization behind a norm to Inductor.
 Ranks that share a GPU have gloo, which no CUDA graph holds. There the collectives that a pass has left in the graph become
 torch's one-shot all-reduce over symmetric memory: a gather is the sum of the ranks' rows, each at its place among zeros.
 """
@@ -15,13 +16,14 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 from torch.fx import Graph
-from tpfuse.passes import fusion, rows
+from tpfuse.passes import fusion, quantization, rows
 from tpfuse.passes.reasons import Reason, Refusal
 
 from tpfuse import compat
 from tpfuse.measure import other_libraries
 
 ROWS_OFF = "tpfuse rows off"
+QUANT_OFF = "tpfuse quant off"
 c10d = torch.ops._c10d_functional
 
 library = torch.library.Library("tpfuse_e2e", "FRAGMENT")
@@ -48,6 +50,19 @@ def rows_off() -> Iterator[None]:
         compat.without_compile_caches(),
     ):
         yield
+
+
+@contextlib.contextmanager
+def quant_off() -> Iterator[None]:
+    """Within, the pass finds no quantization. No compile cache may know the difference."""
+    with (
+        patch.object(quantization, "find", lambda *args: (None, f"the contender is {QUANT_OFF!r}")),
+        compat.without_compile_caches(),
+    ):
+        yield
+
+
+WITHOUT = {ROWS_OFF: rows_off, QUANT_OFF: quant_off}
 
 
 def _sum(x: Tensor, group_name: str) -> Tensor:

@@ -4,7 +4,7 @@
 
 For each quantizer, H and number of rows: the op that quantizes, once with everything in one kernel (``TPFUSE_QUANT_ROWS`` above
 all rows) and once with our kernel behind the norm (0); the op without quantization and what Inductor makes of the library's
-steps; and FlashInfer's kernel with a static scale, where its package is installed. Each contender is a CUDA graph of 20 calls;
+steps; and FlashInfer's kernel of the same kind, where its package is installed. Each contender is a CUDA graph of 20 calls;
 graphs are replayed in turn, and the median of the rounds is what is printed, of the slowest rank. A second table has the error of
 the dequantized rows against fp64.
 """
@@ -21,7 +21,8 @@ from typing import Any
 import turns
 
 ROUNDS = 11
-QUANTIZERS = ("vllm-static", "vllm-token", "vllm-group128-kernel")
+QUANTIZERS = ("vllm-static", "vllm-token", "vllm-group128-kernel", "deepgemm-ue8m0")
+FLASHINFER = ("vllm-static", "vllm-token", "deepgemm-ue8m0")  # what FlashInfer has a pattern for
 EPS = 1e-6
 Line = dict[str, Any]
 
@@ -44,7 +45,13 @@ def steps_of(name: str) -> Callable[[Any, Any], tuple[Any, Any]]:
         s = y.abs().amax(-1, keepdim=True).clamp(min=1e-10) * (1.0 / top)
         return (y / s).clamp(-top, top).to(fp8).flatten(-2), s.squeeze(-1)
 
-    return {"vllm-static": static, "vllm-token": token, "vllm-group128-kernel": group}[name]
+    def power_of_two(x: Any, scale: Any) -> tuple[Any, Any]:
+        y = x.float().unflatten(-1, (x.shape[-1] // 128, 128))
+        s = torch.exp2(torch.ceil(torch.log2(y.abs().amax(-1, keepdim=True).clamp(min=1e-10) * (1.0 / top))))
+        return (y / s).clamp(-top, top).to(fp8).flatten(-2), s.squeeze(-1)  # not packed: less than the library does
+
+    named = {"vllm-static": static, "vllm-token": token, "vllm-group128-kernel": group, "deepgemm-ue8m0": power_of_two}
+    return named[name]
 
 
 def contenders(name: str, x: Any, residual: Any, weight: Any, scale: Any, behind: bool) -> dict[str, Any]:
@@ -53,6 +60,7 @@ def contenders(name: str, x: Any, residual: Any, weight: Any, scale: Any, behind
     import torch.distributed as dist
     from tpfuse.ops import all_reduce_add_rms_norm, all_reduce_add_rms_norm_quant
     from tpfuse.ops.experiment import Unavailable
+    from tpfuse.ops.quant_reference import empty_scales
     from tpfuse.ops.quantizer import NAMED
 
     from tpfuse.measure.other_libraries import Problem, flashinfer
@@ -71,23 +79,37 @@ def contenders(name: str, x: Any, residual: Any, weight: Any, scale: Any, behind
     if behind:
         return {"ours behind": ours}
     found: dict[str, Any] = {"one kernel": ours, "inductor": inductor}
-    if static is not None:
+    if name in FLASHINFER:
         rank, world = dist.get_rank(), dist.get_world_size()
         group = dist.group.WORLD.group_name  # type: ignore[union-attr]
         shared = torch.cuda.device_count() < world
+        scales = scale if static is not None else empty_scales(x, quantizer)
         try:
-            call = flashinfer(pdl=True, fp8_scale=scale)(Problem(x, residual, weight, EPS, rank, world, group, shared))
-            found["flashinfer"] = lambda: (call()[0], scale)
+            make = flashinfer(pdl=True, fp8=quantizer.granularity, scales=scales)
+            call = make(Problem(x, residual, weight, EPS, rank, world, group, shared))
+            found["flashinfer"] = lambda: (call()[0], scales)
         except Unavailable as reason:
             if rank == 0 and x.shape[0] == 1:
                 print(f"flashinfer: {reason}", flush=True)
     return found
 
 
+def unpacked(scales: Any, hidden: int) -> Any:
+    """``(rows, ceil(hidden / 512))`` int32, four exponents each, as ``(rows, ceil(hidden / 128))`` fp32 powers of two."""
+    import torch
+
+    exponents = torch.stack([scales >> shift & 0xFF for shift in (0, 8, 16, 24)], -1).flatten(-2)
+    return (exponents[:, : -(-hidden // 128)] << 23).view(torch.float32)
+
+
 def error(result: tuple[Any, Any], truth: Any) -> float:
     """Root mean square of the error of the dequantized rows, over that of the rows."""
+    import torch
+
     quantized, scales = result
     values = quantized.double()
+    if scales.dtype == torch.int32:
+        scales = unpacked(scales, values.shape[-1])
     if scales.dim() and scales.shape[-1] > 1:
         values = (values.unflatten(-1, (scales.shape[-1], 128)) * scales.double().unsqueeze(-1)).flatten(-2)
     else:
@@ -155,12 +177,13 @@ def table(lines: list[Line]) -> str:
         cells = "".join(f"{us[n]:14.2f}" if n in us else f"{'-':>14}" for n in names)
         ratio = us["one kernel"] / us["inductor"]
         text.append(f"{line['quantizer']:22}{line['hidden']:6}{line['rows']:6}{cells}{ratio:8.2f}")
-    for limit, label in ((32, "1 to 32 rows"), (1 << 60, "all rows")):
-        ratios = [ln["us"]["one kernel"] / ln["us"]["inductor"] for ln in lines if ln["rows"] <= limit]
-        if ratios:
-            text.append(
-                f"one kernel over inductor, {label}: {statistics.geometric_mean(ratios):.3f}, worst {max(ratios):.3f}"
-            )
+    for other in ("inductor", "flashinfer"):
+        for limit, label in ((32, "1 to 32 rows"), (1 << 60, "all rows")):
+            times = [ln["us"] for ln in lines if ln["rows"] <= limit and other in ln["us"]]
+            ratios = [us["one kernel"] / us[other] for us in times]
+            if ratios:
+                mean = statistics.geometric_mean(ratios)
+                text.append(f"one kernel over {other}, {label}: {mean:.3f}, worst {max(ratios):.3f}")
     text += [
         "",
         f"{'error against fp64':22}{'H':>6}" + "".join(f"{n:>14}" for n in names) + "  (relative, root mean square)",

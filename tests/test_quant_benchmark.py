@@ -28,6 +28,8 @@ def of(name: str, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def test_inductor_gets_the_steps_that_the_op_stands_for(name):
     x = torch.randn(8, 512, generator=torch.Generator().manual_seed(1)).bfloat16()
     got, want = quant.steps_of(name)(x, SCALE), of(name, x)
+    if want[1].dtype == torch.int32:
+        want = want[0], quant.unpacked(want[1], x.shape[-1])
     assert all(same_bits(g, w) for g, w in zip(got, want, strict=True))
     # Of 448 steps up to the largest value, three bits of a value are kept.
     assert 0.01 < quant.error(want, x.double()) < 0.05

@@ -64,8 +64,11 @@ def _complaints(call: Call, rank: int, world: int) -> list[str]:
     return [f"{call}: {what}" for what in wrong]
 
 
-def edges(rank: int, world: int) -> list[str]:
-    """Every quantizer, dtype and kind of row; rows on both sides of the cap, which is 16."""
+def edges(rank: int, world: int, part: int = 0, parts: int = 1) -> list[str]:
+    """Every quantizer, dtype and kind of row; rows on both sides of the cap, which is 16.
+
+    Nearly all of the time is compiling, so several runs at once may each take one of ``parts`` of the quantizers.
+    """
     rng = random.Random(world)
     kinds = [{}, {"special": "zeros"}, {"special": "denormals"}, {"special": "nonfinite"}, {"flavour": "vllm"}]
     kinds += [
@@ -73,7 +76,7 @@ def edges(rank: int, world: int) -> list[str]:
         {"flavour": "gemma", "weight_dtype": torch.float32, "bias": "row"},
     ]
     complaints = []
-    for n, name in enumerate(sorted(NAMED)):
+    for n, name in list(enumerate(sorted(NAMED)))[part::parts]:
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             hidden = (4096, 2880, 7168)[n % 3]
             for rows in (1, 2, 16, 17, 70):

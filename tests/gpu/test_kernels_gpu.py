@@ -167,7 +167,11 @@ def test_quantized_rows_are_those_of_the_reference_on_every_way_to_them(world: i
     )
     if missing:
         pytest.skip(missing)
-    _all_well(run_ranks(quant_on_ranks.edges, world, timeout=380, env={"TPFUSE_ALGORITHM": algorithm}))
+    _all_well(
+        run_ranks(
+            quant_on_ranks.edges, world, timeout=380, env={"TPFUSE_ALGORITHM": algorithm, "TPFUSE_QUANT_ROWS": "16"}
+        )
+    )
 
 
 def test_graphs_of_quantized_and_plain_calls_equal_eager() -> None:

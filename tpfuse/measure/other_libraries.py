@@ -162,12 +162,28 @@ extern "C" int call(int world, int rank, int rows, int hidden, void** workspace,
 }
 """
 
-# The same with FlashInfer's static fp8 quantization: values times 1 / scale, and no norm beside them.
-_SHIM_FP8 = (
-    _SHIM.replace("kARResidualRMSNorm", "kARResidualRMSNormFP8Quant")
-    .replace("void* gamma,", "void* gamma, void* quant_out, void* quant_scale,")
-    .replace("p.rms_eps = eps;", "p.rms_eps = eps; p.quant_out = quant_out; p.scale_factor = (float*)quant_scale;")
-)
+# FlashInfer's patterns that quantize to fp8, without a norm beside it, by what a scale is for: one static scale (values times
+# 1 / scale), one scale a row, and one for 128 columns as a power of two, four of them in an int32.
+_FP8_PATTERNS = {
+    "tensor": "kARResidualRMSNormFP8Quant",
+    "token": "kARResidualRMSNormDynamicFP8Quant",
+    "group128": "kARResidualRMSNormPerTokenGroupFP8PackedQuant",
+}
+
+
+def _shim_of(granularity: str | None) -> str:
+    """The source that calls FlashInfer's kernel: with fp8 output of that granularity, or with normed rows."""
+    if granularity is None:
+        return _SHIM
+    scale = "p.scale_factor = (float*)scales;" if granularity == "tensor" else "p.scale_out = scales;"
+    groups = (
+        "p.block_quant_group_size = 128; p.tma_aligned_mn = (rows + 3) / 4 * 4;" if granularity == "group128" else ""
+    )
+    return (
+        _SHIM.replace("kARResidualRMSNorm", _FP8_PATTERNS[granularity])
+        .replace("void* gamma,", "void* gamma, void* quant_out, void* scales,")
+        .replace("p.rms_eps = eps;", f"p.rms_eps = eps; p.quant_out = quant_out; {scale} {groups}")
+    )
 
 
 def private_folder() -> Path:
@@ -196,7 +212,7 @@ def library_name(source: str, version: str, arch: str) -> str:
     return f"flashinfer-{version}-sm_{arch}-{digest}.so"
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=4)
 def flashinfer_library(shim: str = _SHIM) -> Path:
     """Build FlashInfer's all-reduce fusion kernel from its installed package with nvcc; the path of the library.
 
@@ -298,11 +314,14 @@ def _flashinfer_workspace(p: Problem, most_bytes: int) -> _Workspace:
 FLASHINFER_VALUES = 128 * 8192
 
 
-def flashinfer(pdl: bool, fp8_scale: Tensor | None = None) -> Callable[[Problem], Call]:
+def flashinfer(pdl: bool, fp8: str | None = None, scales: Tensor | None = None) -> Callable[[Problem], Call]:
     """FlashInfer's one-shot ``trtllm_allreduce_fusion`` (fp32 accumulation), with or without PDL.
 
     Args:
-        fp8_scale: one fp32 value on the device: the rows are quantized with it, and a call returns (fp8, residual).
+        fp8: ``"tensor"``, ``"token"`` or ``"group128"``: what a scale of the quantized rows is for. A call then returns
+            (fp8, residual).
+        scales: on the device, with ``fp8``: the static scale, or where a call writes scales: ``(rows, 1)`` fp32, or
+            ``(rows, ceil(H / 512))`` int32, column-major, a column every ``ceil(rows / 4) * 4`` values.
     """
 
     def make(p: Problem) -> Call:
@@ -312,10 +331,10 @@ def flashinfer(pdl: bool, fp8_scale: Tensor | None = None) -> Callable[[Problem]
             raise Unavailable(f"its one-shot is measured up to {FLASHINFER_VALUES * 2 >> 10} KiB")
         if p.shared and not _fits(p):
             raise Unavailable("its grid of all ranks together would not fit on one GPU, and it has no watchdog")
-        library = ctypes.CDLL(str(_built_once(p, _SHIM if fp8_scale is None else _SHIM_FP8)))
+        library = ctypes.CDLL(str(_built_once(p, _shim_of(fp8))))
         workspace = _flashinfer_workspace(p, 2 * FLASHINFER_VALUES)
         normed, h = torch.empty_like(p.x), torch.empty_like(p.x)
-        quantized = [] if fp8_scale is None else [torch.empty_like(p.x, dtype=torch.float8_e4m3fn), fp8_scale]
+        quantized = [] if scales is None else [torch.empty_like(p.x, dtype=torch.float8_e4m3fn), scales]
         tensors = (workspace.pointers, p.x, p.residual, h, normed, p.weight, *quantized)
 
         def call() -> tuple[Tensor, Tensor]:
