@@ -11,7 +11,8 @@ Models. ``llama``: 16 layers of H = 4096, one rank's shard written out here, ran
 that is full and constant, so every step costs the same; a prefill attends causally to its own rows. ``llama-float8``: the same
 with the layers of Llama-3-8B and torchao's row-wise float8. ``deepseek``: see ``benchmarks/e2e_deepseek.py``.
 
-Contenders, all under ``torch.compile(mode="reduce-overhead", dynamic=False, fullgraph=True)``:
+Contenders, all under ``torch.compile(mode="reduce-overhead", dynamic=False, fullgraph=True)``, or without the mode and one CUDA
+graph around the compiled step (``llama-float8``):
 
 - ``tpfuse``: ``backend="tpfuse"`` on the plain functional all-reduces of the model.
 - ``symm one-shot``, ``symm two-shot``: ``backend="inductor"``, and every all-reduce is torch's symmetric-memory one, behind an
@@ -132,7 +133,7 @@ def main() -> None:
             sizes = replace(e2e_llama.TINY_FLOAT8 if args.tiny else e2e_llama.LLAMA_3_8B, float8=True)
         if args.layers:
             sizes = replace(sizes, layers=args.layers)
-        runs = [(world, e2e_llama.llama, replace(plan, sizes=sizes)) for world in args.worlds]
+        runs = [(world, e2e_llama.llama, replace(plan, sizes=sizes, captured=sizes.float8)) for world in args.worlds]
     else:
         try:
             runs = [e2e_deepseek.run_of(args, plan)]

@@ -40,6 +40,9 @@ class Plan:
     symmetric: bool = (
         False  # what tpfuse leaves of the DeepSeek model's collectives is symmetric memory's, see e2e_rows.py
     )
+    # A CUDA graph of the whole step, as engines make one, in place of torch.compile's: its replay costs no Python. For weights
+    # that are tensor subclasses, whose parts torch takes out again in every call.
+    captured: bool = False
     steps: tuple[int, int, int, int, int] = (WARM, CHECKS, STEPS, CHAIN, CHAINS)
 
 
@@ -216,8 +219,22 @@ def contenders_for(plan: Plan, phase: str, world: int) -> tuple[str, ...]:
     return tuple(c for c in chosen if plan.contenders is None or c in plan.contenders)
 
 
-def compiled_for(contender: str, module: nn.Module, inner: str, symmetric: bool = False) -> Any:
-    mode = "reduce-overhead" if inner == "inductor" else None
+class Captured:
+    """A function of tokens as a CUDA graph, which writes every result over the one before."""
+
+    def __init__(self, call: Callable[[Tensor], Tensor], tokens: Tensor) -> None:
+        self.tokens, self.graph = tokens.clone(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            self.chosen = call(self.tokens)
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        self.tokens.copy_(tokens)
+        self.graph.replay()
+        return self.chosen
+
+
+def compiled_for(contender: str, module: nn.Module, inner: str, symmetric: bool = False, captured: bool = False) -> Any:
+    mode = "reduce-overhead" if inner == "inductor" and not captured else None
     if contender in OURS:
         options: dict[str, Any] = {"tpfuse.inner": inner, "tpfuse.mode": mode}
         if symmetric:
@@ -285,12 +302,14 @@ def measure_contender(line: Line, case: Case, plan: Plan, say: Say) -> Tensor:
     tpfuse.clear_reports()
     case.module.reduction = line.contender  # type: ignore[assignment]
     case.start()
-    step = compiled_for(line.contender, case.module, plan.inner, plan.symmetric)
+    captured = plan.captured and plan.device == "cuda"
+    step = compiled_for(line.contender, case.module, plan.inner, plan.symmetric, captured)
+    call = lambda tokens: case.call(step, tokens)  # noqa: E731
 
     def once(tokens: Tensor) -> Tensor:
-        if plan.device == "cuda":
+        if plan.device == "cuda" and not captured:
             torch.compiler.cudagraph_mark_step_begin()
-        return case.call(step, tokens).clone()  # the next replay writes over what this one returned
+        return call(tokens).clone()  # the next replay writes over what this one returned
 
     begin = time.monotonic()
     with torch.no_grad():
@@ -304,6 +323,10 @@ def measure_contender(line: Line, case: Case, plan: Plan, say: Say) -> Tensor:
                 say(
                     f"{line.phase} {line.rows}, {line.contender}: compiled and run once in {line.compile_seconds:.0f} s"
                 )
+        if captured:
+            synchronize(plan.device)
+            dist.barrier()
+            call = Captured(call, case.tokens(0))
         if line.contender in OURS:
             expected, reports = case.expected_of(line.contender), tpfuse.reports()
             line.fused, line.all_reduces = sum(len(r.fused) for r in reports), sum(len(r.sites) for r in reports)
@@ -317,7 +340,7 @@ def measure_contender(line: Line, case: Case, plan: Plan, say: Say) -> Tensor:
                 line.problems.append(f"{line.fused} all-reduces fused instead of {expected}; {sorted(kept)[:3]}")
         skips = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
         line.graphs_skipped = int(skips)
-        if skips and plan.device == "cuda":
+        if skips and plan.device == "cuda" and not captured:
             line.problems.append(f"Inductor ran {skips} graph(s) without CUDA graphs")
         checked = torch.stack([once(case.tokens(1000 + number)) for number in range(checks)]).cpu()
         tokens = case.tokens(0)
