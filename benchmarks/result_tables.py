@@ -115,10 +115,10 @@ def row_tables(lines: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 def quant_tables(lines: Sequence[dict[str, Any]]) -> Iterator[str]:
     """Calls with an fp8 output, microseconds."""
-    names = list(lines[0]["us"])
+    names = list(dict.fromkeys(name for one in lines for name in one["us"]))
     yield from head(("quantizer", "H", "rows", *names, "one kernel / inductor"))
     for one in lines:
-        times = [f"{one['us'][name]:.2f}" for name in names]
+        times = [f"{one['us'][name]:.2f}" if name in one["us"] else "" for name in names]
         where = (one["quantizer"], one["hidden"], one["rows"])
         yield row((*where, *times, f"{one['us']['one kernel'] / one['us']['inductor']:.2f}"))
 
