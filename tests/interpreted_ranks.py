@@ -434,9 +434,7 @@ def _worker(
             steps = call.steps or -(-row_lanes // call.lanes)
             split = -(-row_lanes // (steps * call.lanes))
             programs = min(call.rows * split, call.programs) if program is None else call.programs
-            variant = Variant(
-                world, call.lanes, steps, split, ptx=False, blocks=call.blocks, gathers=call.gathers
-            )
+            variant = Variant(world, call.lanes, steps, split, ptx=False, blocks=call.blocks, gathers=call.gathers)
             lengths = (world * call.rows if call.gathers else kept, kept)
             to_torch = {tl.bfloat16: torch.bfloat16, tl.float16: torch.float16, tl.float32: torch.float32}
             dtypes = [to_torch[d] for d in (c.out_dtype, c.residual_dtype)]

@@ -67,9 +67,7 @@ def test_a_row_has_the_bits_of_the_all_reduce_and_does_not_see_others() -> None:
 def test_rows_split_over_programs(world: int) -> None:
     """A row of the block of each rank is shared by three programs; the first rank keeps none in the second call."""
     kept = ((1,) * world, (0, *(1,) * (world - 1)))
-    calls = [
-        Call(1, 2880, blocks=world, gathers=True, steps=1, programs=3, seed=n, kept=k) for n, k in enumerate(kept)
-    ]
+    calls = [Call(1, 2880, blocks=world, gathers=True, steps=1, programs=3, seed=n, kept=k) for n, k in enumerate(kept)]
     pieces = run(world, calls, split=True)
     assert len(pieces) == 3 * world
     for piece in pieces:

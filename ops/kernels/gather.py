@@ -89,7 +89,9 @@ def push_to_all(words, row, element, active, to, C: tl.constexpr, S: tl.constexp
 
 
 @triton.jit
-def receive_normed(row, part, i: tl.constexpr, area, normed, stride, rank, phase, watch, C: tl.constexpr, S: tl.constexpr):
+def receive_normed(
+    row, part, i: tl.constexpr, area, normed, stride, rank, phase, watch, C: tl.constexpr, S: tl.constexpr
+):
     """Store one step of row ``row`` of all other ranks' blocks; their slots are zeros again.
 
     Args:

@@ -138,9 +138,7 @@ def gathered_rows_kernel(
     for item in range(first, items, tl.num_programs(0)):
         row = item // S.split
         for i in tl.static_range(STEPS):
-            found = receive_normed(
-                row, item % S.split, i, own_plane + gather, normed, stride, rank, phase, watch, C, S
-            )
+            found = receive_normed(row, item % S.split, i, own_plane + gather, normed, stride, rank, phase, watch, C, S)
             ok = ok & found
     end(state, phase)
     # A lane that got its words has stored them: no row may be left with some of them.
