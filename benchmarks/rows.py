@@ -6,6 +6,11 @@ For each number of blocks that divides the ranks: this op, and NCCL's collective
 else an all-reduce of which the own rows are sliced) followed by Inductor's add and norm. Each contender is a CUDA graph of
 20 calls; graphs are replayed in turn, and the median of the rounds is what is printed. A line has rows of a block, H,
 microseconds a call of both, and their ratio.
+
+    python benchmarks/rows.py --ranks 4 --gather --out results/
+
+With ``--gather`` the op that also gathers the normed rows, with a block for each rank, against NCCL's reduce-scatter, Inductor's
+add and norm, NCCL's all-gather; and against the op without the gather, NCCL's all-gather behind it (``op + gather``).
 """
 
 from __future__ import annotations
@@ -21,10 +26,10 @@ import turns
 ROUNDS = 15
 
 
-def _contenders(x: Any, residual: Any, weight: Any, blocks: int, rank: int, world: int) -> dict[str, Any]:
+def _contenders(x: Any, residual: Any, weight: Any, blocks: int, rank: int, world: int, gather: bool) -> dict[str, Any]:
     import torch
     import torch.distributed as dist
-    from tpfuse.ops import reduce_rows_add_rms_norm
+    from tpfuse.ops import reduce_rows_add_rms_norm, reduce_rows_add_rms_norm_gather
 
     rows = residual.shape[0]
     start = rank * blocks // world * rows
@@ -45,30 +50,43 @@ def _contenders(x: Any, residual: Any, weight: Any, blocks: int, rank: int, worl
         dist.all_reduce(whole)
         return add_norm(whole[start : start + rows], residual, weight)
 
+    if gather:
+        together = torch.empty_like(x)
+
+        def gathered(pair: Any) -> Any:
+            dist.all_gather_into_tensor(together, pair[0])
+            return together, pair[1]
+
+        return {
+            "tpfuse": lambda: reduce_rows_add_rms_norm_gather(x, residual, weight),
+            "nccl": lambda: gathered(nccl()),
+            "op + gather": lambda: gathered(reduce_rows_add_rms_norm(x, residual, weight)),
+        }
     return {"tpfuse": lambda: reduce_rows_add_rms_norm(x, residual, weight, blocks=blocks), "nccl": nccl}
 
 
-def measure(rank: int, world: int, rows: tuple[int, ...], widths: tuple[int, ...]) -> list[dict[str, Any]]:
+def measure(
+    rank: int, world: int, rows: tuple[int, ...], widths: tuple[int, ...], gather: bool
+) -> list[dict[str, Any]]:
     """One line for each (blocks, H, rows); the slowest rank's time."""
     import torch
 
     lines = []
-    for blocks in [n for n in range(2, world + 1) if world % n == 0]:
+    for blocks in [n for n in range(2, world + 1) if world % n == 0 and not (gather and n < world)]:
         for hidden in widths:
             for count in rows:
                 x = torch.randn(blocks * count, hidden, device="cuda").bfloat16()
                 residual = torch.randn(count, hidden, device="cuda").bfloat16()
                 weight = torch.rand(hidden, device="cuda").bfloat16()
                 with torch.no_grad():
-                    times = turns.microseconds(_contenders(x, residual, weight, blocks, rank, world), ROUNDS)
+                    times = turns.microseconds(_contenders(x, residual, weight, blocks, rank, world, gather), ROUNDS)
                 ours, theirs = times["tpfuse"], times["nccl"]
-                lines.append(
-                    {"ranks": world, "blocks": blocks, "rows": count, "hidden": hidden, "tpfuse": ours, "nccl": theirs}
-                )
+                lines.append({"ranks": world, "blocks": blocks, "rows": count, "hidden": hidden, **times})
                 if rank == 0:
                     print(
                         f"W={world} blocks={blocks} H={hidden} rows={count}: {ours:7.2f} us, NCCL + Inductor "
-                        f"{theirs:7.2f} us, {ours / theirs:.2f}",
+                        f"{theirs:7.2f} us, {ours / theirs:.2f}"
+                        + (f"; op, then NCCL's gather {times['op + gather']:7.2f} us" if gather else ""),
                         flush=True,
                     )
     return lines
@@ -79,6 +97,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rows", default="1,8,32,128,256", help="rows of a block")
     parser.add_argument("--hidden", default="4096,7168")
+    parser.add_argument("--gather", action="store_true", help="measure the op that also gathers the normed rows")
     parser.add_argument("--out", type=Path, help="folder for rows.json")
     args = parser.parse_args()
     from tpfuse.measure import tables
@@ -87,13 +106,14 @@ def main() -> None:
     if gpu_count() < args.ranks:
         parser.exit(2, f"rows.py: {gpu_count()} GPUs are visible, {args.ranks} are needed: NCCL wants one a rank\n")
     numbers = [tuple(int(n) for n in text.split(",")) for text in (args.rows, args.hidden)]
-    (lines, *_) = run_ranks(measure, args.ranks, *numbers, timeout=600)
+    (lines, *_) = run_ranks(measure, args.ranks, *numbers, args.gather, timeout=600)
     ratios = [line["tpfuse"] / line["nccl"] for line in lines]
     print(f"geometric mean {statistics.geometric_mean(ratios):.2f}, worst {max(ratios):.2f}")
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         stored = {"facts": tables.facts(), "rows": lines}
-        (args.out / f"rows-{args.ranks}.json").write_text(json.dumps(stored, indent=1) + "\n")
+        name = "rows-gather" if args.gather else "rows"
+        (args.out / f"{name}-{args.ranks}.json").write_text(json.dumps(stored, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from . import settings
 from .flavour import GEMMA, GEMMA4, LLAMA, OLMO2, SGLANG, VLLM, WEIGHTLESS, Flavour
+from .gather_rows import reduce_rows_add_rms_norm_gather
 from .invariant import set_batch_invariant
 from .op import all_reduce_add_rms_norm
 from .paths import GroupPath, describe_path, raise_if_failed, reset, stream_class
@@ -31,6 +32,7 @@ __all__ = [
     "forget",
     "raise_if_failed",
     "reduce_rows_add_rms_norm",
+    "reduce_rows_add_rms_norm_gather",
     "reset",
     "select",
     "set_batch_invariant",

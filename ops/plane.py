@@ -112,6 +112,7 @@ class Plane:
                 ("a sibling program", f"a program of the same rank (split row), row {row}"),
                 (f"the owner, rank {self.ranks[row % self.world]}", f"the sum of a row from its owner, row {row}"),
                 (f"the owner, rank {self.ranks[row % self.world]}", "the sum of a row from its owner"),
+                (f"the owner, rank {self.ranks[missing]}", f"the norm of a row of its block, row {row}"),
             )[phase // 2]
             raise RuntimeError(
                 f"tpfuse: rank {self.ranks[self.rank]} of group {self.group_name!r} (ranks {list(self.ranks)}) gave up "

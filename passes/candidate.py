@@ -8,6 +8,7 @@ from torch.fx import Node
 
 from . import values
 from .collectives import Collective
+from .gathers import Gather
 from .norms import NormForm
 from .quantization import Quantization
 from .reasons import Refusal
@@ -71,7 +72,8 @@ class Candidate:
         factor: a scalar tensor by which each rank multiplies what it gives to the sum, or None.
         merged: the other sum whose partial sum is added to ``collective.x`` before the one reduction of both.
         quantization: of the norm, where the fused op does that too.
-        note: about a quantization of the norm that it does not do.
+        gather: of the norm, where the fused op does that too; then nothing reads the norm of the own rows.
+        note: about a quantization or a gather of the norm that it does not do.
     """
 
     collective: Collective
@@ -88,6 +90,7 @@ class Candidate:
     factor: Node | None = None
     merged: Merged | None = None
     quantization: Quantization | None = None
+    gather: Gather | None = None
     note: str = ""
 
     @property
@@ -120,6 +123,8 @@ class Candidate:
             parts.append("add")
         if self.quantization is not None:
             parts.append("quantize")
+        if self.gather is not None:
+            parts.append("all_gather")
         return "+".join(parts)
 
     @property
@@ -159,6 +164,8 @@ class Candidate:
             region += [*self.post_path, self.post_add]
         if self.quantization is not None:
             region += self.quantization.nodes
+        if self.gather is not None:
+            region += self.gather.nodes
         return tuple(dict.fromkeys(region))
 
 

@@ -13,7 +13,7 @@ from functools import partial
 import torch.distributed as dist
 from torch.fx import Graph, GraphModule, Node
 
-from . import collectives, lowering, quantization, region, rewrite, sharing
+from . import collectives, gathers, lowering, quantization, region, rewrite, sharing
 from .candidate import Candidate, Found
 from .failure import guarded, internal, kept
 from .judge import judge
@@ -144,8 +144,26 @@ def _look(legality: Legality, options: PassOptions, c: collectives.Collective) -
     if isinstance(found.outcome, Candidate):
         refusal = legality.refusal(found.outcome)
         if refusal is None:
-            return replace(found, outcome=_quantized(found.outcome, legality, options))
+            return replace(found, outcome=_quantized(_gathered(found.outcome, legality, options), legality, options))
     return found if refusal is None else Found(c, refusal, found.pattern)
+
+
+def _gathered(candidate: Candidate, legality: Legality, options: PassOptions) -> Candidate:
+    """The candidate with the gather of its norm, where there is one that the fused op can do."""
+    try:
+        found, note = gathers.find(candidate, legality.order)
+        more = replace(candidate, gather=found, note=note)
+        refusal = None if found is None else legality.refusal(more)
+        return more if refusal is None else _ungathered(candidate, refusal)
+    except Exception as error:
+        if options.verify:
+            raise
+        return _ungathered(candidate, internal(error))
+
+
+def _ungathered(candidate: Candidate, refusal: Refusal) -> Candidate:
+    note = f"the gather behind the norm stays outside: {refusal.detail} ({refusal.reason})"
+    return replace(candidate, gather=None, note=note)
 
 
 def _quantized(candidate: Candidate, legality: Legality, options: PassOptions) -> Candidate:
@@ -155,7 +173,7 @@ def _quantized(candidate: Candidate, legality: Legality, options: PassOptions) -
     try:
         found, note = quantization.find(candidate.norm.out, legality.order, options.numerics == "relaxed")
         if found is None:
-            return replace(candidate, note=note)
+            return replace(candidate, note=note or candidate.note)
         if candidate.post_add is not None:
             return replace(candidate, note="the norm is quantized, but the residual is added to it as well")
         if candidate.block is not None:
@@ -185,6 +203,8 @@ def _build(item: Found, options: PassOptions) -> tuple[Found, Replacement | None
     if isinstance(built, Refusal):
         if item.outcome.quantization is not None:
             return _build(replace(item, outcome=_unquantized(item.outcome, built)), options)
+        if item.outcome.gather is not None:
+            return _build(replace(item, outcome=_ungathered(item.outcome, built)), options)
         return Found(item.collective, built, item.pattern), None
     return item, built
 

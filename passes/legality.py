@@ -139,8 +139,10 @@ class Legality:
                 Reason.SUM_OF_REDUCTIONS, f"its sum is added to that of {other.name}, which takes it as an addend"
             )
         start, end = self.order[candidate.collective.node], self.order[point]
+        gathers = candidate.gather.starts if candidate.gather else ()
+        end = max([end, *(self.order[node] for node in gathers)])
         for node in self.communication:
-            if start < self.order[node] < end and _same_group(node, candidate.collective):
+            if node not in gathers and start < self.order[node] < end and _same_group(node, candidate.collective):
                 return Refusal(
                     Reason.ORDER, f"{node.name} communicates on the same ranks between the all-reduce and its norm"
                 )
@@ -161,6 +163,7 @@ class Legality:
         readers += _names_that_stay(candidate.h, inside)
         if candidate.quantization is not None:  # what stands for these goes where they are
             readers += [*candidate.quantization.quantized, *candidate.quantization.scales]
+        readers += candidate.gather.results if candidate.gather else ()
         if any(self.order[reader] <= ready for reader in readers):
             return None
         return self.nodes[ready + 1]

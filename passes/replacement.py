@@ -29,6 +29,7 @@ from .reasons import Reason, Refusal
 
 OP = torch.ops.tpfuse.all_reduce_add_rms_norm.default
 ROWS = torch.ops.tpfuse.reduce_rows_add_rms_norm.default
+GATHER = torch.ops.tpfuse.reduce_rows_add_rms_norm_gather.default
 QUANT = torch.ops.tpfuse.all_reduce_add_rms_norm_quant.default
 aten = torch.ops.aten
 
@@ -64,7 +65,7 @@ class Replacement:
         steps: in order.
         fused: the fused op.
         outputs: for each of :attr:`Candidate.outputs` what its readers read: the norm, then the residual sum (with post-norm:
-            the add behind the norm); then for each node of a quantization.
+            the add behind the norm); then for each node of a quantization. In place of a norm that is gathered: its gathers.
         at: where the next steps go.
     """
 
@@ -164,12 +165,15 @@ class Replacement:
 
         for step in self.steps:
             args, kwargs = _resolve(step.args, actual), _resolve(step.kwargs, actual)
-            if step.target in (OP, ROWS):
+            if step.target in (OP, ROWS, GATHER):
                 x, residual, weight, bias, eps, scale, flavour, post, *_ = args
                 if self.candidate.block is not None:
                     x = self.candidate.block.of(x, kept_shape(self.candidate) if residual is None else residual.shape)
                 args = (x, residual, weight, bias, eps, scale, Flavour.parse(flavour), post)
-                results.append(reference.add_rms_norm(*args))
+                normed, summed = reference.add_rms_norm(*args)
+                if step.target is GATHER:  # as if all ranks had the own rows
+                    normed = repeated(normed, len(self.candidate.collective.ranks))
+                results.append((normed, summed))
             elif step.target is QUANT:
                 x, residual, weight, bias, eps, scale, flavour, post, _, quantizer, static_scale, keep = args
                 args = (x, residual, weight, bias, eps, scale, Flavour.parse(flavour), post)
@@ -179,6 +183,11 @@ class Replacement:
             else:
                 results.append(step.target(*args, **kwargs))
         return results
+
+
+def repeated(rows: torch.Tensor, ranks: int) -> torch.Tensor:
+    """What a gather over so many ranks gives that all have these rows."""
+    return torch.cat([rows] * ranks)
 
 
 def kept_shape(candidate: Candidate) -> tuple[int, ...]:
@@ -250,16 +259,22 @@ def _build(new: Replacement) -> None:
             new.fused = new.call(QUANT, x, residual, norm.weight, bias, *arguments, *more)
         elif block is None:
             new.fused = new.call(OP, x, residual, norm.weight, bias, *arguments)
+        elif candidate.gather is not None:
+            new.fused = new.call(GATHER, x, residual, norm.weight, bias, *arguments, c.kind)
         else:
             new.fused = new.call(ROWS, x, residual, norm.weight, bias, *arguments, block.blocks, c.kind)
     except ValueError as error:
         raise Misfit(f"the fused op does not take these operands: {error}") from error
     first = 0 if quantization is None else 2
-    normed: Node | Value = new.call(operator.getitem, new.fused, first)
+    result = new.call(operator.getitem, new.fused, first)
+    normed: Node | Value = result
     summed: Node | Value = new.call(operator.getitem, new.fused, first + 1)
     if block is not None and residual is None:
-        normed, summed = _followed(new, normed, 0), _followed(new, summed, 0)
-    if quantization is None or quantization.keep_normed:
+        normed = _followed(new, normed, 0) if candidate.gather is None else result
+        summed = _followed(new, summed, 0)
+    if candidate.gather is not None:
+        _placed(new, result, candidate.gather.results)
+    elif quantization is None or quantization.keep_normed:
         out = normed if post else new.repeat(candidate.reshapes, normed)
         new.outputs.append((norm.out, cast(Value, new.fit(out, norm.out))))
     for node in candidate.outputs[1:]:
@@ -274,12 +289,17 @@ def _quantized(new: Replacement, quantization: Quantization) -> None:
     there is every size known that such a shape may have."""
     results = new.call(operator.getitem, new.fused, 0), new.call(operator.getitem, new.fused, 1)
     for nodes, result in zip((quantization.quantized, quantization.scales), results, strict=True):
-        for node in nodes:
-            tensor = values.value(node)
-            if tensor is None:
-                raise Misfit(f"{node.name} has no fake value")
-            new.at = node
-            new.outputs.append((node, new.reshaped(result, tuple(tensor.shape))))
+        _placed(new, result, nodes)
+
+
+def _placed(new: Replacement, result: Value, nodes: tuple[Node, ...]) -> None:
+    """``result`` in place of each of ``nodes``, in its shape and at its place."""
+    for node in nodes:
+        tensor = values.value(node)
+        if tensor is None:
+            raise Misfit(f"{node.name} has no fake value")
+        new.at = node
+        new.outputs.append((node, new.reshaped(result, tuple(tensor.shape))))
     new.at = None
 
 

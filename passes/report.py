@@ -30,7 +30,8 @@ class Site:
         reason: None when fused, else a code of :class:`tpfuse.passes.Reason`.
         detail: one sentence: what was seen here (for a fused site, what it became).
         pattern: e.g. ``all_reduce+add+rms_norm``, ``reduce_scatter+add+rms_norm``, or ``all_reduce+rows/2+add+rms_norm`` where
-            this rank keeps the rows of one of two replicas; for an unfused site the part that was found.
+            this rank keeps the rows of one of two replicas; ``+all_gather`` at the end where the fused op gathers the normed rows
+            as well; for an unfused site the part that was found.
         role: ``attention | mlp | embedding | other``.
         layer: index of the decoder layer, or None where the graph does not say.
         group: global ranks of the reduction, ascending as the group lists them; empty when unknown.
@@ -49,7 +50,7 @@ class Site:
         replaced_by: name of the fused node, or None: not fused, or lowered.
         lowered: fused, and runs as :data:`LOWERED`: the graph keeps the model's own nodes.
         quantizer: how the fused op quantizes the norm, as ``str(tpfuse.ops.Quantizer)``, or None where it does not.
-        note: what else is to know about a fused site: why a quantization behind its norm stays outside; or ``""``.
+        note: what else is to know about a fused site: why a quantization or a gather behind its norm stays outside; or ``""``.
     """
 
     fused: bool
@@ -195,7 +196,11 @@ class GraphReport:
         scattered = sum(site.pattern.startswith("reduce_scatter") for site in self.sites)
         what = "reductions" if scattered else "all-reduces"
         quantized = sum(site.quantizer is not None for site in self.fused)
-        also = f" ({quantized} quantized)" if quantized else ""
+        gathered = sum(site.pattern.endswith("all_gather") for site in self.fused)
+        parts = [
+            f"{n} {word}" for n, word in ((quantized, "quantized"), (gathered, "with the all-gather behind it")) if n
+        ]
+        also = f" ({', '.join(parts)})" if parts else ""
         return f"{self.graph_id}: {len(self.sites)} {what}, {len(self.fused)} fused{also}, {kept}{others}"
 
 

@@ -20,7 +20,7 @@ from .operators import KINDS
 from .quant_expression import FULL, RUN_AGAIN
 from .quant_scheme import same_bytes
 from .quantizers import is_call
-from .replacement import Replacement, kept_shape
+from .replacement import Replacement, kept_shape, repeated
 
 
 @dataclass(frozen=True)
@@ -207,6 +207,9 @@ def verify(decision: Decision) -> str | None:
             other, whole = candidate.merged.collective, known[candidate.merged.collective.x]
             total = whole if candidate.block is None else candidate.block.of(whole, kept_shape(candidate))
             theirs.update(dict.fromkeys((other.node, other.value, *other.waits), total))
+        for start in candidate.gather.starts if candidate.gather else ():
+            own = _run(cast(Node, start.args[0]), theirs)
+            theirs.update(dict.fromkeys(start.users, repeated(own, len(c.ranks))))
         for node, value in new.outputs:
             name, got = _name_of(node, candidate), ours[value.index]
             if (
@@ -241,7 +244,8 @@ def _name_of(node: Node, candidate: Candidate) -> str:
         return "quantized"
     if found is not None and node in found.scales:
         return "scales"
-    return "normed" if node is candidate.norm.out else "residual_out"
+    gathered = candidate.gather.results if candidate.gather else ()
+    return "normed" if node is candidate.norm.out or node in gathered else "residual_out"
 
 
 def _random(node: Node, seed: int) -> torch.Tensor:

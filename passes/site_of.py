@@ -36,6 +36,10 @@ def site_of(item: Found, spot: sharing.Place, audits: list[LayerAudit], within: 
         quantized = "" if quantization is None else f"; quantized: {quantization.words}"
         if quantization is not None and not quantization.exact:
             quantized += " (relaxed: for some inputs other bits than the model's)"
+        if outcome.gather is not None:
+            quantized += "; the normed rows of all ranks: it replaces " + ", ".join(
+                n.name for n in outcome.gather.starts
+            )
         note = f"; {outcome.note}" if outcome.note else ""
         return Site(
             fused=True,

@@ -53,6 +53,7 @@ class Call:
     in_place: bool = False  # normed is written over x, and residual_out over the residual; for whole rows
     blocks: int = 1  # of ``rows`` rows, each for as many ranks; see tpfuse.ops.kernels.received_rows
     kept: tuple[int, ...] = ()  # rows that each rank keeps of its block; (): all
+    gathers: bool = False  # with a block a rank: the normed rows of all, see tpfuse.ops.kernels.gathered_rows
     quantizer: str = (
         ""  # a name of tpfuse.ops.quantizer.NAMED: the normed rows are quantized, as 'quantized' and 'scales'
     )
@@ -71,6 +72,7 @@ class Outcome:
     records: list[tuple[int, ...]] = field(default_factory=list)  # after each call
     rows: list[str] = field(default_factory=list)  # for each call a letter a row, see row_letters
     row_digests: list[list[str]] = field(default_factory=list)  # for each call a digest a row, of both outputs
+    normed_digests: list[list[str]] = field(default_factory=list)  # of normed alone
     error: str = ""
 
 
@@ -210,9 +212,20 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return bool(((a.view(torch.int32) == b.view(torch.int32)) | (a.isnan() & b.isnan())).all())
 
 
+def expected_of_all(call: Call, everything: Inputs, rank: int, world: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a rank gets of a call: with a gather the normed rows of all ranks, zeros where a block has fewer."""
+    if not call.gathers:
+        return expected(call, of_rank(call, everything, rank, world))
+    blocks = [expected(call, of_rank(call, everything, r, world)) for r in range(world)]
+    filled = [torch.nn.functional.pad(normed, (0, 0, 0, call.rows - len(normed))) for normed, _ in blocks]
+    return torch.cat(filled), blocks[rank][1]
+
+
 def row_letters(got: tuple[torch.Tensor, ...], want: tuple[torch.Tensor, ...]) -> str:
     """For each row ``r`` (both outputs right), ``n`` (both all NaN) or ``w`` (anything else: wrong)."""
     letters = []
+    if len(got[0]) != len(got[1]):  # a gather: the normed rows, then those of the residual
+        return "|".join(row_letters((g, g), (w, w)) for g, w in zip(got, want, strict=True))
     for row in range(got[0].shape[0]):
         pairs = [(g[row], w[row]) for g, w in zip(got, want, strict=True)]
         if all(bool(g.isnan().all()) for g, _ in pairs):
@@ -349,6 +362,7 @@ def _worker(
         import triton.language as tl
         from tpfuse.ops.flavour import NAMED
         from tpfuse.ops.kernel import launch_plain
+        from tpfuse.ops.kernels.gathered_rows import gathered_rows_kernel
         from tpfuse.ops.kernels.one_shot import one_shot_kernel, one_shot_quant_kernel
         from tpfuse.ops.kernels.quant_constants import quantized
         from tpfuse.ops.kernels.received_rows import received_rows_kernel
@@ -420,14 +434,16 @@ def _worker(
             steps = call.steps or -(-row_lanes // call.lanes)
             split = -(-row_lanes // (steps * call.lanes))
             programs = min(call.rows * split, call.programs) if program is None else call.programs
-            variant = Variant(world, call.lanes, steps, split, ptx=False, blocks=call.blocks)
+            variant = Variant(world, call.lanes, steps, split, ptx=False, blocks=call.blocks, gathers=call.gathers)
+            lengths = (world * call.rows if call.gathers else kept, kept)
             to_torch = {tl.bfloat16: torch.bfloat16, tl.float16: torch.float16, tl.float32: torch.float32}
-            sizes = [kept * call.hidden * to_torch[d].itemsize // 4 for d in (c.out_dtype, c.residual_dtype)]
+            dtypes = [to_torch[d] for d in (c.out_dtype, c.residual_dtype)]
+            sizes = [m * call.hidden * d.itemsize // 4 for m, d in zip(lengths, dtypes, strict=True)]
             # A new offset every other call keeps a sibling that is one call ahead out of what this one still reads.
             start = (number % 2) * (outs.numel() // 2)
             views = []
-            for d, n in zip((c.out_dtype, c.residual_dtype), sizes, strict=True):
-                views.append(outs[start : start + n].view(to_torch[d]).view(kept, call.hidden))
+            for m, d, n in zip(lengths, dtypes, sizes, strict=True):
+                views.append(outs[start : start + n].view(d).view(m, call.hidden))
                 start += n
             extra = []
             if quantizer is not None:
@@ -470,6 +486,8 @@ def _worker(
                 }[call.algorithm, bool(extra)]
                 if call.blocks > 1:
                     function = received_rows_kernel if call.algorithm == "one_shot" else received_two_shot_kernel
+                if call.gathers:
+                    function = gathered_rows_kernel
                 if program is not None:
                     grid.append(programs)
                     launch_plain(function, 1, args, (c, variant))
@@ -482,7 +500,7 @@ def _worker(
             normed, residual_out = views[0].clone(), views[1].clone()
             extra = [e.clone() for e in extra]
             with squares_in_kernel_order(call):
-                want = expected(call, given)
+                want = expected_of_all(call, everything, rank, world)
             if quantizer is not None:
                 asked = quantize(want[0], quantizer, STATIC_SCALE if quantizer.granularity == "tensor" else None)
                 if not call.keep_normed:
@@ -497,7 +515,9 @@ def _worker(
                     normed = torch.where(extra[0].float().isnan(), normed, torch.zeros_like(normed))
             outcome.digests.append(digest(normed, residual_out, *extra))
             outcome.rows.append(row_letters((normed, residual_out), want))
-            outcome.row_digests.append([digest(n, h) for n, h in zip(normed, residual_out, strict=True)])
+            outcome.normed_digests.append([digest(n) for n in normed])
+            by_row = zip(normed) if call.gathers else zip(normed, residual_out, strict=True)
+            outcome.row_digests.append([digest(*tensors) for tensors in by_row])
             if outcome.record[0]:
                 continue  # a plane that has failed; the other lists are about calls that went well
             for name, got, exact in zip(("normed", "residual"), (normed, residual_out), want, strict=True):
@@ -505,7 +525,7 @@ def _worker(
                     outcome.mistakes.append(
                         f"call {number} {call}: {name} differs from the reference in the kernels' order"
                     )
-            want = expected(call, given)
+            want = expected_of_all(call, everything, rank, world)
             apart = (ulps_apart(normed, want[0]), ulps_apart(residual_out, want[1]))
             # In torch's order of squares the root may differ in its last places.
             allowed = (
@@ -555,7 +575,7 @@ def run(
         watchdog: nanoseconds; the portable poll counts a microsecond a poll.
     """
     context = warm.context(interpret=True)
-    biggest = max(c.rows * c.hidden * 4 for c in calls)
+    biggest = max(c.rows * c.hidden * 4 * (world if c.gathers else 1) for c in calls)
     row = max(c.hidden * 4 for c in calls)
     plane_bytes = 2 * (world * max(biggest, 4) + 2 * world * row)
     from tpfuse.ops.kernels.state import STATE_WORDS

@@ -13,6 +13,7 @@ import triton
 from tpfuse.ops.flavour import GEMMA, LLAMA, OLMO2, SGLANG, VLLM, Flavour
 from tpfuse.ops.geometry import Part, Room, geometry, register_bound
 from tpfuse.ops.kernels.add_norm import add_norm_kernel
+from tpfuse.ops.kernels.gathered_rows import gathered_rows_kernel
 from tpfuse.ops.kernels.memory import NAN_WORD
 from tpfuse.ops.kernels.one_shot import one_shot_kernel
 from tpfuse.ops.kernels.received_rows import received_rows_kernel
@@ -23,7 +24,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 KERNELS = {"one_shot": one_shot_kernel, "two_shot": two_shot_kernel}
-ALL = {**KERNELS, "received_rows": received_rows_kernel, "received_two_shot": received_two_shot_kernel}
+ALL = {
+    **KERNELS,
+    "received_rows": received_rows_kernel,
+    "received_two_shot": received_two_shot_kernel,
+    "gathered_rows": gathered_rows_kernel,
+}
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 # Triton takes half a second for a kernel: all of sm_90, for which the table was measured, are compiled always, those of the
 # others where slow tests run, but for the few that decode takes.
@@ -58,7 +64,11 @@ def _compile(
     x, weight, out, residual = (TYPES[torch_dtype(d)] for d in (c.dtype, c.weight_dtype, c.out_dtype, c.residual_dtype))
     counts = ("i32",) * (4 if blocks > 1 else 2)
     kinds = (x, x, weight, x, out, residual, "*i64", "*i32", *counts, "i32", "i64", "fp32", "fp32")
-    constexprs = (c, Variant(world, part.lanes, part.steps, split, ptx=ptx, pdl=pdl, stamps=stamps, blocks=blocks))
+    gathers = algorithm == "gathered_rows"
+    variant = Variant(
+        world, part.lanes, part.steps, split, ptx=ptx, pdl=pdl, stamps=stamps, blocks=blocks, gathers=gathers
+    )
+    constexprs = (c, variant)
     function = ALL[algorithm]
     names = function.arg_names
     signature = dict(zip(names, (*kinds, *("constexpr",) * len(constexprs)), strict=True))
@@ -166,6 +176,19 @@ def test_two_shot_with_destinations_does_not_spill(world: int, blocks: int, arch
         chosen = {geometry(room, rows, hidden // 1024).part for rows in (1, 64, 4096)}
         for part in sorted(chosen, key=str):
             _check("received_two_shot", _constants(hidden), world, part, arch, tmp_path, blocks)
+
+
+@pytest.mark.parametrize("arch", NVIDIA)
+@pytest.mark.parametrize("world", (2, 8, *(pytest.param(w, marks=pytest.mark.slow) for w in (3, 4))))
+def test_gathered_rows_do_not_spill(world: int, arch: int, tmp_path: Path) -> None:
+    room = Room("gathered_rows", world, 132)
+    kinds = [_constants(4096), _constants(7168), _constants(7168, flavour=GEMMA)]
+    # Over four ranks an fp32 weight beside two steps of a row costs 28 bytes; a larger bound would halve the grid of all.
+    kinds += [] if world == 4 else [_constants(weight=torch.float32)]
+    for c in kinds:
+        chosen = {geometry(room, rows, c.groups).part for rows in (1, 64, 4096)}
+        for part in sorted(chosen, key=str):
+            _check("gathered_rows", c, world, part, arch, tmp_path, blocks=world)
 
 
 @pytest.mark.parametrize("worlds", ((8,), pytest.param((2, 4), marks=pytest.mark.slow)), ids=str)

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from tpfuse.ops import rows_schedule
+from tpfuse.ops.flavour import LLAMA
+from tpfuse.ops.kernels.variant import constants
 from tpfuse.ops.select import TABLE, UNBOUNDED, entry, phase_bytes
 from tpfuse.ops.settings import Settings
 
@@ -82,3 +84,31 @@ def test_the_slots_of_a_launch_fit_a_phase(architecture: str) -> None:
 
 def test_the_settings_of_the_process_have_what_is_asked_of_them() -> None:
     assert {"table", "algorithm", "batch_invariant"} <= set(Settings.__dataclass_fields__)
+
+
+def of_kind(hidden: int, weight: torch.dtype = BF16) -> Any:
+    kind: Any = {"bias": "none", "scaled": False, "has_residual": True, "post_norm": False}
+    return constants(BF16, weight, hidden, LLAMA, **kind)
+
+
+@pytest.mark.parametrize("architecture", ["sm_90", "sm_90-shared", "sm_90-pcie"])
+def test_both_slots_of_a_gathered_row_fit_a_phase(architecture: str) -> None:
+    for world in range(2, 9):
+        p = plane(world, architecture)
+        for hidden in (64, 7168, 16384):
+            for weight, normed_bytes in ((BF16, 2), (torch.float32, 4)):
+                rows = rows_schedule.gathered_of_a_launch(p, settings(), of_kind(hidden, weight))
+                assert rows >= 1 and rows * world * hidden * (2 + normed_bytes) <= p.phase_bytes
+
+
+def test_what_takes_the_kernel_where_rows_are_gathered() -> None:
+    def taken(world: int, architecture: str = "sm_90", **changes: Any) -> int:
+        return rows_schedule.gathered_rows_taken(plane(world, architecture), settings(**changes), of_kind(H), BF16)
+
+    assert taken(4) == taken(8) == rows_schedule.GATHERED_BYTES // (2 * H)
+    assert taken(4, "sm_90-pcie") == (32 << 10) // (2 * H)
+    assert taken(4, "sm_90-shared") == UNBOUNDED // (2 * H)
+    assert taken(4, batch_invariant=True) == UNBOUNDED == taken(4, algorithm="one_shot")
+    assert taken(4, algorithm="library") == 0 == taken(4, "sm_90-partial-nvlink")
+    small = SimpleNamespace(**{**vars(plane(4)), "phase_bytes": 4 * H * 2})
+    assert rows_schedule.gathered_rows_taken(small, settings(), of_kind(H), BF16) == 0  # no table promises a larger one

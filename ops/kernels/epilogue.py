@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from .call import spoil
+from .gather import is_whole, push_to_all
 from .memory import NAN_WORD, store16
 from .packing import over_scalar, pack, plus, plus_scalar, plus_words, rounded, times, times_scalar, times_words, unpack
 from .quantize import quantize_row, quantize_step
@@ -148,13 +149,16 @@ def finish(
 
     Args:
         held: for each step what :func:`accept` returned.
-        io: the tensors of the call: residual, weight, bias, normed, residual_out; what :func:`quantize_step` adds to them.
+        io: the tensors of the call: residual, weight, bias, normed, residual_out; what :func:`quantize_step` adds to them, or,
+            where the normed rows are gathered, what :func:`push_to_all` takes.
         loads: for each step what :func:`prefetch` returned; looked at only by programs of one or two steps.
     """
     STEPS: tl.constexpr = S.steps
     residual, weight, normed, residual_out = io[0], io[1], io[3], io[4]
     row_start = row.to(tl.int64) * C.hidden
     mean = mean_of_squares(held, part, row, state, phase, watch, C, S)
+    if S.gathers:
+        whole = is_whole(mean, state, S)
     outs = ()
     for i in tl.static_range(STEPS):
         element, active = lane_elements(part, i, C, S)
@@ -167,6 +171,8 @@ def finish(
         out = normalised(held_values(held[i], C), mean, gain, eps, C, S.ptx)
         if C.keeps_normed:
             store_words(normed, row_start + element, out, active, C.out_dtype, S.ptx)
+        if S.gathers:
+            push_to_all(out, row, element, active & whole, io[5], C, S)
         if C.scale_a_row:
             outs = outs + (out,)
         elif C.quantized:

@@ -60,6 +60,15 @@ class Constants:
         return -(-self.hidden // (GROUP_LANES * self.values))
 
     @property
+    def normed_item_bytes(self) -> int:
+        """Of a value of the normed output."""
+        return torch_dtype(self.out_dtype).itemsize
+
+    @property
+    def normed_row_bytes(self) -> int:
+        return self.hidden * self.normed_item_bytes
+
+    @property
     def quantized(self) -> bool:
         """Whether the kernel quantizes the normed rows."""
         return self.quant is not None
@@ -97,6 +106,7 @@ class Variant:
     pdl: str = "off"  # programmatic dependent launch: "off", "end" or "early"
     stamps: bool = False  # True: leaves the times of its stages behind the state, for benchmarks/stages.py
     blocks: int = 1  # of rows, each for as many ranks of the group; see received_rows.py
+    gathers: bool = False  # the normed rows are pushed to the other ranks; see gather.py
 
     @property
     def groups_a_step(self) -> int:

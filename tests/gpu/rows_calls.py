@@ -1,4 +1,4 @@
-"""Calls of the op whose rows have destinations, and of the all-reduce among them: what ``rows_on_ranks.py`` makes."""
+"""Calls of the ops whose rows have destinations, and of the all-reduce among them: what ``rows_on_ranks.py`` makes."""
 
 from __future__ import annotations
 
@@ -16,8 +16,15 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import interpreted_ranks
 import on_ranks
-from interpreted_ranks import Call, expected, of_rank, ulps_apart
-from tpfuse.ops import all_reduce_add_rms_norm, paths, prepare, reduce_rows_add_rms_norm, rows_schedule
+from interpreted_ranks import Call, expected_of_all, of_rank, ulps_apart
+from tpfuse.ops import (
+    all_reduce_add_rms_norm,
+    paths,
+    prepare,
+    reduce_rows_add_rms_norm,
+    reduce_rows_add_rms_norm_gather,
+    rows_schedule,
+)
 from tpfuse.ops.flavour import NAMED
 from tpfuse.ops.kernels.variant import constants
 
@@ -48,7 +55,9 @@ def edges(world: int) -> list[Call]:
                 calls.append(Call(rows, 1024, blocks=blocks, kept=kept, seed=2000 * blocks + n))
         kinds = [call for call in on_ranks.kinds() if call.flavour != "input-dtype"]  # no kernel takes that one
         calls += [replace(call, blocks=blocks) for call in kinds]
-    return [*calls, Call(0, 4096, blocks=divisors(world)[0], seed=1)]
+    gathered = [replace(call, gathers=True) for call in calls if call.blocks == world]
+    wide = Call(5, 16384, blocks=world, gathers=True, weight_dtype=torch.float32, seed=77)  # the widest normed rows
+    return [*calls, *gathered, wide, *(Call(0, 4096, blocks=world, gathers=g, seed=1) for g in (False, True))]
 
 
 def some_calls(world: int, count: int, seed: int) -> list[Call]:
@@ -67,7 +76,8 @@ def some_calls(world: int, count: int, seed: int) -> list[Call]:
         of = rng.choice((1, *blocks, *blocks))
         counts = [rng.choice((0, 1, rows, rows)) for _ in range(of)]
         kept = kept_by_block(world, of, counts) if of > 1 else ()
-        calls.append(Call(rows, hidden, blocks=of, kept=kept, seed=seed + n, **rng.choice(kinds)))
+        gathers = of == world and rng.random() < 0.7
+        calls.append(Call(rows, hidden, blocks=of, kept=kept, gathers=gathers, seed=seed + n, **rng.choice(kinds)))
     return calls
 
 
@@ -90,7 +100,7 @@ class Made:
             "flavour": NAMED[call.flavour],
             "post_norm": call.post_norm,
         }
-        self.want = tuple(t.to(DEVICE) for t in expected(call, mine))
+        self.want = tuple(t.to(DEVICE) for t in expected_of_all(call, everything, rank, world))
         self.first: tuple[Tensor, Tensor] | None = None
         # The order of the sum of squares moves the root by some places of fp32; a denormal has few bits to hide that in.
         off = 16 if call.dtype == torch.float32 else 2
@@ -99,6 +109,8 @@ class Made:
     def __call__(self) -> tuple[Tensor, Tensor]:
         if self.call.blocks == 1:
             return all_reduce_add_rms_norm(*self.given, **self.options)
+        if self.call.gathers:
+            return reduce_rows_add_rms_norm_gather(*self.given, **self.options)
         return reduce_rows_add_rms_norm(*self.given, blocks=self.call.blocks, **self.options)
 
     def complaint(self, got: tuple[Tensor, Tensor]) -> str:
@@ -134,7 +146,10 @@ def warm(calls: list[Call], rank: int, world: int) -> None:
             weight = None if call.flavour == "weightless" else call.weight_dtype or call.dtype
             kind = {"bias": call.bias, "scaled": call.scale != 1.0, "has_residual": call.residual}
             c = constants(call.dtype, weight, call.hidden, NAMED[call.flavour], post_norm=call.post_norm, **kind)  # type: ignore[arg-type]
-            of = rows_schedule.schedule_of(path.plane, path.settings, c, call.dtype, call.rows, call.blocks)
+            if call.gathers:
+                of = rows_schedule.gathered_schedule_of(path.plane, path.settings, c, call.dtype, call.rows)
+            else:
+                of = rows_schedule.schedule_of(path.plane, path.settings, c, call.dtype, call.rows, call.blocks)
             for launch in of.launches:
                 found.setdefault(id(launch.kernel), (launch.kernel, c))
     on_ranks.force("auto")

@@ -26,7 +26,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import on_ranks
 from interpreted_ranks import Call
 from rows_calls import ALGORITHMS, DEVICE, Made, bits, divisors, edges, kept_by_block, some_calls, warm
-from tpfuse.ops import all_reduce_add_rms_norm, prepare, raise_if_failed, reduce_rows_add_rms_norm
+from tpfuse.ops import (
+    all_reduce_add_rms_norm,
+    prepare,
+    raise_if_failed,
+    reduce_rows_add_rms_norm,
+    reduce_rows_add_rms_norm_gather,
+)
 
 
 def _settled() -> None:
@@ -69,7 +75,7 @@ def _left_over() -> list[str]:
 
 
 def random_calls(rank: int, world: int, count: int, seconds: float, seed: int = 5, kinds: int = 60) -> list[str]:
-    """``count`` calls of both ops on one plane, eager and replayed, or as many as ``seconds`` allow.
+    """``count`` calls of all three ops on one plane, eager and replayed, or as many as ``seconds`` allow.
 
     Each of ``kinds`` calls is held against the reference once, and then against its own first bits. Nothing synchronises the
     ranks between some hundred calls.
@@ -86,11 +92,12 @@ def random_calls(rank: int, world: int, count: int, seconds: float, seed: int = 
         complaints += [text] if (text := site.complaint(got)) else []
         site.wrong(got)
     wrong = torch.zeros((), dtype=torch.int64, device=DEVICE)
-    sums = {n: torch.zeros((), dtype=torch.int64, device=DEVICE) for n in (1, *divisors(world))}
+    # Of normed rows that several ranks have, by what they receive; 0: those of a gather.
+    sums = {n: torch.zeros((), dtype=torch.int64, device=DEVICE) for n in (0, 1, *divisors(world))}
 
     def check(site: Made, got: tuple[Tensor, Tensor]) -> None:
         wrong.add_(site.wrong(got))
-        sums[site.call.blocks].add_(bits(got[0]).sum(dtype=torch.int64)).mul_(31)
+        sums[0 if site.call.gathers else site.call.blocks].add_(bits(got[0]).sum(dtype=torch.int64)).mul_(31)
 
     graphs = [_captured(rng.sample(sites, rng.randrange(1, 6))) for _ in range(20)] if DEVICE == "cuda" else []
     made, turn, start = 0, 0, time.monotonic()
@@ -124,7 +131,7 @@ def random_calls(rank: int, world: int, count: int, seconds: float, seed: int = 
     everyone: list[Any] = [None] * world
     dist.all_gather_object(everyone, {n: int(total) for n, total in sums.items()})
     for n in sums:
-        first = rank * n // world * (world // n)  # of those that receive what this rank does
+        first = rank * n // world * (world // n) if n else 0  # of those that receive what this rank does
         if everyone[rank][n] != everyone[first][n]:
             complaints.append(f"ranks {first} and {rank} receive one of {n} blocks, and have other bits")
     return [*complaints[:10], *_left_over()]
@@ -145,7 +152,7 @@ def _captured(members: list[Made]) -> Any:
 
 
 def replays(rank: int, world: int) -> list[str]:
-    """A CUDA graph of both ops, replayed with other inputs, between eager calls."""
+    """A CUDA graph of all three ops, replayed with other inputs, between eager calls."""
     g = torch.Generator(device="cuda").manual_seed(rank)
     x = torch.randn(8, 4096, generator=g, device="cuda").bfloat16()
     same = torch.Generator(device="cuda").manual_seed(99)
@@ -154,7 +161,8 @@ def replays(rank: int, world: int) -> list[str]:
 
     def step() -> tuple[Tensor, Tensor]:
         _, h = reduce_rows_add_rms_norm(x, residual, weight, blocks=2)
-        return all_reduce_add_rms_norm(x[:4], h, weight)
+        y, own = reduce_rows_add_rms_norm_gather(x[: 8 // world * world], h[: 8 // world], weight)
+        return all_reduce_add_rms_norm(x[:4], y[:4] + own.sum(0), weight)
 
     step()
     graph, _, (out,) = _captured([step])  # type: ignore[list-item]
@@ -170,13 +178,14 @@ def replays(rank: int, world: int) -> list[str]:
     return complaints
 
 
-def dead_rank(rank: int, world: int, killed: bool, most: float) -> list[str]:
+def dead_rank(rank: int, world: int, killed: bool, most: float, gathers: bool = False) -> list[str]:
     """The last rank leaves, or is killed; the others call on: NaN, an error within ``most`` seconds, no hang.
 
     The first replica keeps no row: it has nothing to turn to NaN, and must say so all the same.
     """
-    kept = kept_by_block(world, 2, [0, 3]) if world > 2 else (3, 3)
-    site = Made(Call(3, 7168, blocks=2, kept=kept, seed=5), rank, world)
+    blocks = world if gathers else 2
+    kept = kept_by_block(world, blocks, [0, *(3,) * (blocks - 1)]) if world > 2 else (3, 3)
+    site = Made(Call(3, 7168, blocks=blocks, kept=kept, gathers=gathers, seed=5), rank, world)
     for _ in range(3):
         site()
     _settled()
@@ -204,7 +213,7 @@ def dead_rank(rank: int, world: int, killed: bool, most: float) -> list[str]:
     return complaints
 
 
-PARTS = ("edges", "random", "replays", "dead")
+PARTS = ("edges", "random", "replays", "dead", "dead-gather")
 
 
 def part(name: str, world: int, count: int = 10_000, seconds: float = 300.0) -> list[str]:
@@ -222,7 +231,8 @@ def part(name: str, world: int, count: int = 10_000, seconds: float = 300.0) -> 
     else:
         limits["env"]["TPFUSE_WATCHDOG_SECONDS"] = "3"
         # A killed client of MPS takes its neighbours' kernels with it: there it leaves by itself.
-        answers = run_ranks(dead_rank, world, gpu_count() >= world, 8.0, may_die=(world - 1,), **limits)
+        killed, gathers = gpu_count() >= world, name == "dead-gather"
+        answers = run_ranks(dead_rank, world, killed, 8.0, gathers, may_die=(world - 1,), **limits)
     return [f"rank {rank}: {line}" for rank, lines in enumerate(answers) for line in lines or ()]
 
 

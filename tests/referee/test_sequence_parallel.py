@@ -1,4 +1,5 @@
-"""Sequence parallelism: reduce-scatters and all-gathers in place of all-reduces. Every reduce-scatter fuses, bit for bit.
+"""Sequence parallelism: reduce-scatters and all-gathers in place of all-reduces. Every reduce-scatter fuses, bit for bit, and
+every all-gather behind its norm with it.
 
 Two ways to write it, both anew: torchtitan's plan of DTensor styles for a Llama (``SequenceParallel`` norms, rowwise linears with
 outputs in ``Shard(1)``; ``torchtitan/models/llama3/parallelize.py`` of github.com/pytorch/torchtitan, as it was while it called
@@ -8,6 +9,8 @@ outputs in ``Shard(1)``; ``torchtitan/models/llama3/parallelize.py`` of github.c
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -16,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tpfuse
+from tpfuse.inspect import dump
 
 pytestmark = pytest.mark.ranks
 DIM, HEADS, INNER, LAYERS, VOCABULARY, RANKS = 32, 4, 64, 2, 64, 2
@@ -129,8 +133,8 @@ class Megatron(nn.Module):
         return self.norms[-1](h)
 
 
-def both_ways(rank: int, world_size: int, style: str, dtype: torch.dtype, batch: int):
-    """Outputs equal with fusion and without, and the sites of the fused graph."""
+def both_ways(rank: int, world_size: int, style: str, dtype: torch.dtype, batch: int, folder: Path):
+    """Outputs equal with fusion and without, the sites of the fused graph, and its gathers before and after."""
     torch.manual_seed(0 if style == "torchtitan" else rank)
     if style == "torchtitan":
         model, x = Llama().to(dtype), torch.randint(VOCABULARY, (batch, 6))
@@ -141,12 +145,19 @@ def both_ways(rank: int, world_size: int, style: str, dtype: torch.dtype, batch:
     for policy in ("off", "shared"):
         torch._dynamo.reset()
         tpfuse.clear_reports()
-        options = {"tpfuse.inner": "aot_eager", "tpfuse.policy": policy, "tpfuse.verify": True}
+        options = {
+            "tpfuse.inner": "aot_eager",
+            "tpfuse.policy": policy,
+            "tpfuse.verify": True,
+            "tpfuse.dump": str(folder),
+        }
         with torch.no_grad():
             compiled = torch.compile(model, backend="tpfuse", options=options, fullgraph=True)
             results.append(compiled(x))
     (report,) = tpfuse.reports()
-    return torch.equal(*results), report.sites
+    graphs = [folder / f"rank-{rank}" / report.graph_id / name for name in (dump.BEFORE, dump.AFTER)]
+    gathers = [graph.read_text().count("_c10d_functional.all_gather_into_tensor") for graph in graphs]
+    return torch.equal(*results), report.sites, gathers
 
 
 @pytest.fixture(scope="module")
@@ -164,9 +175,14 @@ def pool():
         pytest.param("megatron", torch.float16, 1, marks=pytest.mark.slow),
     ],
 )
-def test_every_reduce_scatter_fuses(pool, style, dtype, batch):
-    for equal, sites in pool.run(both_ways, style, dtype, batch):
+def test_every_reduce_scatter_fuses(pool, tmp_path, style, dtype, batch):
+    for equal, sites, gathers in pool.run(both_ways, style, dtype, batch, tmp_path):
         assert equal
         assert [(s.fused, s.reason) for s in sites] == [(True, None)] * (2 * LAYERS + (style == "torchtitan"))
-        assert {s.pattern for s in sites[-2 * LAYERS :]} == {"reduce_scatter+add+rms_norm"}
+        patterns = [s.pattern for s in sites[-2 * LAYERS :]]
+        inside, alone = "reduce_scatter+add+rms_norm+all_gather", "reduce_scatter+add+rms_norm"
+        # Megatron's last norm is not gathered in this model; the head of the other reads all rows.
+        assert patterns == [inside] * (2 * LAYERS - 1) + [inside if style == "torchtitan" else alone]
+        # One is left: of the norm before which Megatron sums nothing, and of torchtitan's logits.
+        assert gathers == [2 * LAYERS if style == "megatron" else 2 * LAYERS + 2, 1]
         assert all(s.group == (0, 1) for s in sites)

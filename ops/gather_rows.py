@@ -1,0 +1,145 @@
+"""``tpfuse::reduce_rows_add_rms_norm_gather``: each rank sums, adds and norms the rows of its block; all ranks get all norms.
+
+What sequence parallelism does between two matrix products: reduce-scatter, residual add, norm, all-gather. The rows of ``x``
+are one block for each rank. A rank may keep fewer rows than a block holds, down to none: it keeps the first ones, and in
+their place the norms of the others are zeros on every rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tpfuse import compat
+
+from . import paths, rows_schedule
+from .arguments import Operands, refuse_gradients, same_sizes
+from .flavour import LLAMA, Flavour
+from .op import empty_results
+from .op import library as registry
+from .plane import Plane
+from .prepare import Prepared
+from .rows_call import Rows, on_a_cpu
+from .rows_cuda import by_library, by_reference, launch, prepared_of
+from .schedule import Schedule
+
+NAME = "reduce_rows_add_rms_norm_gather"
+SCHEMA = (
+    f"{NAME}(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, float scale, str flavour, bool post_norm, "
+    "str group_name, str collective) -> (Tensor normed, Tensor residual_out)"
+)
+registry.define(SCHEMA, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
+
+
+def _asked(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    scale: float,
+    flavour: str,
+    post_norm: bool,
+    group_name: str,
+    collective: str,
+) -> Rows:
+    given = (x, residual, weight, bias, eps, scale, flavour, post_norm, group_name)
+    return Rows.of(NAME, *given, blocks=0, collective=collective)
+
+
+def _gathered(asked: Rows, normed: Tensor, block: int) -> Tensor:
+    """The norms of all ranks in the shape of ``x``, from those of the rows that this rank keeps."""
+    flat = normed.reshape(-1, normed.shape[-1])
+    if block == 0:
+        return flat.new_empty(asked.x.shape)
+    if len(flat) < block:
+        flat = torch.nn.functional.pad(flat, (0, 0, 0, block - len(flat)))
+    whole = torch.ops._c10d_functional.all_gather_into_tensor(flat.contiguous(), asked.blocks, asked.group_name)
+    return torch.ops._c10d_functional.wait_tensor(whole).view(asked.x.shape)
+
+
+def _cpu(*args: Any) -> tuple[Tensor, Tensor]:
+    asked = _asked(*args)
+    normed, residual_out = on_a_cpu(asked)
+    return _gathered(asked, normed, asked.counts()[0]), residual_out
+
+
+def _fake(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    asked = _asked(*args, **kwargs)
+    given = Operands.of(asked.x.new_empty(asked.shape), *asked.after_x, same=same_sizes)
+    normed, residual_out = empty_results(given)
+    return normed.new_empty(asked.x.shape), residual_out
+
+
+def _cuda(*args: Any) -> tuple[Tensor, Tensor]:
+    x = args[0]
+    refuse_gradients(*args[:4])
+    index = x.device.index
+    if compat.current_device() != index:
+        with torch.cuda.device(index):  # launches and the vote go to the current device
+            return _cuda(*args)
+    asked = _asked(*args)
+    block, kept = asked.counts()
+    prepared, given = prepared_of(asked, asked.like(kept), rows_schedule.load_gathered)
+    c, p, dtype = prepared.constants, prepared.path.plane, prepared.normed_dtype
+    if c is None:
+        normed, residual_out = by_reference(asked, given, block, kept)
+        return _gathered(asked, normed, block), residual_out
+    residual_out = x.new_empty(asked.shape, dtype=prepared.residual_dtype)
+    if block == 0:  # on every rank of the group: nothing to exchange
+        return x.new_empty(x.shape, dtype=dtype), residual_out
+    if p is not None:
+        normed = x.new_empty(x.shape, dtype=dtype)
+        outputs = normed.view(-1, c.hidden), residual_out
+        if launch(prepared, p, x, given, outputs, block, kept, _schedule, gathers=True):
+            return normed, residual_out
+    own = x.new_empty((block, c.hidden), dtype=dtype)
+    by_library(asked, prepared, given, (own[:kept], residual_out), block, kept)
+    own[kept:].zero_()
+    return _gathered(asked, own, block), residual_out
+
+
+def _schedule(prepared: Prepared, p: Plane, dtype: torch.dtype, rows: int) -> Schedule:
+    assert prepared.constants is not None
+    return rows_schedule.gathered_schedule_of(p, prepared.path.settings, prepared.constants, dtype, rows)
+
+
+registry.impl(NAME, _cpu, "CPU")
+registry.impl(NAME, _cuda, "CUDA")
+torch.library.register_fake(f"tpfuse::{NAME}", _fake, lib=registry)
+
+
+def reduce_rows_add_rms_norm_gather(
+    x: Tensor,
+    residual: Tensor | None = None,
+    weight: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    flavour: Flavour | str = LLAMA,
+    post_norm: bool = False,
+    group: torch.distributed.ProcessGroup | str | None = None,
+    collective: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Sum ``x`` over the ranks of ``group``, add and normalise the rows of this rank's block, and gather the normed rows of all.
+
+    Args:
+        x: ``(N, ..., H)`` fp32, bf16, fp16 or fp64: this rank's partial sum of the rows of all blocks, a block for each rank in
+            the order of the group; the group's size divides ``N``. Every rank passes the same shape and dtype.
+        residual, weight, bias, eps, scale, flavour, post_norm: as in :func:`reduce_rows_add_rms_norm`, of the rows that this rank
+            keeps.
+        group: a process group or its name; None is the default group.
+        collective: what sums where no kernel does: ``"reduce_scatter"`` (the default) or ``"all_reduce"``.
+    Returns:
+        ``(normed, residual_out)``: the normed rows of all ranks in the shape of ``x``, zeros in place of rows that a rank does
+        not keep; and the residual sum of the rows that this rank keeps.
+    Raises:
+        ValueError: a shape, dtype or count does not fit; the message names the argument.
+        RuntimeError: autograd would have to record the op.
+    """
+    name = paths.group_name_of(group)
+    given = (x, residual, weight, bias, eps, scale, str(flavour), post_norm, name, collective or "")
+    return torch.ops.tpfuse.reduce_rows_add_rms_norm_gather(*given)

@@ -1,0 +1,143 @@
+"""One call of an op whose rows have destinations: what was asked, checked, and what it gives on a CPU."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tpfuse import compat
+
+from . import invariant, library, reference, settings
+from .arguments import Operands
+
+COLLECTIVES = ("reduce_scatter", "all_reduce")
+
+
+class Rows(NamedTuple):
+    """One call, its defaults filled in.
+
+    Attributes:
+        x: partial sums of the rows of all blocks.
+        after_x: residual, weight, bias, eps, scale, flavour (as text), post_norm, group_name.
+        blocks, collective: never 0 or empty.
+        place: the block that this rank receives.
+        shape: of both results.
+        name: of the op, for messages.
+    """
+
+    x: Tensor
+    after_x: tuple[Any, ...]
+    blocks: int
+    collective: str
+    place: int
+    shape: tuple[Any, ...]
+    name: str
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        scale: float,
+        flavour: str,
+        post_norm: bool,
+        group_name: str,
+        blocks: int,
+        collective: str,
+    ) -> Rows:
+        """From what the dispatcher gives; what does not need the number of rows is checked.
+
+        Raises ``ValueError`` naming what does not fit.
+        """
+        group = compat.resolve_group(group_name)
+        world = group.size()
+        blocks = blocks or world
+        collective = collective or ("reduce_scatter" if blocks == world else "all_reduce")
+        shape = _shape(x, residual, blocks, name)
+        if blocks < 2 or world % blocks:
+            raise ValueError(
+                f"{name}: blocks is {blocks}; expected a divisor of the group's {world} ranks that is at least 2"
+            )
+        if collective not in COLLECTIVES or (collective == "reduce_scatter") > (blocks == world):
+            raise ValueError(
+                f"{name}: collective is {collective!r} with {blocks} blocks over {world} ranks; expected 'all_reduce', or "
+                "'reduce_scatter' with as many blocks as ranks"
+            )
+        if shape[-1] != x.shape[-1]:
+            raise ValueError(
+                f"{name}: residual has shape {shape}; expected rows of {x.shape[-1]} like x, {tuple(x.shape)}"
+            )
+        after_x = (residual, weight, bias, eps, scale, flavour, post_norm, group_name)
+        return cls(x, after_x, blocks, collective, group.rank() * blocks // world, shape, name)
+
+    @property
+    def group_name(self) -> str:
+        return str(self.after_x[-1])
+
+    def counts(self) -> tuple[int, int]:
+        """(rows of a block, rows that this rank keeps). Raises ``ValueError`` where they do not fit."""
+        rows, kept = (math.prod(shape[:-1]) for shape in (self.x.shape, self.shape))
+        block = rows // self.blocks
+        if rows % self.blocks:
+            raise ValueError(
+                f"{self.name}: x has {rows} rows, {tuple(self.x.shape)}, which {self.blocks} blocks do not divide"
+            )
+        if kept > block:
+            raise ValueError(
+                f"{self.name}: residual has {kept} rows, but a block of x has {block}: x is {tuple(self.x.shape)}, in "
+                f"{self.blocks} blocks"
+            )
+        return block, kept
+
+    def like(self, kept: int) -> Tensor:
+        """A tensor of the dtype of ``x`` and the shape of the results: what the operands behind the sum must fit."""
+        return self.x.reshape(-1, self.shape[-1])[:kept].view(self.shape)
+
+    def summed(self, block: int, kept: int, batch_invariant: bool) -> Tensor:
+        """``(kept, H)``: what this rank keeps of the sum, by the group's own collective or added up here in rank order."""
+        flat = self.x.reshape(-1, self.shape[-1]).contiguous()
+        if batch_invariant:
+            whole = invariant.sum_in_rank_order(flat, self.group_name)
+        elif self.collective == "reduce_scatter":
+            share = torch.ops._c10d_functional.reduce_scatter_tensor(flat, "sum", self.blocks, self.group_name)
+            return torch.ops._c10d_functional.wait_tensor(share)[:kept]
+        else:
+            whole = library.all_reduce(flat, self.group_name)
+        return whole[self.place * block : self.place * block + kept]
+
+
+def _shape(x: Tensor, residual: Tensor | None, blocks: int, name: str) -> tuple[Any, ...]:
+    """The shape of both results: that of the residual, or without one a block of ``x``."""
+    if x.dim() < 2:
+        raise ValueError(f"{name}: x has shape {tuple(x.shape)}; expected (rows, ..., H), the rows of all blocks")
+    if residual is not None:
+        return tuple(residual.shape)
+    if x.shape[0] % blocks:
+        raise ValueError(f"{name}: x has shape {tuple(x.shape)}, whose first dimension {blocks} blocks do not divide")
+    return (x.shape[0] // blocks, *x.shape[1:])
+
+
+def on_a_cpu(asked: Rows) -> tuple[Tensor, Tensor]:
+    """``(normed, residual_out)`` of the rows that this rank keeps, by the group's collective and the exact reference."""
+    block, kept = asked.counts()
+    given = Operands.of(asked.like(kept), *asked.after_x)
+    in_rank_order = settings.batch_invariant()
+    if block == 0:  # on every rank of the group alike: all of them skip the collective
+        reduced = asked.x.new_empty(asked.shape)
+    else:
+        if in_rank_order:
+            invariant.agree(asked.group_name)
+        else:
+            invariant.remember(asked.group_name)
+        reduced = asked.summed(block, kept, in_rank_order).reshape(asked.shape)
+        if in_rank_order and kept:
+            return invariant.add_rms_norm(reduced, given)
+    normed, residual_out = reference.add_rms_norm(reduced, *given.after_the_sum)
+    return normed.contiguous(), residual_out.contiguous()

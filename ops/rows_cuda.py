@@ -1,0 +1,125 @@
+"""Calls whose rows have destinations on a CUDA device: what was prepared, the launches, and the way without kernels of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from tpfuse import compat
+
+from . import library, paths, reference
+from .arguments import Operands, check
+from .cuda import aligned
+from .plane import Plane
+from .prepare import PREPARED, Prepared, prepare_once
+from .rows_call import Rows
+from .schedule import Launch, Schedule
+
+
+def prepared_of(asked: Rows, like: Tensor, load: Callable[..., None]) -> tuple[Prepared, Operands]:
+    """What was prepared for calls of this kind, and the operands behind the sum, checked.
+
+    Args:
+        like: see :meth:`Rows.like`.
+        load: compiles and loads the kernels of such calls.
+    """
+    x, name = asked.x, asked.group_name
+    residual, weight, bias, eps, scale, flavour, post_norm, _ = asked.after_x
+    key = (
+        *(name, asked.name, asked.blocks, x.dtype, x.shape[-1], flavour, scale != 1.0, residual is None),
+        *(None if weight is None else weight.dtype, 0 if bias is None else bias.dim(), like.dim(), post_norm),
+        *(x.device.index, paths.current_stream_class()),
+    )
+    prepared = PREPARED.get(key)
+    if prepared is None or not paths.is_current(name, prepared.held):
+        prepared = prepare_once(key, like, residual, weight, bias, scale, flavour, post_norm, name, load)
+    else:
+        check(like, residual, weight, bias, prepared.flavour, post_norm)
+    return prepared, Operands(like, residual, weight, bias, eps, scale, prepared.flavour, post_norm, name)
+
+
+def by_reference(asked: Rows, given: Operands, block: int, kept: int) -> tuple[Tensor, Tensor]:
+    """``(normed, residual_out)`` of the rows that this rank keeps, for calls that no kernel takes."""
+    reduced = asked.summed(block, kept, False).reshape(asked.shape)
+    normed, residual_out = reference.add_rms_norm(reduced, *given.after_the_sum)
+    return normed.contiguous(), residual_out.contiguous()
+
+
+def by_library(
+    asked: Rows, prepared: Prepared, given: Operands, outputs: tuple[Tensor, Tensor], block: int, kept: int
+) -> None:
+    """The group's own collective, then add and norm in one kernel, into ``outputs``: normed and residual_out of the kept rows."""
+    c = prepared.constants
+    assert c is not None
+    reduced = asked.summed(block, kept, prepared.path.settings.batch_invariant)
+    if kept:
+        operands = (aligned(given.residual), aligned(given.weight), aligned(given.bias))
+        library.add_norm(aligned(reduced), *operands, *outputs, given.eps, given.scale, c)  # type: ignore[arg-type]
+
+
+def launch(
+    prepared: Prepared,
+    p: Plane,
+    x: Tensor,
+    given: Operands,
+    outputs: tuple[Tensor, Tensor],
+    block: int,
+    kept: int,
+    schedule_of: Callable[[Prepared, Plane, torch.dtype, int], Schedule],
+    gathers: bool = False,
+) -> bool:
+    """Start the kernels of a call; False where it takes the library path.
+
+    Args:
+        outputs: normed, ``(rows, H)``, and residual_out.
+        schedule_of: what calls with so many rows of a block do.
+        gathers: ``outputs[0]`` has the rows of all blocks.
+    """
+    c = prepared.constants
+    assert c is not None
+    if p.seen[0]:
+        p.raise_if_failed()
+    schedule = prepared.schedules.get(block)
+    if schedule is None:
+        schedule = prepared.schedules.setdefault(block, schedule_of(prepared, p, x.dtype, block))
+    if not schedule.launches:
+        return False
+    stream = compat.current_stream_handle(x.device.index)
+    if stream != p.streams.last:
+        p.on_another_stream(stream)
+    flat = aligned(x).view(-1, c.hidden)  # type: ignore[union-attr]
+    weight, bias = aligned(given.weight), aligned(given.bias)
+    full = bias if c.bias == "full" else None
+    by_row = [None if t is None else t.view(kept, c.hidden) for t in (aligned(given.residual), full, outputs[1])]
+    for part in schedule.launches:
+        mine = slice(part.start, part.start + part.rows)
+        # A rank that keeps nothing of a launch reads and writes none of these.
+        residual, shift, h = (None if t is None else t[mine] for t in by_row)
+        out = outputs[0][part.start :] if gathers else outputs[0][mine]
+        _start(part, stream, p, prepared, (flat[part.start :], residual, weight, bias if full is None else shift, out, h),
+               max(0, min(part.rows, kept - part.start)), block, given)  # fmt: skip
+    return True
+
+
+def _start(
+    launch: Launch,
+    stream: int,
+    p: Plane,
+    prepared: Prepared,
+    tensors: tuple[Tensor | None, ...],
+    kept: int,
+    block: int,
+    given: Operands,
+) -> None:
+    x = tensors[0]
+    # Triton wants pointers of the right dtype also for what this rank neither reads nor writes.
+    named = [x if t is None else t for t in tensors]
+    args = (
+        *named,
+        *(p.peers, p.state, p.rank, launch.rows, kept, block, p.phase_bytes, prepared.limit, given.eps, given.scale),
+    )
+    if not launch.kernel.ready:
+        launch.kernel.compile(*args)
+    launch.kernel(launch.programs, stream, *args)
