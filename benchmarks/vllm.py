@@ -131,6 +131,10 @@ def where(llm: Any, seconds: Callable[[int, int, int], float], task: dict[str, A
         seconds(batch, 16, task["tokens"])
         lines.append(f"decode steps of batch {batch}:")
         lines += engine_steps.told(llm.collective_rpc(engine_steps.take))
+    llm.collective_rpc(engine_steps.meet)
+    times = [prefill() for _ in range(task["repeats"])]
+    lines.append(f"prefill, ranks met before each step: {statistics.median(times):.2f} ms through generate")
+    lines += engine_steps.told(llm.collective_rpc(engine_steps.take))
     llm.collective_rpc(engine_steps.start_profile)
     prefill()
     lines += llm.collective_rpc(engine_steps.stop_profile)[0]

@@ -6,7 +6,9 @@ import time
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
+from ranks import run_ranks
 
 from tpfuse.measure import engine_steps
 
@@ -79,3 +81,25 @@ def test_gpu_time_is_the_union_of_overlapping_kernels() -> None:
     lines = engine_steps._gpu([kernel(0, 1000, "a"), kernel(500, 2000, "b"), kernel(5000, 6000, "a")], 5)
     assert lines[0] == "GPU: 3 kernels and copies in 6.00 ms, busy 3.00 ms; idle 3.00 ms in 1 gaps, the longest 3.00 ms"
     assert "2.000 ms     2 x" in lines[1] and lines[1].endswith("a")
+
+
+LATE = 0.6  # seconds that one rank comes late
+
+
+def _apart(rank: int, world_size: int, met: bool) -> list[dict[str, Any]]:
+    worker = Worker()
+    engine_steps.watch(worker)
+    if met:
+        engine_steps.meet(worker)
+    torch.distributed.barrier()
+    time.sleep(LATE * rank)
+    step(worker, 1)
+    return engine_steps.take(worker)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("met", [False, True])
+def test_ranks_that_meet_begin_a_step_together(met: bool) -> None:
+    first, second = (steps[0]["began"] for steps in run_ranks(_apart, 2, met))
+    apart = (second - first) / 1e3
+    assert apart < LATE / 2 if met else apart > LATE / 2

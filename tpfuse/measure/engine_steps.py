@@ -13,9 +13,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 _steps: list[tuple[int, float, float, Any, Any]] = []
 _profilers: list[Any] = []
+_meeting: list[Any] = []
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ def watch(worker: Any) -> None:
     def timed(*args: Any, **kwargs: Any) -> Any:
         scheduled = args[0] if args else kwargs.get("scheduler_output")
         rows = int(getattr(scheduled, "total_num_scheduled_tokens", 0))
+        if _meeting:
+            dist.barrier(_meeting[0])
         events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if torch.cuda.is_available() else [None] * 2
         began = time.perf_counter()
         if events[0] is not None:
@@ -57,6 +61,12 @@ def watch(worker: Any) -> None:
 
     timed.tpfuse_watched = True  # type: ignore[attr-defined]
     worker.execute_model = timed
+
+
+def meet(worker: Any) -> None:
+    """From here on, the ranks wait for each other before every watched step: what is slower without it is their distance."""
+    if not _meeting and dist.is_initialized():
+        _meeting.append(dist.new_group(backend="gloo"))  # not on the GPU: nothing is launched for it
 
 
 def take(worker: Any) -> list[dict[str, Any]]:
