@@ -37,7 +37,11 @@ CONTENDERS = {
     "none": ({}, {"pass_config": {"fuse_allreduce_rms": False}}),
     "vllm": ({}, {"pass_config": {"fuse_allreduce_rms": True}}),
     "tpfuse": ({"TPFUSE_VLLM": "1"}, {}),
+    # To tell what a difference comes from; not run unless named.
+    "tpfuse-library": ({"TPFUSE_VLLM": "1", "TPFUSE_ALGORITHM": "library"}, {}),
+    "tpfuse-plain-launch": ({"TPFUSE_VLLM": "1", "TPFUSE_PDL": "off"}, {}),
 }
+USUAL = ("none", "vllm", "tpfuse")
 TINY = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
         "vocab_size": 256}  # fmt: skip
 LLAMA_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8,
@@ -189,11 +193,12 @@ def main() -> int:
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--contenders", default=",".join(CONTENDERS))
+    parser.add_argument("--contenders", default=",".join(USUAL), help=f"of {', '.join(CONTENDERS)}")
     parser.add_argument("--timeout", type=float, default=900, help="seconds for one start of a contender")
     parser.add_argument("--where", action="store_true", help="also say where the time of a prefill goes")
     parser.add_argument("--logs", type=Path, help="keep the contenders' logs in this folder")
     parser.add_argument("--engine", type=json.loads, default={}, help="more arguments of vllm.LLM, as JSON")
+    parser.add_argument("--compilation", type=json.loads, default={}, help="compilation_config of all, as JSON")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -207,6 +212,8 @@ def main() -> int:
         print("dry run on a tiny model: the figures say nothing")
     batches = [int(b) for b in given.batches.split(",")]
     names = given.contenders.split(",")
+    if unknown := [name for name in names if name not in CONTENDERS]:
+        parser.error(f"no contender {', '.join(unknown)}; there are {', '.join(CONTENDERS)}")
     rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as scratch:
         folder = given.logs or Path(scratch)
@@ -221,7 +228,7 @@ def main() -> int:
             "timeout": given.timeout,
             "where": given.where,
             "engine": given.engine,
-            "compilation": {},
+            "compilation": given.compilation,
         }
         for _ in range(given.rounds):
             for name in names:
