@@ -2,6 +2,7 @@
 
     python benchmarks/vllm.py                                     the shape of Llama-3.1-8B over two GPUs
     python benchmarks/vllm.py --layers 8 --out vllm.json          fewer layers, results as JSON
+    python benchmarks/vllm.py --where                             also where the time of prefill and decode steps goes
     python benchmarks/vllm.py --dry-run                           a tiny model on a CPU: shows that it runs, measures nothing
 
 Needs: vLLM with tpfuse in its environment, and as many GPUs as ranks. Weights are random and nothing is downloaded. vLLM's own
