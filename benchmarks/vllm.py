@@ -2,6 +2,7 @@
 
     python benchmarks/vllm.py                                     the shape of Llama-3.1-8B over two GPUs
     python benchmarks/vllm.py --layers 8 --out vllm.json          fewer layers, results as JSON
+    python benchmarks/vllm.py --where                             also where the time of prefill and decode steps goes
     python benchmarks/vllm.py --dry-run                           a tiny model on a CPU: shows that it runs, measures nothing
 
 Needs: vLLM with tpfuse in its environment, and as many GPUs as ranks. Weights are random and nothing is downloaded. vLLM's own
@@ -17,13 +18,16 @@ the host's start are not in it. Prefill is the time to one token for ``--prompt`
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +38,11 @@ CONTENDERS = {
     "none": ({}, {"pass_config": {"fuse_allreduce_rms": False}}),
     "vllm": ({}, {"pass_config": {"fuse_allreduce_rms": True}}),
     "tpfuse": ({"TPFUSE_VLLM": "1"}, {}),
+    # To tell what a difference comes from; not run unless named.
+    "tpfuse-library": ({"TPFUSE_VLLM": "1", "TPFUSE_ALGORITHM": "library"}, {}),
+    "tpfuse-plain-launch": ({"TPFUSE_VLLM": "1", "TPFUSE_PDL": "off"}, {}),
 }
+USUAL = ("none", "vllm", "tpfuse")
 TINY = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
         "vocab_size": 256}  # fmt: skip
 LLAMA_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8,
@@ -62,6 +70,7 @@ def model(folder: Path, shape: dict[str, int], layers: int) -> str:
 
 def measure(task: dict[str, Any]) -> dict[str, Any]:
     """One contender, in this process."""
+    began = time.perf_counter()
     import torch
     import vllm
     from vllm import LLM, SamplingParams
@@ -77,6 +86,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
         seed=0,
         enable_prefix_caching=False,
         compilation_config=task["compilation"],
+        **task["engine"],
     )
 
     def seconds(batch: int, prompt: int, tokens: int) -> float:
@@ -87,6 +97,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
         return time.perf_counter() - began
 
     found: dict[str, Any] = {"vllm": vllm.__version__, "torch": torch.__version__, "decode": {}}
+    print(f"the engine is ready after {time.perf_counter() - began:.0f} s", flush=True)
     for batch in task["batches"]:
         for tokens in (1, task["tokens"]):
             seconds(batch, 16, tokens)  # warm up, each number of rows
@@ -95,9 +106,14 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
             one, many = seconds(batch, 16, 1), seconds(batch, 16, task["tokens"])
             times.append((many - one) / (task["tokens"] - 1) * 1e3)
         found["decode"][str(batch)] = statistics.median(times)
-    seconds(1, task["prompt"], 1)
-    seconds(1, task["prompt"], 1)  # twice: the second prefill of a length is the one that is like those after it
-    found["prefill"] = statistics.median(seconds(1, task["prompt"], 1) * 1e3 for _ in range(task["repeats"]))
+        print(f"batch {batch}: {found['decode'][str(batch)]:.3f} ms a token", flush=True)
+    # The first prefills of a length are shown apart: what they have to load comes once.
+    found["prefill_first"] = [seconds(1, task["prompt"], 1) * 1e3 for _ in range(3)]
+    found["prefill_all"] = [seconds(1, task["prompt"], 1) * 1e3 for _ in range(task["repeats"])]
+    found["prefill"] = statistics.median(found["prefill_all"])
+    print(f"prefill: {found['prefill']:.3f} ms, the first ones {found['prefill_first']}", flush=True)
+    if task["where"]:
+        found["where"] = where(llm, seconds, task)
     if os.environ.get("TPFUSE_VLLM"):
         from tpfuse.engines.vllm import report
 
@@ -105,15 +121,51 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def where(llm: Any, seconds: Callable[[int, int, int], float], task: dict[str, Any]) -> list[str]:
+    """Lines that say where the time of a prefill and of decode steps goes, as the workers see it."""
+    from tpfuse.measure import engine_steps
+
+    def prefill() -> float:
+        return seconds(1, task["prompt"], 1) * 1e3
+
+    llm.collective_rpc(engine_steps.watch)
+    times = [prefill() for _ in range(task["repeats"])]
+    lines = [f"prefill with its steps timed: {statistics.median(times):.2f} ms through generate"]
+    lines += engine_steps.told(llm.collective_rpc(engine_steps.take))
+    for batch in task["batches"]:
+        seconds(batch, 16, task["tokens"])
+        lines.append(f"decode steps of batch {batch}:")
+        lines += engine_steps.told(llm.collective_rpc(engine_steps.take))
+    llm.collective_rpc(engine_steps.meet)
+    times = [prefill() for _ in range(task["repeats"])]
+    lines.append(f"prefill, ranks met before each step: {statistics.median(times):.2f} ms through generate")
+    lines += engine_steps.told(llm.collective_rpc(engine_steps.take))
+    llm.collective_rpc(engine_steps.start_profile)
+    prefill()
+    lines += llm.collective_rpc(engine_steps.stop_profile)[0]
+    print("\n".join(lines), flush=True)
+    return lines
+
+
 def run(name: str, task: dict[str, Any], folder: Path) -> dict[str, Any] | None:
     """One contender in a process of its own; None, with the end of its log, when it does not start."""
     variables, compilation = CONTENDERS[name]
     task = {**task, "compilation": {**task["compilation"], **compilation}}
     env = {k: v for k, v in os.environ.items() if k != "TPFUSE_VLLM"} | variables
+    if task["where"]:
+        env["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # or vLLM sends no function to its workers
     log = folder / f"{name}.log"
     with log.open("w") as out:
         command = [sys.executable, __file__, "--child", json.dumps(task)]
-        subprocess.run(command, env=env, stdout=out, stderr=subprocess.STDOUT, check=False)
+        # A session of its own, so that the workers can be ended with it: they hold the GPUs of the next contender.
+        child = subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            child.wait(task["timeout"])
+        except subprocess.TimeoutExpired:
+            print(f"{name}: no end after {task['timeout']} s", file=sys.stderr)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
     results = [line for line in log.read_text().splitlines() if line.startswith("RESULT ")]
     if not results:
         print(f"{name} gave no result; the log ends with\n{log.read_text()[-1500:]}", file=sys.stderr)
@@ -142,7 +194,12 @@ def main() -> int:
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--contenders", default=",".join(CONTENDERS))
+    parser.add_argument("--contenders", default=",".join(USUAL), help=f"of {', '.join(CONTENDERS)}")
+    parser.add_argument("--timeout", type=float, default=900, help="seconds for one start of a contender")
+    parser.add_argument("--where", action="store_true", help="also say where the time of a prefill goes")
+    parser.add_argument("--logs", type=Path, help="keep the contenders' logs in this folder")
+    parser.add_argument("--engine", type=json.loads, default={}, help="more arguments of vllm.LLM, as JSON")
+    parser.add_argument("--compilation", type=json.loads, default={}, help="compilation_config of all, as JSON")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -156,9 +213,12 @@ def main() -> int:
         print("dry run on a tiny model: the figures say nothing")
     batches = [int(b) for b in given.batches.split(",")]
     names = given.contenders.split(",")
+    if unknown := [name for name in names if name not in CONTENDERS]:
+        parser.error(f"no contender {', '.join(unknown)}; there are {', '.join(CONTENDERS)}")
     rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
+        folder = given.logs or Path(scratch)
+        folder.mkdir(parents=True, exist_ok=True)
         task = {
             "model": model(folder, TINY if given.dry_run else LLAMA_8B, given.layers),
             "ranks": given.ranks,
@@ -166,7 +226,10 @@ def main() -> int:
             "tokens": given.tokens,
             "prompt": given.prompt,
             "repeats": given.repeats,
-            "compilation": {},
+            "timeout": given.timeout,
+            "where": given.where,
+            "engine": given.engine,
+            "compilation": given.compilation,
         }
         for _ in range(given.rounds):
             for name in names:
