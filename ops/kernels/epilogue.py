@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from .call import spoil
+from .center import mean_of_values, normalised_around, variance_of
 from .memory import NAN_WORD, store16
 from .packing import over_scalar, pack, plus, plus_scalar, plus_words, rounded, times, times_scalar, times_words, unpack
 from .quantize import quantize_row, quantize_step
@@ -71,6 +72,20 @@ def normalised(values, mean, weight, eps, C: tl.constexpr, PTX: tl.constexpr):
 
 
 @triton.jit
+def affine_of(out, weight, shift, C: tl.constexpr, PTX: tl.constexpr):
+    """Words of a LayerNorm's output from the normalised values of one group: weight and shift, rounded as the flavour says."""
+    if C.round_normed:
+        out = rounded(out, C.dtype, PTX)
+    if C.has_weight:
+        out = rounded(times(out, gain_of(weight, C, PTX)), C.product_dtype, PTX)
+    if C.has_shift:
+        out = plus(out, values_of(shift, C.shift_dtype))
+        if C.shifted_dtype != C.out_dtype:
+            out = rounded(out, C.shifted_dtype, PTX)
+    return words_of(out, C.out_dtype, PTX)
+
+
+@triton.jit
 def prefetch(row, part, i: tl.constexpr, io, C: tl.constexpr, S: tl.constexpr):
     """Words of residual, bias and (for short programs) weight of one step, loaded before the poll so that the wait hides them.
 
@@ -90,7 +105,11 @@ def prefetch(row, part, i: tl.constexpr, io, C: tl.constexpr, S: tl.constexpr):
         b = load_words(bias, row_start + element, active, C.dtype, C.values, S.ptx)
     if C.has_weight and S.steps <= 2:
         w = load_words(weight, element.to(tl.int64), active, C.weight_dtype, C.values, S.ptx)
-    return (r, b, w)
+    if C.has_shift and S.shift_ahead:
+        s = load_words(io[5], element.to(tl.int64), active, C.shift_dtype, C.values, S.ptx)
+        return (r, b, w, s)
+    else:
+        return (r, b, w)
 
 
 @triton.jit
@@ -148,13 +167,18 @@ def finish(
 
     Args:
         held: for each step what :func:`accept` returned.
-        io: the tensors of the call: residual, weight, bias, normed, residual_out; what :func:`quantize_step` adds to them.
+        io: the tensors of the call: residual, weight, bias, normed, residual_out; what :func:`quantize_step` adds to them, or
+            the shift of a LayerNorm.
         loads: for each step what :func:`prefetch` returned; looked at only by programs of one or two steps.
     """
     STEPS: tl.constexpr = S.steps
     residual, weight, normed, residual_out = io[0], io[1], io[3], io[4]
     row_start = row.to(tl.int64) * C.hidden
-    mean = mean_of_squares(held, part, row, state, phase, watch, C, S)
+    if C.centered:
+        middle = mean_of_values(held, part, row, state, phase, watch, C, S)
+        mean = variance_of(held, middle, part, row, state, phase, watch, C, S)
+    else:
+        mean = mean_of_squares(held, part, row, state, phase, watch, C, S)
     outs = ()
     for i in tl.static_range(STEPS):
         element, active = lane_elements(part, i, C, S)
@@ -164,7 +188,17 @@ def finish(
                 gain = loads[i][2]
             else:
                 gain = load_words(weight, element.to(tl.int64), active, C.weight_dtype, C.values, S.ptx)
-        out = normalised(held_values(held[i], C), mean, gain, eps, C, S.ptx)
+        if C.centered:
+            shift = ()
+            if C.has_shift:
+                if S.shift_ahead:
+                    shift = loads[i][3]
+                else:
+                    shift = load_words(io[5], element.to(tl.int64), active, C.shift_dtype, C.values, S.ptx)
+            values = normalised_around(held_values(held[i], C), middle, mean, eps, C)
+            out = affine_of(values, gain, shift, C, S.ptx)
+        else:
+            out = normalised(held_values(held[i], C), mean, gain, eps, C, S.ptx)
         if C.keeps_normed:
             store_words(normed, row_start + element, out, active, C.out_dtype, S.ptx)
         if C.scale_a_row:
@@ -188,5 +222,5 @@ def finish(
         quantize_row(outs, row, part, io, state, phase, watch, C, S)
     if S.split > 1:
         restore(state, S)
-        if C.scale_a_row:
+        if C.scale_a_row or C.centered:
             restore_tops(state, S)
