@@ -103,9 +103,9 @@ def prefetch(row, part, i: tl.constexpr, io, C: tl.constexpr, S: tl.constexpr):
         b = load_words(bias, element.to(tl.int64), active, C.dtype, C.values, S.ptx)
     if C.bias == "full":
         b = load_words(bias, row_start + element, active, C.dtype, C.values, S.ptx)
-    if C.has_weight and S.steps <= 2:
+    if C.has_weight and S.steps <= 2 and (S.affine_ahead or not C.centered):
         w = load_words(weight, element.to(tl.int64), active, C.weight_dtype, C.values, S.ptx)
-    if C.has_shift and S.shift_ahead:
+    if C.has_shift and S.affine_ahead:
         s = load_words(io[5], element.to(tl.int64), active, C.shift_dtype, C.values, S.ptx)
         return (r, b, w, s)
     else:
@@ -184,14 +184,14 @@ def finish(
         element, active = lane_elements(part, i, C, S)
         gain = ()
         if C.has_weight:
-            if S.steps <= 2:
+            if S.steps <= 2 and (S.affine_ahead or not C.centered):
                 gain = loads[i][2]
             else:
                 gain = load_words(weight, element.to(tl.int64), active, C.weight_dtype, C.values, S.ptx)
         if C.centered:
             shift = ()
             if C.has_shift:
-                if S.shift_ahead:
+                if S.affine_ahead:
                     shift = loads[i][3]
                 else:
                     shift = load_words(io[5], element.to(tl.int64), active, C.shift_dtype, C.values, S.ptx)

@@ -110,7 +110,7 @@ def folded(totals, HALF: tl.constexpr):
 
 @triton.jit
 def exchange(sums, part, row, state, phase, watch, C: tl.constexpr, S: tl.constexpr, SIGNED: tl.constexpr = False):
-    """The sum of squares (``SIGNED``: of values), fp32, of a row that ``S.split`` neighbouring programs hold, one item each.
+    """The sum of squares, fp32, of a row that ``S.split`` neighbouring programs hold, one item each. ``SIGNED``: the mean.
 
     Push and poll again, within one GPU: every program announces its sums, polls its own area, and restores its zeros when
     it has nothing else to do (:func:`restore`). The kernel boundary orders them before the next call's writes: one phase
@@ -144,7 +144,7 @@ def exchange(sums, part, row, state, phase, watch, C: tl.constexpr, S: tl.conste
         totals = totals + (word.to(tl.float32, bitcast=True).to(tl.float64),)
     if SIGNED:
         # Values may cancel, so the order shows: halves upon halves, as in over_lanes_asm, where zeros fill up the upper half.
-        return folded(folded(folded(folded(totals, 8), 4), 2), 1)[0].to(tl.float32)
+        return over_width(folded(folded(folded(folded(totals, 8), 4), 2), 1)[0], C).to(tl.float32)
     # In pairs: exact as any other order, and the fewest additions in a row.
     for _ in tl.static_range(4):
         pairs = ()
@@ -246,13 +246,25 @@ def mean_of(sums, part, row, state, phase, watch, C: tl.constexpr, S: tl.constex
     if S.split > 1:
         total = exchange(sums, part, row, state, phase, watch, C, S, SIGNED)
     elif S.ptx:
-        total = over_lanes(sums, GROUPS, True)
+        total = over_lanes(sums, GROUPS, True, C.hidden if SIGNED else 0)
     else:
         groups = sums_over_lanes(sums[0], GROUPS).to(tl.float64)
         for i in tl.static_range(1, STEPS):
             groups += sums_over_lanes(sums[i], GROUPS).to(tl.float64)
-        total = (tl.sum(groups, axis=0) if GROUPS > 1 else groups).to(tl.float32)
-    if C.hidden & (C.hidden - 1) == 0:
+        total = tl.sum(groups, axis=0) if GROUPS > 1 else groups
+        if SIGNED:
+            total = over_width(total, C)
+        total = total.to(tl.float32)
+    if SIGNED:
+        return total
+    elif C.hidden & (C.hidden - 1) == 0:
         return total * (1.0 / C.hidden)  # the same bits as the division
     else:
         return tl.math.div_rn(total, C.hidden * 1.0)
+
+
+@triton.jit
+def over_width(total, C: tl.constexpr):
+    """A sum over H in fp64, as :func:`.reduction.over_lanes_asm` divides it: the mean of a row is rounded once, since all of
+    its error is an error of every difference from it."""
+    return total * tl.full((), 1.0 / C.hidden, tl.float64)

@@ -125,8 +125,8 @@ class Variant:
         return self.steps * self.groups_a_step
 
     @property
-    def shift_ahead(self) -> bool:
-        """Whether the shift of a LayerNorm is loaded before the poll: of the widest rows the registers do not take it as well."""
+    def affine_ahead(self) -> bool:
+        """Whether weight and shift of a LayerNorm are loaded before the poll: of the widest rows they take too many registers."""
         return self.steps <= 2 and self.split * self.groups <= MAX_GROUPS // 2
 
     @property
