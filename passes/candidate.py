@@ -115,7 +115,7 @@ class Candidate:
             parts.append("scale")
         if self.residual is not None and self.post_add is None:
             parts.append("add")
-        parts.append("rms_norm")
+        parts.append(self.norm.kind)
         if self.post_add is not None:
             parts.append("add")
         if self.quantization is not None:
@@ -128,7 +128,7 @@ class Candidate:
         other = self.merged
         theirs = () if other is None else (other.collective.x, other.factor)
         static_scale = None if self.quantization is None else self.quantization.static_scale
-        operands = (self.bias, *theirs, self.residual, self.norm.weight, self.factor, static_scale)
+        operands = (self.bias, *theirs, self.residual, self.norm.weight, self.norm.shift, self.factor, static_scale)
         return tuple(n for n in operands if isinstance(n, Node))
 
     @property

@@ -18,8 +18,9 @@ from torch.fx.node import map_arg
 
 from tpfuse import compat
 
-from ..ops import quant_reference, reference
+from ..ops import layer_norm_reference, quant_reference, reference
 from ..ops.flavour import Flavour
+from ..ops.layer_norm_flavour import LayerNormFlavour
 from ..ops.quantizer import Quantizer
 from . import values
 from .candidate import Candidate
@@ -30,6 +31,7 @@ from .reasons import Reason, Refusal
 OP = torch.ops.tpfuse.all_reduce_add_rms_norm.default
 ROWS = torch.ops.tpfuse.reduce_rows_add_rms_norm.default
 QUANT = torch.ops.tpfuse.all_reduce_add_rms_norm_quant.default
+LAYER_NORM = torch.ops.tpfuse.all_reduce_add_layer_norm.default
 aten = torch.ops.aten
 
 
@@ -170,6 +172,9 @@ class Replacement:
                     x = self.candidate.block.of(x, kept_shape(self.candidate) if residual is None else residual.shape)
                 args = (x, residual, weight, bias, eps, scale, Flavour.parse(flavour), post)
                 results.append(reference.add_rms_norm(*args))
+            elif step.target is LAYER_NORM:
+                *given, flavour, _ = args
+                results.append(layer_norm_reference.add_layer_norm(*given, LayerNormFlavour.parse(flavour)))
             elif step.target is QUANT:
                 x, residual, weight, bias, eps, scale, flavour, post, _, quantizer, static_scale, keep = args
                 args = (x, residual, weight, bias, eps, scale, Flavour.parse(flavour), post)
@@ -248,6 +253,9 @@ def _build(new: Replacement) -> None:
         if quantization is not None:
             more = str(quantization.quantizer), quantization.static_scale, quantization.keep_normed
             new.fused = new.call(QUANT, x, residual, norm.weight, bias, *arguments, *more)
+        elif norm.kind == "layer_norm":
+            given_last = norm.eps, candidate.scale, str(norm.flavour), c.group_name
+            new.fused = new.call(LAYER_NORM, x, residual, norm.weight, norm.shift, bias, *given_last)
         elif block is None:
             new.fused = new.call(OP, x, residual, norm.weight, bias, *arguments)
         else:
