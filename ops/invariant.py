@@ -133,6 +133,7 @@ def row_by_row(reduced: Tensor, given: Any, function: Callable[..., tuple[Tensor
 
     flat, residuals, bias = by_row(reduced), by_row(given.residual), given.bias
     biases = by_row(bias) if bias is not None and bias.shape == reduced.shape and bias.dim() > 1 else None
+    addends = by_row(getattr(given, "addend", None))
     assert flat is not None
     found = []
     for row in range(flat.shape[0]):
@@ -140,6 +141,8 @@ def row_by_row(reduced: Tensor, given: Any, function: Callable[..., tuple[Tensor
         alone = given._replace(
             residual=None if residuals is None else residuals[one], bias=bias if biases is None else biases[one]
         )
+        if addends is not None:
+            alone = alone._replace(addend=addends[one])
         found.append(function(flat[one], *alone.after_the_sum))
     normed, out = (torch.cat(parts).view(reduced.shape) for parts in zip(*found, strict=True))
     return normed, out

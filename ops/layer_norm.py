@@ -16,8 +16,8 @@ from .library import exact_layer_norm
 from .op import library as registry
 
 SCHEMA = (
-    f"{NAME}(Tensor x, Tensor? residual, Tensor? weight, Tensor? norm_bias, Tensor? bias, float eps, float scale, str flavour, "
-    "str group_name) -> (Tensor normed, Tensor residual_out)"
+    f"{NAME}(Tensor x, Tensor? residual, Tensor? weight, Tensor? norm_bias, Tensor? bias, Tensor? addend, float eps, "
+    "float scale, str flavour, str group_name) -> (Tensor normed, Tensor residual_out)"
 )
 registry.define(SCHEMA, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
 
@@ -57,6 +57,7 @@ def all_reduce_add_layer_norm(
     *,
     eps: float = 1e-5,
     bias: Tensor | None = None,
+    addend: Tensor | None = None,
     scale: float = 1.0,
     flavour: LayerNormFlavour | str = LAYER_NORM,
     group: torch.distributed.ProcessGroup | str | None = None,
@@ -70,14 +71,15 @@ def all_reduce_add_layer_norm(
         norm_bias: ``(H,)``, added behind the weight, or None exactly with a flavour whose shift is ``"none"``.
         eps: added to the biased variance.
         bias: ``(H,)`` or ``x``'s shape, added to the sum before scale and residual, or None.
-        scale: multiplied into the sum after the bias.
+        addend: ``x``'s shape and dtype, added behind the bias, or None: the sum of the other of two parallel sublayers.
+        scale: multiplied into the sum after both.
         flavour: how mean and variance are taken and where the norm rounds; see :class:`tpfuse.ops.LayerNormFlavour`.
         group: a process group or its name; None is the default group.
     Returns:
-        ``(layer_norm(h), h)`` where ``h = residual + scale * (sum + bias)``.
+        ``(layer_norm(h), h)`` where ``h = residual + scale * (sum + bias + addend)``.
     Raises:
         ValueError: a shape or dtype does not fit; the message names the argument.
         RuntimeError: autograd would have to record the op, or no process group is initialised.
     """
-    given = (x, residual, weight, norm_bias, bias, eps, scale, str(flavour), paths.group_name_of(group))
+    given = (x, residual, weight, norm_bias, bias, addend, eps, scale, str(flavour), paths.group_name_of(group))
     return torch.ops.tpfuse.all_reduce_add_layer_norm(*given)

@@ -23,6 +23,7 @@ class LayerNormOperands(NamedTuple):
     weight: Tensor | None
     norm_bias: Tensor | None
     bias: Tensor | None
+    addend: Tensor | None
     eps: float
     scale: float
     flavour: LayerNormFlavour
@@ -46,8 +47,15 @@ class LayerNormOperands(NamedTuple):
     def check(self, same: Callable[[Any, Any], bool] = operator.eq) -> None:
         """Raise as :meth:`of` does."""
         refuse_gradients(self.x, self.residual, self.weight, self.bias, NAME)
-        if self.norm_bias is not None:
-            refuse_gradients(self.norm_bias, None, None, None, NAME)
+        for name, tensor in (("norm_bias", self.norm_bias), ("addend", self.addend)):
+            if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+                raise RuntimeError(
+                    f"{NAME} is for inference only and has no gradient, but {name} requires grad; call it under "
+                    "torch.no_grad() or torch.inference_mode(), or detach its operands"
+                )
+        added = self.addend
+        if added is not None and (added.dtype != self.x.dtype or not same(tuple(added.shape), tuple(self.x.shape))):
+            raise ValueError(f"{NAME}: addend is {_text(added)}; expected the dtype and shape of x, {_text(self.x)}")
         check(self.x, self.residual, self.weight, self.bias, self.flavour.scaling, False, same, NAME)
         shift = self.norm_bias
         if (shift is None) != (self.flavour.shift == "none"):
@@ -76,7 +84,7 @@ class LayerNormOperands(NamedTuple):
     @property
     def after_the_sum(self) -> tuple[Any, ...]:
         """What :func:`tpfuse.ops.layer_norm_reference.add_layer_norm` takes besides the sum."""
-        return self.residual, self.weight, self.norm_bias, self.bias, self.eps, self.scale, self.flavour
+        return self.residual, self.weight, self.norm_bias, self.bias, self.addend, self.eps, self.scale, self.flavour
 
 
 def _text(tensor: Tensor | None) -> str:

@@ -68,6 +68,7 @@ def add_layer_norm(
     weight: Tensor | None,
     norm_bias: Tensor | None,
     bias: Tensor | None,
+    addend: Tensor | None,
     eps: float,
     scale: float,
     flavour: LayerNormFlavour,
@@ -78,13 +79,16 @@ def add_layer_norm(
         reduced: ``(..., H)``, the sum over ranks, rounded to its dtype.
         residual: the shape and dtype of ``reduced``, or None.
         bias: ``(H,)`` or the shape of ``reduced``, added to the sum before the scale; or None.
+        addend: the shape of ``reduced``, added behind the bias; or None.
         weight, norm_bias, eps, flavour: of the norm, see :func:`layer_norm`.
     Returns:
-        ``(norm(h), h)`` with ``h = residual + scale * (reduced + bias)``.
+        ``(norm(h), h)`` with ``h = residual + scale * (reduced + bias + addend)``.
     """
     h = reduced
     if bias is not None:
         h = h + bias
+    if addend is not None:
+        h = h + addend
     if scale != 1.0:
         h = h * scale
     if residual is not None:

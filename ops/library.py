@@ -58,12 +58,12 @@ def add_norm(
     eps: float,
     scale: float,
     constants: Constants,
-    shift: Tensor | None = None,
+    behind: tuple[Tensor | None, ...] = (),
 ) -> None:
     """Bias, scale, residual add and norm of reduced rows in one kernel. Tensors are contiguous and 16-byte aligned.
 
     Args:
-        shift: what a LayerNorm adds behind its weight.
+        behind: of a LayerNorm: what it adds behind its weight, and the addend behind the bias.
     """
     kernel = _kernel(constants)
     rows = reduced.numel() // constants.hidden
@@ -74,7 +74,7 @@ def add_norm(
         reduced if bias is None else bias,
         normed,
         residual_out,
-        *(() if not constants.centered else (reduced if shift is None else shift,)),
+        *(reduced if t is None else t for t in behind),
         rows,
         eps,
         scale,

@@ -67,14 +67,14 @@ def prepare(
     post_norm: bool,
     group_name: str,
     load: Callable[[Prepared, Plane, torch.dtype], None] | None = None,
-    layer_norm: tuple[LayerNormFlavour, torch.dtype | None] | None = None,
+    layer_norm: tuple[LayerNormFlavour, torch.dtype | None, bool] | None = None,
 ) -> Prepared:
     """Everything about calls like this one; votes on the group's path where nobody has.
 
     Args:
         load: compiles and loads the kernels of such calls; None is for the kernels of the all-reduce.
-        layer_norm: of calls with a LayerNorm its flavour, and the dtype of what it adds behind its weight; ``flavour`` is then
-            that of the same scaling.
+        layer_norm: of calls with a LayerNorm its flavour, the dtype of what it adds behind its weight, and whether there is an
+            addend; ``flavour`` is then that of the same scaling.
     """
     parsed = Flavour.parse(flavour)
     check(x, residual, weight, bias, parsed, post_norm)
@@ -114,10 +114,10 @@ def prepare(
         held=compat.group_reference(compat.resolve_group(group_name)),
     )
     if layer_norm is not None:
-        kind, shift = layer_norm
+        kind, shift, addend = layer_norm
         prepared.normed_dtype = layer_norm_reference.output_dtype(x.dtype, weight_dtype, shift, kind)
         if prepared.constants is not None:
-            prepared.constants = centered(prepared.constants, shift, prepared.normed_dtype)
+            prepared.constants = centered(prepared.constants, shift, prepared.normed_dtype, addend)
     if prepared.constants is not None and path.plane is not None:
         (load or _load_kernels)(prepared, path.plane, x.dtype)
     PREPARED[key] = prepared
@@ -165,7 +165,7 @@ def samples(c: Constants, p: Plane, counts: int = 1, quantizer: Quantizer | None
     """
     x, weight, normed, residual_out = (torch_dtype(d) for d in (c.dtype, c.weight_dtype, c.out_dtype, c.residual_dtype))
     tables = (torch.int64, torch.int32)
-    more: tuple[Any, ...] = (torch_dtype(c.shift_dtype or c.dtype),) if c.centered else ()
+    more: tuple[Any, ...] = (torch_dtype(c.shift_dtype or c.dtype), x) if c.centered else ()
     if quantizer is not None:
         more = (torch.uint8, scales_like((1, c.hidden), quantizer)[2], torch.float32, 1)
     return (

@@ -237,6 +237,10 @@ def _build(new: Replacement) -> None:
         bias = _followed(new, new.fit(bias, candidate.terms[full].node), full + 1)
     elif bias is not None and len(new.shape(bias)) != 1:
         bias = new.call(aten.view.default, bias, [values.width(candidate.h.root)])
+    addend: Node | Value | None = candidate.addend
+    if addend is not None:
+        place = next(n for n, t in enumerate(candidate.terms) if t.operand is addend)
+        addend = _followed(new, new.fit(addend, candidate.terms[place].node), place + 1)
     if candidate.merged is not None:
         x: Node | Value = _merged(new)
     else:
@@ -255,7 +259,7 @@ def _build(new: Replacement) -> None:
             new.fused = new.call(QUANT, x, residual, norm.weight, bias, *arguments, *more)
         elif norm.kind == "layer_norm":
             given_last = norm.eps, candidate.scale, str(norm.flavour), c.group_name
-            new.fused = new.call(LAYER_NORM, x, residual, norm.weight, norm.shift, bias, *given_last)
+            new.fused = new.call(LAYER_NORM, x, residual, norm.weight, norm.shift, bias, addend, *given_last)
         elif block is None:
             new.fused = new.call(OP, x, residual, norm.weight, bias, *arguments)
         else:

@@ -60,6 +60,7 @@ class Call:
     keep_normed: bool = True
     layer_norm: bool = False  # the flavour is one of tpfuse.ops.layer_norm_flavour.NAMED
     mean: float = 0.0  # added to every contribution
+    addend: bool = False
 
 
 @dataclass
@@ -84,6 +85,7 @@ class Inputs:
     weight: torch.Tensor | None
     bias: torch.Tensor | None
     shift: torch.Tensor | None = None
+    addend: torch.Tensor | None = None
 
 
 def inputs(call: Call, world: int) -> Inputs:
@@ -131,7 +133,9 @@ def inputs(call: Call, world: int) -> Inputs:
     if call.layer_norm and call.flavour in ("layer_norm", "nemotron"):
         shift = torch.randn(call.hidden, generator=g).to(call.weight_dtype or call.dtype)
     residual = make(*shape) if call.residual else None
-    return Inputs(xs, residual, weight, None if bias is None else make(*bias), shift)
+    return Inputs(
+        xs, residual, weight, None if bias is None else make(*bias), shift, make(*shape) if call.addend else None
+    )
 
 
 def of_rank(call: Call, given: Inputs, rank: int, world: int) -> Inputs:
@@ -175,7 +179,9 @@ def constants_of(call: Call, given: Inputs) -> Any:
     )
     if not call.layer_norm:
         return c
-    return centered(c, shift, layer_norm_reference.output_dtype(call.dtype, weight, shift, layer_norm_flavour(call)))
+    return centered(
+        c, shift, layer_norm_reference.output_dtype(call.dtype, weight, shift, layer_norm_flavour(call)), call.addend
+    )
 
 
 def expected(call: Call, given: Inputs, spelled_out: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
@@ -194,7 +200,7 @@ def expected(call: Call, given: Inputs, spelled_out: bool = False) -> tuple[torc
         flavour = layer_norm_flavour(call)
         if spelled_out:
             flavour = replace(flavour, moments="squares", compute="float32")
-        affine = given.residual, given.weight, given.shift, given.bias
+        affine = given.residual, given.weight, given.shift, given.bias, given.addend
         return layer_norm_reference.add_layer_norm(reduced, *affine, call.eps, call.scale, flavour)
     return reference.add_rms_norm(
         reduced, given.residual, given.weight, given.bias, call.eps, call.scale, NAMED[call.flavour], call.post_norm
@@ -493,7 +499,7 @@ def _worker(
                     views[1],
                     *extra,
                     *((STATIC_SCALE, extra[1].stride(-1)) if extra else ()),
-                    *((none if given.shift is None else given.shift,) if call.layer_norm else ()),
+                    *([none if t is None else t for t in (given.shift, given.addend)] if call.layer_norm else ()),
                     peers,
                     state,
                     rank,

@@ -29,6 +29,7 @@ CALLS = [
     layer(1, 520, dtype=FP32, mean=1000.0, seed=6),
     layer(1, 72, weight_dtype=FP32, seed=7),
     layer(2, 72, bias="row", scale=0.22, residual=False, seed=8),
+    layer(2, 72, bias="row", addend=True, seed=13),
     layer(2, 72, bias="full", special="zeros", seed=9),
     layer(2, 72, special="nonfinite", seed=10),
     layer(0, 72, seed=11),
@@ -84,8 +85,8 @@ def work(calls: list[Call], send: Any) -> None:
         ]
         operands = [reduced if t is None else t for t in (given.residual, given.weight, given.bias)]
         variant = Variant(world=1, lanes=GROUP_LANES, steps=c.groups, split=1, ptx=False)
-        shift = reduced if given.shift is None else given.shift
-        arguments = (reduced, *operands, *outputs, shift, call.rows, call.eps, call.scale)
+        behind = [reduced if t is None else t for t in (given.shift, given.addend)]
+        arguments = (reduced, *operands, *outputs, *behind, call.rows, call.eps, call.scale)
         launch_plain(add_norm.add_norm_layer_norm_kernel, 2, arguments, (c, variant))
         with squares_in_kernel_order(call):
             want = expected(call, given, spelled_out=True)
@@ -100,6 +101,7 @@ def test_behind_the_library_all_reduce_it_has_the_same_bits() -> None:
         for hidden, dtype, mean in ((72, BF16, 8.0), (2056, BF16, 0.0), (72, FP16, 0.0), (520, FP32, 300.0))
         for flavour in ("layer_norm", "cohere", "nemotron", "olmo")
     ]
+    calls.append(layer(2, 72, bias="row", addend=True, seed=3))
     assert answer(work, calls) == [[0, 0]] * len(calls)
 
 

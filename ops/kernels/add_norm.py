@@ -84,12 +84,13 @@ def add_norm_layer_norm_kernel(
     normed,
     residual_out,
     shift,
+    addend,
     rows,
     eps,
     scale,
     C: tl.constexpr,
     S: tl.constexpr,
 ):
-    """:func:`add_norm_kernel` with a LayerNorm; ``shift`` as in :func:`.one_shot.one_shot_layer_norm_kernel`."""
-    io = (residual, weight, bias, normed, residual_out, shift)
+    """:func:`add_norm_kernel` with a LayerNorm; ``shift`` and ``addend`` as in :func:`.one_shot.one_shot_layer_norm_kernel`."""
+    io = (residual, weight, bias, normed, residual_out, shift, addend)
     add_norm(reduced_rows, io, rows, eps, scale, C, S)

@@ -29,10 +29,12 @@ _NAN: tl.constexpr = tl.constexpr(NAN_WORD)
 
 
 @triton.jit
-def affine(words, shift, scale, C: tl.constexpr, PTX: tl.constexpr):
-    """Bias (its words), then scale, each rounded to the dtype as eager mode does; words in, words out."""
+def affine(words, shift, addend, scale, C: tl.constexpr, PTX: tl.constexpr):
+    """Bias (its words), addend, then scale, each rounded to the dtype as eager mode does; words in, words out."""
     if C.bias != "none":
         words = plus_words(words, shift, C.dtype, PTX)
+    if C.has_addend:
+        words = plus_words(words, addend, C.dtype, PTX)
     if C.scaled:
         words = pack(times_scalar(unpack(words, C.dtype), scale), C.dtype, PTX)
     return words
@@ -105,11 +107,13 @@ def prefetch(row, part, i: tl.constexpr, io, C: tl.constexpr, S: tl.constexpr):
         b = load_words(bias, row_start + element, active, C.dtype, C.values, S.ptx)
     if C.has_weight and S.steps <= 2 and (S.affine_ahead or not C.centered):
         w = load_words(weight, element.to(tl.int64), active, C.weight_dtype, C.values, S.ptx)
+    s = ()
+    a = ()
     if C.has_shift and S.affine_ahead:
         s = load_words(io[5], element.to(tl.int64), active, C.shift_dtype, C.values, S.ptx)
-        return (r, b, w, s)
-    else:
-        return (r, b, w)
+    if C.has_addend and S.addend_ahead:
+        a = load_words(io[6], row_start + element, active, C.dtype, C.values, S.ptx)
+    return (r, b, w, s, a)
 
 
 @triton.jit
@@ -134,7 +138,10 @@ def accept(
         loads: what :func:`prefetch` returned for this step.
     """
     element, active = lane_elements(part, i, C, S)
-    words = affine(reduced, loads[1], scale, C, S.ptx)
+    addend = loads[4]
+    if C.has_addend and not S.addend_ahead:
+        addend = load_words(io[6], row.to(tl.int64) * C.hidden + element, active, C.dtype, C.values, S.ptx)
+    words = affine(reduced, loads[1], addend, scale, C, S.ptx)
     if C.unrounded:
         values = plus(unpack(loads[0], C.dtype), unpack(words, C.dtype))
         words = pack(values, C.dtype, S.ptx)
@@ -168,7 +175,7 @@ def finish(
     Args:
         held: for each step what :func:`accept` returned.
         io: the tensors of the call: residual, weight, bias, normed, residual_out; what :func:`quantize_step` adds to them, or
-            the shift of a LayerNorm.
+            the shift of a LayerNorm and its addend.
         loads: for each step what :func:`prefetch` returned; looked at only by programs of one or two steps.
     """
     STEPS: tl.constexpr = S.steps

@@ -191,6 +191,7 @@ def one_shot_layer_norm_kernel(
     normed,
     residual_out,
     shift,
+    addend,
     peers,
     state,
     rank,
@@ -202,8 +203,11 @@ def one_shot_layer_norm_kernel(
     C: tl.constexpr,
     S: tl.constexpr,
 ):
-    """:func:`one_shot_kernel` with a LayerNorm; ``shift``, ``(H,)``, is added behind the weight, or any pointer."""
-    io = (residual, weight, bias, normed, residual_out, shift)
+    """:func:`one_shot_kernel` with a LayerNorm; ``shift``, ``(H,)``, is added behind the weight.
+
+    ``addend``, rows as of ``x``, is added behind the bias. Unused ones are any pointer.
+    """
+    io = (residual, weight, bias, normed, residual_out, shift, addend)
     begun = begin_one_shot(x, peers, state, rank, rows, C, S)
     if S.world > 4:  # the words of so many ranks leave no register for a second count
         if failed(state):

@@ -215,6 +215,7 @@ def two_shot_layer_norm_kernel(
     normed,
     residual_out,
     shift,
+    addend,
     peers,
     state,
     rank,
@@ -226,6 +227,9 @@ def two_shot_layer_norm_kernel(
     C: tl.constexpr,
     S: tl.constexpr,
 ):
-    """:func:`two_shot_kernel` with a LayerNorm; ``shift``, ``(H,)``, is added behind the weight, or any pointer."""
-    io = (residual, weight, bias, normed, residual_out, shift)
+    """:func:`two_shot_kernel` with a LayerNorm; ``shift``, ``(H,)``, is added behind the weight.
+
+    ``addend``, rows as of ``x``, is added behind the bias. Unused ones are any pointer.
+    """
+    io = (residual, weight, bias, normed, residual_out, shift, addend)
     two_shot(x, io, peers, state, rank, rows, phase_bytes, limit, eps, scale, C, S)

@@ -55,6 +55,7 @@ class Constants:
     quant: Quant | None = None  # the normed rows are quantized
     centered: bool = False  # the mean is subtracted: LayerNorm
     shift_dtype: tl.dtype | None = None  # of the bias behind its weight, where there is one
+    has_addend: bool = False  # another tensor of rows is added behind the bias
 
     @property
     def groups(self) -> int:
@@ -130,6 +131,11 @@ class Variant:
         return self.steps <= 2 and self.split * self.groups <= MAX_GROUPS // 2
 
     @property
+    def addend_ahead(self) -> bool:
+        """The same for an addend beside a bias."""
+        return self.steps == 1 and self.world <= 4
+
+    @property
     def blocks_at_once(self) -> int:
         """Blocks whose words of a row a thread holds at once: no more than its registers can take, and a divisor of all."""
         return next(n for n in range(self.blocks, 0, -1) if self.blocks % n == 0 and (n == 1 or n * self.steps <= 4))
@@ -197,12 +203,13 @@ def constants(
     )
 
 
-def centered(c: Constants, shift_dtype: torch.dtype | None, out_dtype: torch.dtype) -> Constants:
+def centered(c: Constants, shift_dtype: torch.dtype | None, out_dtype: torch.dtype, addend: bool = False) -> Constants:
     """The constants of a LayerNorm from those of the RMSNorm that casts and rounds alike.
 
     Args:
         shift_dtype: of the vector that is added behind the weight, None without one: the dtype of ``x``, or fp32.
         out_dtype: of the normed output.
+        addend: whether another tensor of rows is added behind the bias.
     """
     shift = None if shift_dtype is None else _TL[shift_dtype]
-    return replace(c, centered=True, shift_dtype=shift, out_dtype=_TL[out_dtype])
+    return replace(c, centered=True, shift_dtype=shift, out_dtype=_TL[out_dtype], has_addend=addend)
