@@ -15,6 +15,7 @@ S = sympy.Symbol("s", real=True)
 Q = sympy.Symbol("mean_s2", positive=True)
 M = sympy.Symbol("mean_s", real=True)
 V = sympy.Symbol("var_s", positive=True)  # biased
+D = sympy.Symbol("s_less_mean", real=True)
 
 
 def _number(constant: float | int) -> sympy.Rational:
@@ -138,6 +139,7 @@ class Meaning:
     def _layer_norm(self, step: Step, a: Any) -> Any:
         shape, weight, bias, eps = step.args[1:5]
         if tuple(shape) != (self.hidden,):
+            del self.notes[Reason.LAYER_NORM]  # this says more
             self.notes[Reason.PARTIAL_WIDTH] = (
                 f"{step.target} normalises over {tuple(shape)}, the width is {self.hidden}"
             )
@@ -199,18 +201,22 @@ class Meaning:
         if expr is None or isinstance(expr, sympy.Tuple) or not expr.has(S) or not expr.has(V):
             return None
         vectors = [self.weights[i] for i, leaf in enumerate(self.leaves) if leaf.shape == "vector"]
-        b = sympy.cancel(expr.subs(S, M))  # what is left where every value is the mean
-        if b != 0 and b not in vectors:
+        expr = expr.subs(S, M + D)
+        b = expr.subs(D, 0)  # what is left where every value is the mean
+        if b not in (0, *vectors):
             return None
-        squared = sympy.cancel((expr - b) ** 2)
+        squared = (expr - b) ** 2
+        if squared == 0:
+            return None
         for g in (sympy.Integer(1), *(x for w in vectors if expr.has(w) for x in (w, 1 + w))):
-            eps = sympy.cancel((S - M) ** 2 * g**2 / squared - V)
+            eps = D**2 * g**2 / squared - V
+            eps = sympy.cancel(eps) if eps.free_symbols else eps
             if eps.free_symbols and all(str(x).startswith("c") for x in eps.free_symbols):
                 self._note_symbolic_eps()
                 continue
             if eps.free_symbols or not eps.is_real or eps < 0:
                 continue
-            sample = {S: 3, M: 1, V: 4, **dict.fromkeys(self.weights.values(), 5)}
+            sample = {D: 2, M: 1, V: 4, **dict.fromkeys(self.weights.values(), 5)}
             if (expr - b).subs(sample) > 0:  # the square forgets the sign
                 return g, eps, b
         return None
