@@ -4,6 +4,8 @@ from . import settings
 from .flavour import GEMMA, GEMMA4, LLAMA, OLMO2, SGLANG, VLLM, WEIGHTLESS, Flavour
 from .gather_rows import reduce_rows_add_rms_norm_gather
 from .invariant import set_batch_invariant
+from .layer_norm import all_reduce_add_layer_norm
+from .layer_norm_flavour import COHERE, LAYER_NORM, NEMOTRON, LayerNormFlavour
 from .op import all_reduce_add_rms_norm
 from .paths import GroupPath, describe_path, raise_if_failed, reset, stream_class
 from .prepare import forget
@@ -14,17 +16,22 @@ from .select import Selection, select
 from .settings import batch_invariant
 
 __all__ = [
+    "COHERE",
     "GEMMA",
     "GEMMA4",
+    "LAYER_NORM",
     "LLAMA",
+    "NEMOTRON",
     "OLMO2",
     "SGLANG",
     "VLLM",
     "WEIGHTLESS",
     "Flavour",
     "GroupPath",
+    "LayerNormFlavour",
     "Quantizer",
     "Selection",
+    "all_reduce_add_layer_norm",
     "all_reduce_add_rms_norm",
     "all_reduce_add_rms_norm_quant",
     "batch_invariant",

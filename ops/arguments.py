@@ -13,6 +13,7 @@ from tpfuse import compat
 
 from .flavour import Flavour
 
+NAME = "all_reduce_add_rms_norm"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -59,42 +60,44 @@ def check(
     flavour: Flavour,
     post_norm: bool,
     same: Callable[[Any, Any], bool] = operator.eq,
+    name: str = NAME,
 ) -> None:
     """Raise ``ValueError`` naming the argument, what it is and what the op takes.
 
     Args:
         same: compares two shapes; another one than ``==`` where sizes may be symbols.
+        name: of the op, for messages.
     """
     if x.dim() < 1:
-        raise ValueError("all_reduce_add_rms_norm: x is a scalar; expected a tensor of shape (..., H)")
+        raise ValueError(f"{name}: x is a scalar; expected a tensor of shape (..., H)")
     if x.dtype not in DTYPES:
-        raise ValueError(f"all_reduce_add_rms_norm: x has dtype {x.dtype}; expected one of {DTYPES}")
+        raise ValueError(f"{name}: x has dtype {x.dtype}; expected one of {DTYPES}")
     hidden = x.shape[-1]
     if residual is not None and (residual.dtype != x.dtype or not same(residual.shape, x.shape)):
         raise ValueError(
-            f"all_reduce_add_rms_norm: residual is {residual.dtype} {tuple(residual.shape)}; expected the dtype and "
+            f"{name}: residual is {residual.dtype} {tuple(residual.shape)}; expected the dtype and "
             f"shape of x, {x.dtype} {tuple(x.shape)}"
         )
     if post_norm and residual is None:
-        raise ValueError("all_reduce_add_rms_norm: post_norm=True needs a residual to add to; residual is None")
+        raise ValueError(f"{name}: post_norm=True needs a residual to add to; residual is None")
     if post_norm and flavour.reads == "unrounded":
         raise ValueError(
-            "all_reduce_add_rms_norm: post_norm=True adds the residual after the norm, so there is no residual sum that the norm "
+            f"{name}: post_norm=True adds the residual after the norm, so there is no residual sum that the norm "
             "could read unrounded; use a flavour with reads='rounded'"
         )
     if (weight is None) != (flavour.gain == "none"):
         given = "None" if weight is None else f"{weight.dtype} {tuple(weight.shape)}"
         raise ValueError(
-            f"all_reduce_add_rms_norm: weight is {given}, but the flavour's gain is {flavour.gain!r}; pass a weight of "
+            f"{name}: weight is {given}, but the flavour's gain is {flavour.gain!r}; pass a weight of "
             "shape (H,) exactly when the gain is not 'none'"
         )
     if weight is not None and not same(tuple(weight.shape), (hidden,)):
-        raise ValueError(f"all_reduce_add_rms_norm: weight has shape {tuple(weight.shape)}; expected ({hidden},)")
+        raise ValueError(f"{name}: weight has shape {tuple(weight.shape)}; expected ({hidden},)")
     if bias is not None and (
         bias.dtype != x.dtype or not same(tuple(bias.shape), (hidden,) if bias.dim() == 1 else tuple(x.shape))
     ):
         raise ValueError(
-            f"all_reduce_add_rms_norm: bias is {bias.dtype} {tuple(bias.shape)}; expected {x.dtype} of shape "
+            f"{name}: bias is {bias.dtype} {tuple(bias.shape)}; expected {x.dtype} of shape "
             f"({hidden},) or {tuple(x.shape)}"
         )
 
@@ -158,15 +161,17 @@ def same_sizes(a: Any, b: Any) -> bool:
     return True
 
 
-def refuse_gradients(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> None:
+def refuse_gradients(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, name: str = NAME
+) -> None:
     """Raise ``RuntimeError`` where autograd would record the op: it has no gradient, and a silent zero would be worse.
 
     Asked in every implementation and not by an autograd kernel, which would cost each call a further dispatch.
     """
     if torch.is_grad_enabled():
-        for name, tensor in (("x", x), ("residual", residual), ("weight", weight), ("bias", bias)):
+        for operand, tensor in (("x", x), ("residual", residual), ("weight", weight), ("bias", bias)):
             if tensor is not None and tensor.requires_grad:
                 raise RuntimeError(
-                    f"all_reduce_add_rms_norm is for inference only and has no gradient, but {name} requires grad; call it under "
+                    f"{name} is for inference only and has no gradient, but {operand} requires grad; call it under "
                     "torch.no_grad() or torch.inference_mode(), or detach its operands"
                 )

@@ -121,6 +121,11 @@ def sum_in_rank_order(x: Tensor, group_name: str) -> Tensor:
 
 def add_rms_norm(reduced: Tensor, given: Operands) -> tuple[Tensor, Tensor]:
     """``reference.add_rms_norm``, one row at a time: each is computed exactly as if it were alone. Slow; for a CPU."""
+    return row_by_row(reduced, given, reference.add_rms_norm)
+
+
+def row_by_row(reduced: Tensor, given: Any, function: Callable[..., tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """What a reference gives for each row alone. ``given``: the operands of any op with a residual and a bias."""
     hidden = reduced.shape[-1]
 
     def by_row(t: Tensor | None) -> Tensor | None:
@@ -128,6 +133,7 @@ def add_rms_norm(reduced: Tensor, given: Operands) -> tuple[Tensor, Tensor]:
 
     flat, residuals, bias = by_row(reduced), by_row(given.residual), given.bias
     biases = by_row(bias) if bias is not None and bias.shape == reduced.shape and bias.dim() > 1 else None
+    addends = by_row(getattr(given, "addend", None))
     assert flat is not None
     found = []
     for row in range(flat.shape[0]):
@@ -135,6 +141,8 @@ def add_rms_norm(reduced: Tensor, given: Operands) -> tuple[Tensor, Tensor]:
         alone = given._replace(
             residual=None if residuals is None else residuals[one], bias=bias if biases is None else biases[one]
         )
-        found.append(reference.add_rms_norm(flat[one], *alone.after_the_sum))
+        if addends is not None:
+            alone = alone._replace(addend=addends[one])
+        found.append(function(flat[one], *alone.after_the_sum))
     normed, out = (torch.cat(parts).view(reduced.shape) for parts in zip(*found, strict=True))
     return normed, out

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from tpfuse import compat
 
-from . import reference
+from . import layer_norm_reference, reference
 from .arguments import Operands
 from .kernel import Kernel
 from .kernels.variant import GROUP_LANES, Constants, Variant, torch_dtype
+from .layer_norm_operands import LayerNormOperands
 from .quant_reference import scales_like
 from .quantizer import Quantizer
 
@@ -32,9 +33,13 @@ def all_reduce(x: Tensor, group_name: str) -> Tensor:
 
 @lru_cache(maxsize=512)
 def _kernel(constants: Constants) -> Kernel:
-    from .kernels.add_norm import add_norm_kernel, add_norm_quant_kernel
+    from .kernels.add_norm import add_norm_kernel, add_norm_layer_norm_kernel, add_norm_quant_kernel
 
-    function = add_norm_quant_kernel if constants.quantized else add_norm_kernel
+    function = {
+        "rms_norm": add_norm_kernel,
+        "quant": add_norm_quant_kernel,
+        "layer_norm": add_norm_layer_norm_kernel,
+    }[constants.kind]
     return Kernel(function, GROUP_LANES, (constants, alone(constants)))
 
 
@@ -53,8 +58,13 @@ def add_norm(
     eps: float,
     scale: float,
     constants: Constants,
+    behind: tuple[Tensor | None, ...] = (),
 ) -> None:
-    """Bias, scale, residual add and norm of reduced rows in one kernel. Tensors are contiguous and 16-byte aligned."""
+    """Bias, scale, residual add and norm of reduced rows in one kernel. Tensors are contiguous and 16-byte aligned.
+
+    Args:
+        behind: of a LayerNorm: what it adds behind its weight, and the addend behind the bias.
+    """
     kernel = _kernel(constants)
     rows = reduced.numel() // constants.hidden
     args = (
@@ -64,6 +74,7 @@ def add_norm(
         reduced if bias is None else bias,
         normed,
         residual_out,
+        *(reduced if t is None else t for t in behind),
         rows,
         eps,
         scale,
@@ -128,4 +139,11 @@ def exact(given: Operands) -> tuple[Tensor, Tensor]:
     """The group's all-reduce and the exact reference: on a CPU, and for calls that no kernel takes."""
     reduced = all_reduce(given.x.contiguous(), given.group_name)
     normed, residual_out = reference.add_rms_norm(reduced, *given.after_the_sum)
+    return normed.contiguous(), residual_out.contiguous()
+
+
+def exact_layer_norm(given: LayerNormOperands) -> tuple[Tensor, Tensor]:
+    """:func:`exact` of the op whose norm is a LayerNorm."""
+    reduced = all_reduce(given.x.contiguous(), given.group_name)
+    normed, residual_out = layer_norm_reference.add_layer_norm(reduced, *given.after_the_sum)
     return normed.contiguous(), residual_out.contiguous()

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from tpfuse import compat
 
-from . import invariant, paths, reference, vote
+from . import invariant, layer_norm_reference, paths, reference, vote
 from .arguments import check
 from .flavour import Flavour
 from .kernel import Kernel
-from .kernels.variant import Constants, constants, supports, torch_dtype
+from .kernels.variant import Constants, centered, constants, supports, torch_dtype
+from .layer_norm_flavour import LayerNormFlavour
 from .paths import GroupPath
 from .plane import Plane
 from .quant_reference import scales_like
@@ -31,7 +32,7 @@ class Prepared:
     """Everything about calls of one kind (dtype, H, flavour, optional arguments, group, stream class)."""
 
     path: GroupPath
-    flavour: Flavour
+    flavour: Flavour  # of a LayerNorm: what scales alike
     constants: Constants | None  # None: no kernel takes this kind of call
     why_not: str | None
     normed_dtype: torch.dtype
@@ -66,11 +67,14 @@ def prepare(
     post_norm: bool,
     group_name: str,
     load: Callable[[Prepared, Plane, torch.dtype], None] | None = None,
+    layer_norm: tuple[LayerNormFlavour, torch.dtype | None, bool] | None = None,
 ) -> Prepared:
     """Everything about calls like this one; votes on the group's path where nobody has.
 
     Args:
         load: compiles and loads the kernels of such calls; None is for the kernels of the all-reduce.
+        layer_norm: of calls with a LayerNorm its flavour, the dtype of what it adds behind its weight, and whether there is an
+            addend; ``flavour`` is then that of the same scaling.
     """
     parsed = Flavour.parse(flavour)
     check(x, residual, weight, bias, parsed, post_norm)
@@ -78,6 +82,8 @@ def prepare(
     hidden = x.shape[-1]
     path = paths.path_of(group_name, x.device)
     why_not = supports(x.dtype, weight_dtype, hidden, parsed)
+    if why_not is None and layer_norm is not None and layer_norm[1] not in (None, x.dtype, torch.float32):
+        why_not = f"a {layer_norm[1]} norm_bias with {x.dtype} activations"
     if why_not and path.settings.batch_invariant:
         raise RuntimeError(
             f"tpfuse: batch_invariant is on, and no kernel takes this call: {why_not}. The group's own all-reduce and torch's "
@@ -107,6 +113,11 @@ def prepare(
         limit=int(path.settings.watchdog_seconds * 1e9),
         held=compat.group_reference(compat.resolve_group(group_name)),
     )
+    if layer_norm is not None:
+        kind, shift, addend = layer_norm
+        prepared.normed_dtype = layer_norm_reference.output_dtype(x.dtype, weight_dtype, shift, kind)
+        if prepared.constants is not None:
+            prepared.constants = centered(prepared.constants, shift, prepared.normed_dtype, addend)
     if prepared.constants is not None and path.plane is not None:
         (load or _load_kernels)(prepared, path.plane, x.dtype)
     PREPARED[key] = prepared
@@ -154,7 +165,7 @@ def samples(c: Constants, p: Plane, counts: int = 1, quantizer: Quantizer | None
     """
     x, weight, normed, residual_out = (torch_dtype(d) for d in (c.dtype, c.weight_dtype, c.out_dtype, c.residual_dtype))
     tables = (torch.int64, torch.int32)
-    more: tuple[Any, ...] = ()
+    more: tuple[Any, ...] = (torch_dtype(c.shift_dtype or c.dtype), x) if c.centered else ()
     if quantizer is not None:
         more = (torch.uint8, scales_like((1, c.hidden), quantizer)[2], torch.float32, 1)
     return (

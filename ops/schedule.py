@@ -48,20 +48,22 @@ def kernel_of(algorithm: str, c: Constants, variant: Variant, attribute: bool = 
     found = _kernels.get(key)
     if found is None:
         from .kernels.gathered_rows import gathered_rows_kernel
-        from .kernels.one_shot import one_shot_kernel, one_shot_quant_kernel
+        from .kernels.one_shot import one_shot_kernel, one_shot_layer_norm_kernel, one_shot_quant_kernel
         from .kernels.received_rows import received_rows_kernel
         from .kernels.received_two_shot import received_two_shot_kernel
-        from .kernels.two_shot import two_shot_kernel, two_shot_quant_kernel
+        from .kernels.two_shot import two_shot_kernel, two_shot_layer_norm_kernel, two_shot_quant_kernel
 
         function = {
-            ("one_shot", False): one_shot_kernel,
-            ("one_shot", True): one_shot_quant_kernel,
-            ("two_shot", False): two_shot_kernel,
-            ("two_shot", True): two_shot_quant_kernel,
-            ("received_rows", False): received_rows_kernel,
-            ("received_two_shot", False): received_two_shot_kernel,
-            ("gathered_rows", False): gathered_rows_kernel,
-        }[algorithm, c.quantized]
+            ("one_shot", "rms_norm"): one_shot_kernel,
+            ("one_shot", "quant"): one_shot_quant_kernel,
+            ("one_shot", "layer_norm"): one_shot_layer_norm_kernel,
+            ("two_shot", "rms_norm"): two_shot_kernel,
+            ("two_shot", "quant"): two_shot_quant_kernel,
+            ("two_shot", "layer_norm"): two_shot_layer_norm_kernel,
+            ("received_rows", "rms_norm"): received_rows_kernel,
+            ("received_two_shot", "rms_norm"): received_two_shot_kernel,
+            ("gathered_rows", "rms_norm"): gathered_rows_kernel,
+        }[algorithm, c.kind]
         options: dict[str, Any] = {
             "maxnreg": register_bound(algorithm, variant.world, Part(variant.lanes, variant.steps))
         }

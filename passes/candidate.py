@@ -60,6 +60,7 @@ class Candidate:
         collective: the all-reduce.
         terms: in order, at most one bias (or full addend), one scale, one residual.
         bias: vector or full addend, or None.
+        addend: in front of a LayerNorm, a full addend behind a vector, or None.
         scale: 1.0 when there is none.
         residual: or None.
         h: the value that is normalised, under all its names (the sum itself when there are no terms).
@@ -92,6 +93,7 @@ class Candidate:
     quantization: Quantization | None = None
     gather: Gather | None = None
     note: str = ""
+    addend: Node | None = None
 
     @property
     def outputs(self) -> tuple[Node, ...]:
@@ -114,11 +116,13 @@ class Candidate:
             parts.append(self.merged.collective.kind + factor)
         if self.bias is not None:
             parts.append("add" if any(t.kind == "full" and t.operand is self.bias for t in self.terms) else "bias")
+        if self.addend is not None:
+            parts.append("add")
         if self.scale != 1.0 or self.factor is not None:
             parts.append("scale")
         if self.residual is not None and self.post_add is None:
             parts.append("add")
-        parts.append("rms_norm")
+        parts.append(self.norm.kind)
         if self.post_add is not None:
             parts.append("add")
         if self.quantization is not None:
@@ -133,7 +137,16 @@ class Candidate:
         other = self.merged
         theirs = () if other is None else (other.collective.x, other.factor)
         static_scale = None if self.quantization is None else self.quantization.static_scale
-        operands = (self.bias, *theirs, self.residual, self.norm.weight, self.factor, static_scale)
+        operands = (
+            self.bias,
+            self.addend,
+            *theirs,
+            self.residual,
+            self.norm.weight,
+            self.norm.shift,
+            self.factor,
+            static_scale,
+        )
         return tuple(n for n in operands if isinstance(n, Node))
 
     @property

@@ -111,13 +111,13 @@ def _step(node: Node, known: dict[Node, Ref], leaves: dict[Node, Ref], program: 
     kind = KINDS.get(node.target) if node.op == "call_function" else None
     if kind is None:
         return None
-    if kind == "item" and not (node.args[0] in known and isinstance(node.args[1], int)):
+    if kind == "item" and not (node.args[0] in known and isinstance(node.args[1], int) and node.users):
         return None
     if node.target in SLICES and _selects_rows(node):
         return None
     pending: list[tuple[Node, Leaf, Node]] = []
     args: list[Any] = []
-    read = node.args[:1] if kind in ("same", "part", "cast", "mean", "sum", "norm2") else node.args
+    read = node.args[:1] if kind in ("same", "part", "cast", "mean", "sum", "norm2", "variance") else node.args
     for arg in read:
         if not isinstance(arg, Node):
             args.append(tuple(arg) if isinstance(arg, list) else arg)
@@ -130,6 +130,8 @@ def _step(node: Node, known: dict[Node, Ref], leaves: dict[Node, Ref], program: 
             pending.append((arg, leaf, base))
             ref = Ref("leaf", len(program.leaves) + len(pending) - 1)
         args.append(ref)
+    if kind == "variance":
+        args.append(node.kwargs.get("correction", 1))
     if any(isinstance(a, torch.SymInt | torch.SymFloat) for a in args):
         return None
     if kind in ("add", "sub") and node.kwargs.get("alpha", 1) != 1:
@@ -141,7 +143,7 @@ def _step(node: Node, known: dict[Node, Ref], leaves: dict[Node, Ref], program: 
     last_dim, keepdim, kept = True, True, True
     tensor = values.value(node)
     first = node.args[0] if node.args and isinstance(node.args[0], Node) else None
-    if kind in ("mean", "sum", "norm2"):
+    if kind in ("mean", "sum", "norm2", "variance"):
         last_dim = _over_last_dim(node, kind)
         keepdim = _keeps_dim(node, kind)
     elif kind in ("same", "part") and first is not None:
@@ -162,13 +164,13 @@ def _layout(
 ) -> str:
     """See :attr:`Step.layout`. Broadcasting joins values by their position from the right, so a statistic without its last
     dimension meets columns, not rows: a square input hides that, since all shapes fit."""
-    if kind in ("mean", "sum", "norm2"):
+    if kind in ("mean", "sum", "norm2", "variance"):
         if first is None or layouts.get(first) != "rows" or not last_dim:
             return ""
         return "kept" if keepdim else "dropped"
     if kind in ("same", "part"):
         return _reshaped(node, first, layouts) if kept and first is not None else "part"
-    if kind in ("variance", "layer_norm", "fused", "item"):
+    if kind in ("layer_norm", "fused", "item"):
         return layouts.get(first, "rows") if first is not None else ""
     mine = [(a, layouts[a]) for a in node.args if isinstance(a, Node) and a in layouts]
     others = [a for a in node.args if isinstance(a, Node) and a not in layouts]

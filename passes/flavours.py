@@ -14,6 +14,7 @@ import torch
 
 from ..ops import reference
 from ..ops.flavour import Flavour
+from ..ops.layer_norm_flavour import LayerNormFlavour
 from .expression import Leaf, Ref, Step, ancestors
 
 
@@ -25,8 +26,9 @@ class Match:
     weight: int | None  # leaf
     at_base: bool  # pass the base of the leaf's chain, not the operand
     eps: float
-    flavour: Flavour
+    flavour: Flavour | LayerNormFlavour
     exact: bool
+    shift: int | None = None  # of a LayerNorm: the leaf that is added behind the weight
 
 
 def derive(
@@ -68,13 +70,7 @@ def derive(
         assert reduction is not None
         compute = name(operand_dtype(reduction.args[0]))
         mean = reduction.kind
-        kinds = {s.kind for s in chain}
-        if "rsqrt" in kinds:
-            root = "rsqrt"
-        elif "sqrt" in kinds:
-            root = "mul_recip_sqrt" if _reciprocal(chain) else "div_sqrt"
-        else:
-            root = "pow"
+        root = root_of(chain)
     for step in chain:
         if step.kind not in ("mul",):
             continue
@@ -104,6 +100,16 @@ def derive(
     return replace(promoted, out="input" if out_dtype == input_dtype else "float32"), weight
 
 
+def root_of(chain: list[Step]) -> str:
+    """How the values are divided by the root, as :attr:`.Flavour.root` says it."""
+    kinds = {s.kind for s in chain}
+    if "rsqrt" in kinds:
+        return "rsqrt"
+    if "sqrt" not in kinds:
+        return "pow"
+    return "mul_recip_sqrt" if _reciprocal(chain) else "div_sqrt"
+
+
 def _reciprocal(chain: list[Step]) -> bool:
     return any(
         s.kind == "reciprocal" or (s.kind == "div" and s.args and not isinstance(s.args[0], Ref) and s.args[0] == 1)
@@ -117,15 +123,15 @@ def _reciprocal(chain: list[Step]) -> bool:
 # change no bit: operands of + and * swapped, h * h for h ** 2, 1 / x for reciprocal(x), type promotion spelled as a cast.
 
 
-def _commutes(kind: str, a: Any, b: Any) -> tuple[Any, ...]:
+def commuting(kind: str, a: Any, b: Any) -> tuple[Any, ...]:
     return (kind, *sorted((a, b), key=repr))
 
 
-def _cast(tree: Any, have: torch.dtype | None, want: torch.dtype | None) -> Any:
+def casted(tree: Any, have: torch.dtype | None, want: torch.dtype | None) -> Any:
     return tree if have == want or have is None or want is None else ("cast", want, tree)
 
 
-def _tree(steps: tuple[Step, ...], leaves: tuple[Leaf, ...], out: int, s_dtype: torch.dtype) -> Any:
+def tree_of(steps: tuple[Step, ...], leaves: tuple[Leaf, ...], out: int, s_dtype: torch.dtype) -> Any:
     """The program up to ``out`` as nested tuples, or None when it holds a step that no flavour has."""
     trees: dict[int, Any] = {}
 
@@ -142,21 +148,22 @@ def _tree(steps: tuple[Step, ...], leaves: tuple[Leaf, ...], out: int, s_dtype: 
         tree, have = ("w", arg.index), leaf.base
         for what, to in leaf.chain:
             if what == "cast":
-                tree, have = _cast(tree, have, to), to
+                tree, have = casted(tree, have, to), to
             else:
-                tree = _commutes("add", tree, 1.0)
+                tree = commuting("add", tree, 1.0)
         return tree, leaf.dtype
 
     for index in sorted(ancestors(steps, out)):
         step = steps[index]
         pairs = [operand(a) for a in step.args]
         (a, have), b = pairs[0], pairs[1] if len(pairs) > 1 else (None, None)
+        tree: Any
         if a is None or step.layout in ("", "part"):
             return None
         if step.kind in ("same", "part"):
             tree = a if step.kept else None
         elif step.kind == "cast":
-            tree = _cast(a, have, step.dtype)
+            tree = casted(a, have, step.dtype)
         elif step.kind == "square" or (step.kind == "pow" and b[0] == 2):
             tree = ("mul", a, a)
         elif step.kind == "pow":
@@ -165,15 +172,23 @@ def _tree(steps: tuple[Step, ...], leaves: tuple[Leaf, ...], out: int, s_dtype: 
             tree = (step.kind, a) if have == step.dtype else None
         elif step.kind in ("rsqrt", "sqrt", "reciprocal"):
             tree = (step.kind, a)
-        elif step.kind in ("mul", "add", "div") and b[0] is not None:
-            left = _cast(a, have, step.dtype) if have is not None else float(cast(float, a))
-            right = _cast(b[0], b[1], step.dtype) if b[1] is not None else float(b[0])
+        elif step.kind == "variance":
+            tree = ("var_mean", a) if step.dtype is None and step.args[1] == 0 else None
+        elif step.kind == "layer_norm":
+            tree = ("layer_norm", a, pairs[2][0], pairs[3][0], step.args[4])
+        elif step.kind == "item":
+            tree = ("item", a, step.args[1])
+        elif step.kind in ("mul", "add", "sub", "div") and b[0] is not None:
+            left = casted(a, have, step.dtype) if have is not None else float(cast(float, a))
+            right = casted(b[0], b[1], step.dtype) if b[1] is not None else float(b[0])
             if step.kind == "div":
                 tree = ("reciprocal", right) if left == 1.0 else ("div", left, right)
+            elif step.kind == "sub":
+                tree = ("sub", left, right)
             elif step.kind == "mul" and 1.0 in (left, right):
                 tree = right if left == 1.0 else left
             else:
-                tree = _commutes(step.kind, left, right)
+                tree = commuting(step.kind, left, right)
         else:
             tree = None
         if tree is None:
@@ -194,34 +209,45 @@ def _flavour_tree(
 ) -> Any:
     """What ``reference.rms_norm`` does, as the same kind of tree."""
     compute = torch.float32 if flavour.compute == "float32" else s_dtype
-    c = _cast("s", s_dtype, compute)
+    c = casted("s", s_dtype, compute)
     mean = ("mean", ("mul", c, c)) if flavour.mean == "mean" else ("div", ("sum", ("mul", c, c)), float(hidden))
-    v = _commutes("add", mean, eps)
-    roots = {
-        "rsqrt": lambda: _commutes("mul", c, ("rsqrt", v)),
-        "div_sqrt": lambda: ("div", c, ("sqrt", v)),
-        "mul_recip_sqrt": lambda: _commutes("mul", c, ("reciprocal", ("sqrt", v))),
-        "pow": lambda: _commutes("mul", c, ("pow", v, -0.5)),
-    }
-    tree, have = roots[flavour.root](), compute
+    v = commuting("add", mean, eps)
+    tree, have = over_root(c, v, flavour.root), compute
     want = torch.float32 if flavour.normed == "float32" else input_dtype
-    tree, have = _cast(tree, have, want), want
+    tree, have = casted(tree, have, want), want
     if flavour.gain != "none":
-        gain: Any = ("w", weight)
-        dtype = base
-        for what, to in chain:  # only for a weight that is passed as the operand itself
-            if what == "cast":
-                gain, dtype = _cast(gain, dtype, to), to
-            else:
-                gain = _commutes("add", gain, 1.0)
-        wanted = {"own": dtype, "float32": torch.float32, "input": input_dtype}[flavour.gain_dtype]
-        gain, dtype = _cast(gain, dtype, wanted), wanted
-        if flavour.gain == "one_plus_weight":
-            gain = _commutes("add", gain, 1.0)
+        gain, dtype = gain_tree(flavour, input_dtype, weight, chain, base)
         result = torch.promote_types(have, dtype)
-        tree, have = _commutes("mul", _cast(tree, have, result), _cast(gain, dtype, result)), result
+        tree, have = commuting("mul", casted(tree, have, result), casted(gain, dtype, result)), result
     final = {"input": input_dtype, "float32": torch.float32, "promoted": have}[flavour.out]
-    return _cast(tree, have, final)
+    return casted(tree, have, final)
+
+
+def over_root(c: Any, v: Any, root: str) -> Any:
+    """``c`` over the root of ``v``, spelled as a flavour's ``root`` says."""
+    if root == "rsqrt":
+        return commuting("mul", c, ("rsqrt", v))
+    if root == "div_sqrt":
+        return ("div", c, ("sqrt", v))
+    if root == "mul_recip_sqrt":
+        return commuting("mul", c, ("reciprocal", ("sqrt", v)))
+    return commuting("mul", c, ("pow", v, -0.5))
+
+
+def gain_tree(
+    flavour: Flavour, input_dtype: torch.dtype, weight: int | None, chain: list[tuple[str, Any]], base: Any
+) -> tuple[Any, Any]:
+    """The gain of a flavour, and its dtype. ``chain`` is not empty only for a weight that is passed as the operand itself."""
+    gain: Any = ("w", weight)
+    dtype = base
+    for what, to in chain:
+        if what == "cast":
+            gain, dtype = casted(gain, dtype, to), to
+        else:
+            gain = commuting("add", gain, 1.0)
+    wanted = {"own": dtype, "float32": torch.float32, "input": input_dtype}[flavour.gain_dtype]
+    gain, dtype = casted(gain, dtype, wanted), wanted
+    return (commuting("add", gain, 1.0) if flavour.gain == "one_plus_weight" else gain), dtype
 
 
 def same_order(
@@ -238,7 +264,8 @@ def same_order(
     leaf = None if match.weight is None else leaves[match.weight]
     chain = [] if leaf is None or match.at_base else list(leaf.chain)
     base = None if leaf is None else leaf.base
-    model = _tree(steps, leaves, match.out, s_dtype)
+    model = tree_of(steps, leaves, match.out, s_dtype)
+    assert isinstance(match.flavour, Flavour)
     return model is not None and model == _flavour_tree(
         match.flavour, match.eps, hidden, s_dtype, input_dtype, match.weight, chain, base
     )

@@ -40,7 +40,7 @@ class VerificationError(RuntimeError):
 def fuse(
     graph: GraphModule | Graph, options: PassOptions | None = None, *, training: bool = False, inner: str = ""
 ) -> GraphReport:
-    """Rewrite every legal ``all_reduce -> add -> RMSNorm`` of a functional ATen graph in place.
+    """Rewrite every legal ``all_reduce -> add -> norm`` of a functional ATen graph in place.
 
     Args:
         graph: a graph at the level that AOTAutograd, ``torch.export`` or Inductor's pre-pass produce.
@@ -174,6 +174,8 @@ def _quantized(candidate: Candidate, legality: Legality, options: PassOptions) -
         found, note = quantization.find(candidate.norm.out, legality.order, options.numerics == "relaxed")
         if found is None:
             return replace(candidate, note=note or candidate.note)
+        if candidate.norm.kind == "layer_norm":
+            return replace(candidate, note="the norm is quantized, but it is a LayerNorm")
         if candidate.post_add is not None:
             return replace(candidate, note="the norm is quantized, but the residual is added to it as well")
         if candidate.block is not None:

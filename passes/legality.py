@@ -214,7 +214,7 @@ class Legality:
 
     def _later_sum(self, candidate: Candidate) -> Node | None:
         """The all-reduce behind a full addend, when it comes after ours: that one is nearer to the norm."""
-        node = candidate.bias
+        node = candidate.addend or candidate.bias
         while node is not None and node.op == "call_function":
             if collectives.spelling_of(node) is not None:
                 return node if self.order[node] > self.order[candidate.collective.node] else None

@@ -1,10 +1,10 @@
-"""Recognise an RMSNorm by what it computes, not by how it is spelled.
+"""Recognise a norm by what it computes, not by how it is spelled.
 
 From a value ``s`` onward, the arithmetic nodes are read into a short program (``expression``, whose operators are listed in
 ``operators``), the program is interpreted over sympy symbols (``symbolic``), and it is a norm exactly when some step equals
 ``s * g / sqrt(mean(s**2) + eps)`` with ``g`` one of 1, w, 1 + w. Where it casts becomes a :class:`~tpfuse.ops.Flavour`, and
 that the flavour repeats the model's bits is proved (``flavours`` by structure, ``replay`` by numbers). A model's layers all
-look alike, so each program is analysed once.
+look alike, so each program is analysed once. What is no RMSNorm may be a LayerNorm: see ``layer_norms``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import torch
 from torch.fx import Node
 
 from ..ops.flavour import Flavour
-from . import values
+from ..ops.layer_norm_flavour import LayerNormFlavour
+from . import layer_norms, values
 from .expression import Leaf, Step, ancestors, closed, read
 from .flavours import Match, derive, same_order
 from .operators import REDUCTIONS
@@ -28,23 +29,30 @@ from .symbolic import Meaning
 
 @dataclass(frozen=True)
 class NormForm:
-    """An RMSNorm found in the graph.
+    """A norm found in the graph: an RMSNorm, or a LayerNorm.
 
     Attributes:
         out: the node that holds the normalised value.
         weight: the node to pass as weight, or None.
-        eps: added to the mean of squares.
+        eps: added to the mean of squares or to the variance.
         flavour: its rounding order.
         exact: whether the flavour repeats the model's bits (False only with relaxed numerics).
         steps: nodes between ``s`` and ``out``, both not counted, in graph order.
+        shift: of a LayerNorm, the node to pass as what is added behind the weight, or None.
     """
 
     out: Node
     weight: Node | None
     eps: float
-    flavour: Flavour
+    flavour: Flavour | LayerNormFlavour
     exact: bool
     steps: tuple[Node, ...]
+    shift: Node | None = None
+
+    @property
+    def kind(self) -> str:
+        """``rms_norm`` or ``layer_norm``, as patterns have it."""
+        return "layer_norm" if isinstance(self.flavour, LayerNormFlavour) else "rms_norm"
 
 
 @lru_cache(maxsize=512)
@@ -65,7 +73,7 @@ def _analyse(
             gains[index] = found
     gains = {i: g for i, g in gains.items() if not (steps[i].kind == "fused" and _is_tuple(steps[i]))}
     if not gains:
-        return meaning.miss()
+        return layer_norms.analyse(meaning, steps, leaves, s_dtype, input_dtype, relaxed) or meaning.miss()
     # One norm at a time: where several norms read s, the first one is fused and the others read its residual sum.
     first = min(gains)
     candidates = [i for i in sorted(gains, reverse=True) if steps[i].kind != "same" and first in ancestors(steps, i)]
@@ -105,7 +113,7 @@ def match(
     relaxed: bool = False,
     input_dtype: torch.dtype | None = None,
 ) -> NormForm | Refusal | None:
-    """The RMSNorm that reads ``source``, a refusal naming what is nearly one, or None when no norm reads it.
+    """The norm that reads ``source``, a refusal naming what is nearly one, or None when no norm reads it.
 
     Args:
         source: the value ``s`` under all its names.
@@ -127,12 +135,13 @@ def match(
         return found
     inside = ancestors(tuple(program.steps), found.out)
     weight = None if found.weight is None else program.leaf_nodes[found.weight][1 if found.at_base else 0]
-    if weight is not None:
-        tensor = values.value(weight)
-        if tensor is None or tensor.dim() != 1:
-            return Refusal(Reason.WEIGHT_SHAPE, f"the weight is {None if tensor is None else tuple(tensor.shape)}")
+    shift = None if found.shift is None else program.leaf_nodes[found.shift][0]
+    for name, vector in (("weight", weight), ("bias behind it", shift)):
+        tensor = None if vector is None else values.value(vector)
+        if vector is not None and (tensor is None or tensor.dim() != 1):
+            return Refusal(Reason.WEIGHT_SHAPE, f"the {name} is {None if tensor is None else tuple(tensor.shape)}")
     steps = tuple(program.nodes[i] for i in sorted(inside) if i != found.out)
-    return NormForm(program.nodes[found.out], weight, found.eps, found.flavour, found.exact, steps)
+    return NormForm(program.nodes[found.out], weight, found.eps, found.flavour, found.exact, steps, shift)
 
 
 def forget() -> None:

@@ -65,7 +65,7 @@ REMEDIES: dict[Reason, str] = {
     Reason.DTYPE: "Sum, residual and norm must share one dtype out of fp32, bf16, fp16, fp64. Cast the residual to the "
     "dtype of the sum, or keep both in it.",
     Reason.TRAINING: "tpfuse rewrites inference graphs only. Compile under torch.no_grad() or torch.inference_mode().",
-    Reason.NO_NORM: "No RMSNorm reads this sum. If the norm lies in another graph, compile the whole model instead of "
+    Reason.NO_NORM: "No norm reads this sum. If the norm lies in another graph, compile the whole model instead of "
     "single layers, and remove the graph break.",
     Reason.RETURNED: "The sum itself is an output of the graph, so it has to exist. Return the residual sum instead.",
     Reason.EXTRA_READER: "Another operation reads the sum before the residual is added. Let it read the residual sum, or "
@@ -89,8 +89,10 @@ REMEDIES: dict[Reason, str] = {
     Reason.DROPOUT: "Dropout stands between the sum and the norm. Call model.eval() before compiling for inference.",
     Reason.STREAMS: "The residual consists of several streams (hyper-connections), and the fused op adds one residual. "
     "Nothing to do: the mixing of the streams between the sum and the norm is not built.",
-    Reason.UNKNOWN_NORM: "What reads the sum is not an RMSNorm: s * g(w) / sqrt(mean(s**2) + eps), g in {1, w, 1 + w}.",
-    Reason.LAYER_NORM: "The norm subtracts the mean (LayerNorm). Only RMSNorm is fused.",
+    Reason.UNKNOWN_NORM: "What reads the sum is neither an RMSNorm, s * g(w) / sqrt(mean(s**2) + eps) with g in {1, w, 1 + w}, "
+    "nor a LayerNorm.",
+    Reason.LAYER_NORM: "The norm subtracts the mean, and is no LayerNorm that the fused op computes: the mean and the biased "
+    "variance of a whole row, rounded residual, statistics that nothing else reads. Use torch.nn.LayerNorm.",
     Reason.EPS_OUTSIDE_ROOT: "eps is added outside the square root. Add it to the mean of squares.",
     Reason.MEAN_DIM: "The mean is not over the last dimension. Normalise over the hidden dimension, kept last.",
     Reason.PARTIAL_WIDTH: "The mean covers only part of the hidden dimension (partial or grouped RMSNorm).",

@@ -52,7 +52,7 @@ def follow(c: Collective, order: dict[Node, int], relaxed: bool = False) -> Foun
         norm = None if scaled else norms.match(current, order, relaxed)
         if isinstance(norm, NormForm):
             found = _candidate(c, terms, current, norm, order)
-            return Found(c, _of_block(found, block), pattern_of(c, block, terms, "rms_norm"))
+            return Found(c, _of_block(found, block), pattern_of(c, block, terms, norm.kind))
         if isinstance(norm, Refusal) and term is None:
             return Found(c, norm, pattern_of(c, block, terms, "norm?"))
         pattern = pattern_of(c, block, terms, None)
@@ -71,6 +71,8 @@ def follow(c: Collective, order: dict[Node, int], relaxed: bool = False) -> Foun
 
 
 def _of_block(found: Candidate | Refusal, block: rows.RowBlock | None) -> Candidate | Refusal:
+    if block is not None and isinstance(found, Candidate) and found.norm.kind == "layer_norm":
+        return Refusal(Reason.LAYER_NORM, "each rank keeps some rows of the sum only, and their norm is a LayerNorm")
     return replace(found, block=block) if isinstance(found, Candidate) else found
 
 
@@ -193,7 +195,8 @@ def _candidate(
     residual = terms[-1].operand if kinds and kinds[-1] == "full" else None
     before = terms[:-1] if residual is not None else terms
     before_kinds = kinds[:-1] if residual is not None else kinds
-    if before_kinds not in ([], ["bias"], ["full"], ["scale"], ["bias", "scale"], ["full", "scale"]):
+    two = norm.kind == "layer_norm" and before_kinds[:2] == ["bias", "full"]
+    if before_kinds[two:] not in ([], ["bias"], ["full"], ["scale"], ["bias", "scale"], ["full", "scale"]):
         return Refusal(
             Reason.ADD_CHAIN,
             f"the sum goes through {' then '.join(kinds)} before the norm; the fused op takes at most one addend, "
@@ -202,12 +205,14 @@ def _candidate(
         )
     bias = next((t.operand for t in before if t.operand is not None and t.kind != "factor"), None)
     scale = next((t.factor for t in before if t.kind == "scale"), 1.0)
-    operands = [n for n in (bias, residual, factor) if n is not None]
+    addend = next(t.operand for t in before if t.kind == "full") if two else None
+    operands = [n for n in (bias, addend, residual, factor) if n is not None]
     for operand in operands:
         if values.depends_on(operand, c.node, order):
             return Refusal(Reason.RESIDUAL_DERIVED, f"{operand.name} is computed from the sum itself")
-    candidate = Candidate(c, tuple(terms), bias, scale, residual, h, norm, factor=factor)
-    return candidate if residual is not None else _post(candidate, order)
+    candidate = Candidate(c, tuple(terms), bias, scale, residual, h, norm, factor=factor, addend=addend)
+    # An add behind a LayerNorm stays outside: no model that we know adds its residual there.
+    return candidate if residual is not None or norm.kind == "layer_norm" else _post(candidate, order)
 
 
 def _post(candidate: Candidate, order: dict[Node, int]) -> Candidate:

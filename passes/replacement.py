@@ -18,8 +18,9 @@ from torch.fx.node import map_arg
 
 from tpfuse import compat
 
-from ..ops import quant_reference, reference
+from ..ops import layer_norm_reference, quant_reference, reference
 from ..ops.flavour import Flavour
+from ..ops.layer_norm_flavour import LayerNormFlavour
 from ..ops.quantizer import Quantizer
 from . import values
 from .candidate import Candidate
@@ -31,6 +32,7 @@ OP = torch.ops.tpfuse.all_reduce_add_rms_norm.default
 ROWS = torch.ops.tpfuse.reduce_rows_add_rms_norm.default
 GATHER = torch.ops.tpfuse.reduce_rows_add_rms_norm_gather.default
 QUANT = torch.ops.tpfuse.all_reduce_add_rms_norm_quant.default
+LAYER_NORM = torch.ops.tpfuse.all_reduce_add_layer_norm.default
 aten = torch.ops.aten
 
 
@@ -174,6 +176,9 @@ class Replacement:
                 if step.target is GATHER:  # as if all ranks had the own rows
                     normed = repeated(normed, len(self.candidate.collective.ranks))
                 results.append((normed, summed))
+            elif step.target is LAYER_NORM:
+                *given, flavour, _ = args
+                results.append(layer_norm_reference.add_layer_norm(*given, LayerNormFlavour.parse(flavour)))
             elif step.target is QUANT:
                 x, residual, weight, bias, eps, scale, flavour, post, _, quantizer, static_scale, keep = args
                 args = (x, residual, weight, bias, eps, scale, Flavour.parse(flavour), post)
@@ -241,6 +246,10 @@ def _build(new: Replacement) -> None:
         bias = _followed(new, new.fit(bias, candidate.terms[full].node), full + 1)
     elif bias is not None and len(new.shape(bias)) != 1:
         bias = new.call(aten.view.default, bias, [values.width(candidate.h.root)])
+    addend: Node | Value | None = candidate.addend
+    if addend is not None:
+        place = next(n for n, t in enumerate(candidate.terms) if t.operand is addend)
+        addend = _followed(new, new.fit(addend, candidate.terms[place].node), place + 1)
     if candidate.merged is not None:
         x: Node | Value = _merged(new)
     else:
@@ -257,6 +266,9 @@ def _build(new: Replacement) -> None:
         if quantization is not None:
             more = str(quantization.quantizer), quantization.static_scale, quantization.keep_normed
             new.fused = new.call(QUANT, x, residual, norm.weight, bias, *arguments, *more)
+        elif norm.kind == "layer_norm":
+            given_last = norm.eps, candidate.scale, str(norm.flavour), c.group_name
+            new.fused = new.call(LAYER_NORM, x, residual, norm.weight, norm.shift, bias, addend, *given_last)
         elif block is None:
             new.fused = new.call(OP, x, residual, norm.weight, bias, *arguments)
         elif candidate.gather is not None:

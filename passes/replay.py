@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,14 +22,16 @@ def _operand_value(leaf: Leaf, base: torch.Tensor) -> torch.Tensor:
     return base
 
 
-def _samples(s_dtype: torch.dtype, leaves: tuple[Leaf, ...], hidden: int) -> list[tuple[torch.Tensor, list[Any]]]:
+def _samples(
+    s_dtype: torch.dtype, leaves: tuple[Leaf, ...], hidden: int, around: float
+) -> list[tuple[torch.Tensor, list[Any]]]:
     """Random rows of several magnitudes with the weights that a model may have (near 1, near 0, negative)."""
     samples = []
     for seed in (11, 12):
         generator = torch.Generator().manual_seed(seed)
         # Never as many rows as columns: a square would hide what is broadcast along the wrong dimension.
         scales = [1.0, 30.0, 0.02, 300.0] if hidden != 4 else [1.0, 30.0, 0.02, 300.0, 1.0]
-        s = torch.randn(len(scales), hidden, generator=generator, dtype=torch.float64)
+        s = torch.randn(len(scales), hidden, generator=generator, dtype=torch.float64) + around
         s *= torch.tensor(scales, dtype=torch.float64)[:, None]
         tensors = []
         for leaf in leaves:
@@ -68,6 +71,8 @@ def _replay(steps: tuple[Step, ...], out: int, s: torch.Tensor, leaves: list[tor
             results[index] = args[0].to(step.dtype)
         elif step.kind in ("mean", "sum"):
             results[index] = getattr(args[0], step.kind)(-1, keepdim=step.keepdim, dtype=step.dtype)
+        elif step.kind == "variance":
+            results[index] = step.target(args[0], [-1], correction=args[1], keepdim=step.keepdim)
         elif step.kind == "norm2":
             results[index] = torch.linalg.vector_norm(args[0], 2, -1, keepdim=step.keepdim)
         elif step.kind == "item":
@@ -101,13 +106,35 @@ def prove(
     eps: float,
 ) -> Comparison:
     """Run the model's steps and the flavour's on the same random rows and compare bits (and, for relaxed, values)."""
+
+    def fused(s: torch.Tensor, bases: list[Any], operands: list[Any]) -> torch.Tensor:
+        w = None if weight is None else bases[weight] if at_base else operands[weight]
+        return reference.rms_norm(s, w, eps, flavour, input_dtype)
+
+    return compare(steps, leaves, out, s_dtype, input_dtype, hidden, fused)
+
+
+def compare(
+    steps: tuple[Step, ...],
+    leaves: tuple[Leaf, ...],
+    out: int,
+    s_dtype: torch.dtype,
+    input_dtype: torch.dtype,
+    hidden: int,
+    fused: Callable[[torch.Tensor, list[Any], list[Any]], torch.Tensor],
+    around: float = 0.0,
+) -> Comparison:
+    """The model's steps against ``fused``, which gets the rows, and of each leaf the base of its chain and the operand.
+
+    Args:
+        around: the mean of the rows, in units of their standard deviation.
+    """
     equal = close = True
     with compat.without_fake_mode(), torch.no_grad():
-        for s, bases in _samples(s_dtype, leaves, hidden):
+        for s, bases in _samples(s_dtype, leaves, hidden, around):
             operands = [_operand_value(leaf, base) for leaf, base in zip(leaves, bases, strict=True)]
-            w = None if weight is None else bases[weight] if at_base else operands[weight]
             model = _replay(steps, out, s, operands)
-            ours = reference.rms_norm(s, w, eps, flavour, input_dtype)
+            ours = fused(s, bases, operands)
             if model.dtype != ours.dtype or model.shape != ours.shape:
                 return Comparison(False, False)
             equal = equal and torch.equal(model, ours)

@@ -1,4 +1,4 @@
-"""What a program means: sympy decides whether some step is ``s * g / sqrt(mean(s**2) + eps)``, and says what else it is."""
+"""What a program means: sympy decides whether some step is ``s * g / sqrt(mean(s**2) + eps)``, or a LayerNorm, or what else."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from .reasons import Reason, Refusal
 S = sympy.Symbol("s", real=True)
 Q = sympy.Symbol("mean_s2", positive=True)
 M = sympy.Symbol("mean_s", real=True)
+V = sympy.Symbol("var_s", positive=True)  # biased
+D = sympy.Symbol("s_less_mean", real=True)
 
 
 def _number(constant: float | int) -> sympy.Rational:
@@ -62,10 +64,12 @@ class Meaning:
         b = args[1] if len(args) > 1 else None
         if step.kind in ("variance", "layer_norm"):
             self.notes[Reason.LAYER_NORM] = f"{step.target} subtracts the mean"
-            return None
+            return self._variance(step, a) if step.kind == "variance" else self._layer_norm(step, a)
         if step.kind == "item":
+            if isinstance(a, sympy.Tuple):
+                return a[step.args[1]]
             return a if step.args[1] == 0 else None
-        if a is None:
+        if a is None or isinstance(a, sympy.Tuple):
             return None
         if not step.layout and step.kind not in ("same", "part", "mean", "sum", "norm2"):
             self.notes.setdefault(Reason.UNKNOWN_NORM, f"{step.target} joins a statistic of each row with columns")
@@ -119,6 +123,35 @@ class Meaning:
         gain = self._operand(weight) if weight is not None else 1
         return S * gain / sympy.sqrt(Q + _number(fused_eps(eps, step.dtype)))
 
+    def _variance(self, step: Step, a: Any) -> Any:
+        """(variance, mean) of values that are proportional to ``s``; the variance alone for an operator that gives no mean."""
+        factor = None if a is None or isinstance(a, sympy.Tuple) else sympy.cancel(a / S)
+        if factor is None or not step.layout or factor.has(S) or not self._plain(factor):
+            return None
+        if step.args[1] != 0:
+            self.notes[Reason.LAYER_NORM] = (
+                f"{step.target} with correction={step.args[1]} divides by H - {step.args[1]}"
+            )
+            return None
+        variance = factor**2 * V
+        return sympy.Tuple(variance, factor * M) if step.dtype is None else variance
+
+    def _layer_norm(self, step: Step, a: Any) -> Any:
+        shape, weight, bias, eps = step.args[1:5]
+        if tuple(shape) != (self.hidden,):
+            del self.notes[Reason.LAYER_NORM]  # this says more
+            self.notes[Reason.PARTIAL_WIDTH] = (
+                f"{step.target} normalises over {tuple(shape)}, the width is {self.hidden}"
+            )
+            return None
+        if a != S or isinstance(eps, Ref):
+            return None
+        gain = 1 if weight is None else self._operand(weight)
+        return (S - M) * gain / sympy.sqrt(V + _number(eps)) + (0 if bias is None else self._operand(bias))
+
+    def _plain(self, expr: Any) -> bool:
+        return not any(str(x).startswith(("part", "w")) for x in expr.free_symbols)
+
     def _mean(self, inner: Any) -> Any:
         inner = sympy.expand(inner)
         if not inner.has(S) and not any(str(x).startswith(("part", "w")) for x in inner.free_symbols):
@@ -126,6 +159,10 @@ class Meaning:
         factor = sympy.cancel(inner / S**2)
         if not factor.has(S) and not any(str(x).startswith(("part", "w")) for x in factor.free_symbols):
             return factor * Q
+        if inner.has(M):
+            factor = sympy.cancel(inner / (S - M) ** 2)
+            if not factor.has(S) and self._plain(factor):
+                return factor * V
         factor = sympy.cancel(inner / S)
         if not factor.has(S) and not any(str(x).startswith(("part", "w")) for x in factor.free_symbols):
             self.notes.setdefault(Reason.LAYER_NORM, "the mean of the values themselves is taken")
@@ -157,6 +194,31 @@ class Meaning:
             sample = {S: 2, Q: 3, **dict.fromkeys(self.weights.values(), 5)}
             if expr.subs(sample) > 0:  # the square forgets the sign
                 return g, eps
+        return None
+
+    def affine(self, expr: Any) -> tuple[Any, Any, Any] | None:
+        """(g, eps, b) when ``expr`` equals ``(s - mean(s)) * g / sqrt(var(s) + eps) + b``, else None."""
+        if expr is None or isinstance(expr, sympy.Tuple) or not expr.has(S) or not expr.has(V):
+            return None
+        vectors = [self.weights[i] for i, leaf in enumerate(self.leaves) if leaf.shape == "vector"]
+        expr = expr.subs(S, M + D)
+        b = expr.subs(D, 0)  # what is left where every value is the mean
+        if b not in (0, *vectors):
+            return None
+        squared = (expr - b) ** 2
+        if squared == 0:
+            return None
+        for g in (sympy.Integer(1), *(x for w in vectors if expr.has(w) for x in (w, 1 + w))):
+            eps = D**2 * g**2 / squared - V
+            eps = sympy.cancel(eps) if eps.free_symbols else eps
+            if eps.free_symbols and all(str(x).startswith("c") for x in eps.free_symbols):
+                self._note_symbolic_eps()
+                continue
+            if eps.free_symbols or not eps.is_real or eps < 0:
+                continue
+            sample = {D: 2, M: 1, V: 4, **dict.fromkeys(self.weights.values(), 5)}
+            if (expr - b).subs(sample) > 0:  # the square forgets the sign
+                return g, eps, b
         return None
 
     def _note_symbolic_eps(self) -> None:

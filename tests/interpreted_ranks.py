@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import itertools
 import os
 import random
 import time
@@ -58,6 +59,9 @@ class Call:
         ""  # a name of tpfuse.ops.quantizer.NAMED: the normed rows are quantized, as 'quantized' and 'scales'
     )
     keep_normed: bool = True
+    layer_norm: bool = False  # the flavour is one of tpfuse.ops.layer_norm_flavour.NAMED
+    mean: float = 0.0  # added to every contribution
+    addend: bool = False
 
 
 @dataclass
@@ -82,6 +86,8 @@ class Inputs:
     residual: torch.Tensor | None
     weight: torch.Tensor | None
     bias: torch.Tensor | None
+    shift: torch.Tensor | None = None
+    addend: torch.Tensor | None = None
 
 
 def inputs(call: Call, world: int) -> Inputs:
@@ -114,16 +120,24 @@ def inputs(call: Call, world: int) -> Inputs:
         return t.to(call.dtype)
 
     xs = [make(*shape) for _ in range(world)]
+    if call.mean:
+        xs = [(x.float() + call.mean).to(call.dtype) for x in xs]
     if call.special == "order":
         # Each element is 2**24, 1, -2**24 (and 1, 3, ...) over the ranks, in an order of its own: other orders, other sums.
         terms = torch.tensor([2.0**24, 1.0, -(2.0**24), 1.0, 3.0, 5.0, 7.0, 9.0][:world])
         orders = torch.rand(*shape, world, generator=g).argsort(dim=-1)
         xs = [terms[orders[..., r]].to(call.dtype) for r in range(world)]
     weight = None
-    if call.flavour != "weightless":
+    if call.flavour not in ("weightless", "olmo"):
         weight = torch.randn(call.hidden, generator=g).to(call.weight_dtype or call.dtype)
     bias = {"none": None, "row": (call.hidden,), "full": shape}[call.bias]
-    return Inputs(xs, make(*shape) if call.residual else None, weight, None if bias is None else make(*bias))
+    shift = None
+    if call.layer_norm and call.flavour in ("layer_norm", "nemotron"):
+        shift = torch.randn(call.hidden, generator=g).to(call.weight_dtype or call.dtype)
+    residual = make(*shape) if call.residual else None
+    return Inputs(
+        xs, residual, weight, None if bias is None else make(*bias), shift, make(*shape) if call.addend else None
+    )
 
 
 def of_rank(call: Call, given: Inputs, rank: int, world: int) -> Inputs:
@@ -141,15 +155,55 @@ def of_rank(call: Call, given: Inputs, rank: int, world: int) -> Inputs:
     )
 
 
-def expected(call: Call, given: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
-    """The contract: fp32 sum in rank order from +0.0, rounded once, zeros positive; then the exact reference."""
-    from tpfuse.ops import reference
+def layer_norm_flavour(call: Call) -> Any:
+    from tpfuse.ops.layer_norm_flavour import NAMED
+
+    return NAMED[call.flavour]
+
+
+def constants_of(call: Call, given: Inputs) -> Any:
+    """What the kernels of a call that does not quantize are compiled for."""
+    from tpfuse.ops import layer_norm_reference
+    from tpfuse.ops.flavour import NAMED
+    from tpfuse.ops.kernels.variant import centered, constants
+
+    weight, shift = (None if t is None else t.dtype for t in (given.weight, given.shift))
+    flavour = layer_norm_flavour(call).scaling if call.layer_norm else NAMED[call.flavour]
+    c = constants(
+        call.dtype,
+        weight,
+        call.hidden,
+        flavour,
+        bias=call.bias,
+        scaled=call.scale != 1.0,
+        has_residual=call.residual,
+        post_norm=call.post_norm,
+    )
+    if not call.layer_norm:
+        return c
+    return centered(
+        c, shift, layer_norm_reference.output_dtype(call.dtype, weight, shift, layer_norm_flavour(call)), call.addend
+    )
+
+
+def expected(call: Call, given: Inputs, spelled_out: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """The contract: fp32 sum in rank order from +0.0, rounded once, zeros positive; then the exact reference.
+
+    ``spelled_out``: a LayerNorm as the kernels take it: the mean, then the mean of squared differences.
+    """
+    from tpfuse.ops import layer_norm_reference, reference
     from tpfuse.ops.flavour import NAMED
 
     total = torch.zeros(given.xs[0].shape)
     for x in given.xs:
         total = total + x.float()
     reduced = total.to(call.dtype) + 0.0
+    if call.layer_norm:
+        flavour = layer_norm_flavour(call)
+        if spelled_out:
+            flavour = replace(flavour, moments="squares", compute="float32")
+        affine = given.residual, given.weight, given.shift, given.bias, given.addend
+        return layer_norm_reference.add_layer_norm(reduced, *affine, call.eps, call.scale, flavour)
     return reference.add_rms_norm(
         reduced, given.residual, given.weight, given.bias, call.eps, call.scale, NAMED[call.flavour], call.post_norm
     )
@@ -163,6 +217,7 @@ def squares_in_kernel_order(call: Call) -> Iterator[None]:
     groups in fp64, rounded once.
     """
     values = 16 // call.dtype.itemsize
+    turns = itertools.count()
 
     def total(squares: torch.Tensor) -> torch.Tensor:
         rows, hidden = squares.shape
@@ -170,15 +225,17 @@ def squares_in_kernel_order(call: Call) -> Iterator[None]:
         for _ in range(values.bit_length() - 1):
             padded = padded[..., 0::2] + padded[..., 1::2]
         groups = padded.reshape(rows, padded.shape[-1] // 128, 128).numpy().sum(axis=2)
-        return torch.from_numpy(groups.astype("float64").sum(axis=1)).float()[:, None]
+        return torch.from_numpy(groups.astype("float64").sum(axis=1))[:, None]
 
     def mean(squares: torch.Tensor, dim: int, keepdim: bool) -> torch.Tensor:
         assert (dim, keepdim) == (-1, True)
-        return total(squares) / squares.shape[-1]
+        if call.layer_norm and next(turns) % 2 == 0:  # first of the values, then of the squares
+            return (total(squares) * (1 / squares.shape[-1])).float()
+        return total(squares).float() / squares.shape[-1]
 
     def add(squares: torch.Tensor, dim: int, keepdim: bool) -> torch.Tensor:
         assert (dim, keepdim) == (-1, True)
-        return total(squares)
+        return total(squares).float()
 
     with patch.object(torch.Tensor, "mean", mean), patch.object(torch.Tensor, "sum", add):
         yield
@@ -212,10 +269,12 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return bool(((a.view(torch.int32) == b.view(torch.int32)) | (a.isnan() & b.isnan())).all())
 
 
-def expected_of_all(call: Call, everything: Inputs, rank: int, world: int) -> tuple[torch.Tensor, torch.Tensor]:
+def expected_of_all(
+    call: Call, everything: Inputs, rank: int, world: int, spelled_out: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """What a rank gets of a call: with a gather the normed rows of all ranks, zeros where a block has fewer."""
     if not call.gathers:
-        return expected(call, of_rank(call, everything, rank, world))
+        return expected(call, of_rank(call, everything, rank, world), spelled_out)
     blocks = [expected(call, of_rank(call, everything, r, world)) for r in range(world)]
     filled = [torch.nn.functional.pad(normed, (0, 0, 0, call.rows - len(normed))) for normed, _ in blocks]
     return torch.cat(filled), blocks[rank][1]
@@ -360,16 +419,15 @@ def _worker(
         os.environ["TRITON_INTERPRET"] = "1"
         torch.set_num_threads(1)
         import triton.language as tl
-        from tpfuse.ops.flavour import NAMED
         from tpfuse.ops.kernel import launch_plain
         from tpfuse.ops.kernels.gathered_rows import gathered_rows_kernel
-        from tpfuse.ops.kernels.one_shot import one_shot_kernel, one_shot_quant_kernel
+        from tpfuse.ops.kernels.one_shot import one_shot_kernel, one_shot_layer_norm_kernel, one_shot_quant_kernel
         from tpfuse.ops.kernels.quant_constants import quantized
         from tpfuse.ops.kernels.received_rows import received_rows_kernel
         from tpfuse.ops.kernels.received_two_shot import received_two_shot_kernel
         from tpfuse.ops.kernels.state import MAX_PROGRAMS, PARTIALS, RECORD
-        from tpfuse.ops.kernels.two_shot import two_shot_kernel, two_shot_quant_kernel
-        from tpfuse.ops.kernels.variant import GROUP_LANES, Variant, constants
+        from tpfuse.ops.kernels.two_shot import two_shot_kernel, two_shot_layer_norm_kernel, two_shot_quant_kernel
+        from tpfuse.ops.kernels.variant import GROUP_LANES, Variant
         from tpfuse.ops.quant_reference import quantize, scales_like
         from tpfuse.ops.quantizer import NAMED as QUANTIZERS
         from triton.runtime import interpreter
@@ -417,16 +475,7 @@ def _worker(
             kept = given.xs[0].shape[0]
             if delay:
                 time.sleep(rng.random() * delay)
-            c = constants(
-                call.dtype,
-                None if given.weight is None else given.weight.dtype,
-                call.hidden,
-                NAMED[call.flavour],
-                bias=call.bias,
-                scaled=call.scale != 1.0,
-                has_residual=call.residual,
-                post_norm=call.post_norm,
-            )
+            c = constants_of(call, given)
             quantizer = QUANTIZERS[call.quantizer] if call.quantizer else None
             if quantizer is not None:
                 c = quantized(c, quantizer, call.keep_normed, False)
@@ -468,6 +517,7 @@ def _worker(
                     views[1],
                     *extra,
                     *((STATIC_SCALE, extra[1].stride(-1)) if extra else ()),
+                    *([none if t is None else t for t in (given.shift, given.addend)] if call.layer_norm else ()),
                     peers,
                     state,
                     rank,
@@ -479,11 +529,13 @@ def _worker(
                     call.scale,
                 )
                 function = {
-                    ("one_shot", False): one_shot_kernel,
-                    ("two_shot", False): two_shot_kernel,
-                    ("one_shot", True): one_shot_quant_kernel,
-                    ("two_shot", True): two_shot_quant_kernel,
-                }[call.algorithm, bool(extra)]
+                    ("one_shot", "rms_norm"): one_shot_kernel,
+                    ("two_shot", "rms_norm"): two_shot_kernel,
+                    ("one_shot", "quant"): one_shot_quant_kernel,
+                    ("two_shot", "quant"): two_shot_quant_kernel,
+                    ("one_shot", "layer_norm"): one_shot_layer_norm_kernel,
+                    ("two_shot", "layer_norm"): two_shot_layer_norm_kernel,
+                }[call.algorithm, c.kind]
                 if call.blocks > 1:
                     function = received_rows_kernel if call.algorithm == "one_shot" else received_two_shot_kernel
                 if call.gathers:
@@ -500,7 +552,7 @@ def _worker(
             normed, residual_out = views[0].clone(), views[1].clone()
             extra = [e.clone() for e in extra]
             with squares_in_kernel_order(call):
-                want = expected_of_all(call, everything, rank, world)
+                want = expected_of_all(call, everything, rank, world, spelled_out=True)
             if quantizer is not None:
                 asked = quantize(want[0], quantizer, STATIC_SCALE if quantizer.granularity == "tensor" else None)
                 if not call.keep_normed:
@@ -526,6 +578,12 @@ def _worker(
                         f"call {number} {call}: {name} differs from the reference in the kernels' order"
                     )
             want = expected_of_all(call, everything, rank, world)
+            if call.layer_norm:
+                # What is added behind the weight may cancel: no bound in units of the last place of each element.
+                step = torch.finfo(call.dtype).eps * (4 if call.dtype == torch.float32 else 1) * (1 + abs(call.mean))
+                if not torch.allclose(normed.float(), want[0].float(), rtol=step, atol=step * 4, equal_nan=True):
+                    outcome.mistakes.append(f"call {number} {call}: not close to the reference")
+                continue
             apart = (ulps_apart(normed, want[0]), ulps_apart(residual_out, want[1]))
             # In torch's order of squares the root may differ in its last places.
             allowed = (

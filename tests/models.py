@@ -188,6 +188,14 @@ PATTERNS: dict[str, TinyModel] = {
         TinyModel(
             "granitemoehybrid", {**GRANITE_MOE, "shared_intermediate_size": 32, "layer_types": ["attention"] * 3}
         ),
+        # LayerNorm, also over the sum of attention and MLP; cohere2 is above
+        TinyModel("starcoder2", {"sliding_window": 32}),
+        TinyModel("nemotron"),
+        TinyModel("phi"),
+        TinyModel("gpt_neox"),
+        TinyModel("olmo"),
+        TinyModel("jais2", {"head_dim": 16}),
+        TinyModel("cohere2_moe", {**MOE, "head_dim": 16, "sliding_window": 32, "tie_word_embeddings": True}),
     )
 }
 

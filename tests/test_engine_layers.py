@@ -225,7 +225,7 @@ class Swapped(Vllm):
         (Kernel, "Kernel for rows of 64 torch.bfloat16 cannot be traced: RuntimeError: not on this device"),
         (
             lambda: nn.LayerNorm(H).bfloat16(),
-            "LayerNorm for rows of 64 torch.bfloat16 is not what the op computes: layer-norm",
+            "LayerNorm for rows of 64 torch.bfloat16 is not what the op computes: it is a LayerNorm",
         ),
         (Doubled, "does more than reduce, add and normalize"),
         (Swapped, "does more than reduce, add and normalize"),

@@ -19,7 +19,7 @@ pytest.importorskip("transformers", reason="needs the extra tpfuse[hf]")
 
 WORLD = 2
 GOLDEN = json.loads((Path(__file__).parent / "matrix" / "golden.json").read_text())["default policy"]
-QUICK = ("granitemoe",)
+QUICK = ("granitemoe", "starcoder2", "phi")
 
 
 def forward(rank, world_size, folder, numerics="exact"):

@@ -73,3 +73,24 @@ def add_norm_quant_kernel(
     """:func:`add_norm_kernel` that quantizes; ``quantized`` to ``scale_stride`` as in :func:`.quantize.quantize_kernel`."""
     io = (residual, weight, bias, normed, residual_out, quantized, scales, static_scale, scale_stride)
     add_norm(reduced_rows, io, rows, eps, scale, C, S)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def add_norm_layer_norm_kernel(
+    reduced_rows,
+    residual,
+    weight,
+    bias,
+    normed,
+    residual_out,
+    shift,
+    addend,
+    rows,
+    eps,
+    scale,
+    C: tl.constexpr,
+    S: tl.constexpr,
+):
+    """:func:`add_norm_kernel` with a LayerNorm; ``shift`` and ``addend`` as in :func:`.one_shot.one_shot_layer_norm_kernel`."""
+    io = (residual, weight, bias, normed, residual_out, shift, addend)
+    add_norm(reduced_rows, io, rows, eps, scale, C, S)

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from .call import spoil
+from .center import mean_of_values, normalised_around, variance_of
 from .gather import is_whole, push_to_all
 from .memory import NAN_WORD, store16
 from .packing import over_scalar, pack, plus, plus_scalar, plus_words, rounded, times, times_scalar, times_words, unpack
@@ -29,10 +30,12 @@ _NAN: tl.constexpr = tl.constexpr(NAN_WORD)
 
 
 @triton.jit
-def affine(words, shift, scale, C: tl.constexpr, PTX: tl.constexpr):
-    """Bias (its words), then scale, each rounded to the dtype as eager mode does; words in, words out."""
+def affine(words, shift, addend, scale, C: tl.constexpr, PTX: tl.constexpr):
+    """Bias (its words), addend, then scale, each rounded to the dtype as eager mode does; words in, words out."""
     if C.bias != "none":
         words = plus_words(words, shift, C.dtype, PTX)
+    if C.has_addend:
+        words = plus_words(words, addend, C.dtype, PTX)
     if C.scaled:
         words = pack(times_scalar(unpack(words, C.dtype), scale), C.dtype, PTX)
     return words
@@ -72,6 +75,20 @@ def normalised(values, mean, weight, eps, C: tl.constexpr, PTX: tl.constexpr):
 
 
 @triton.jit
+def affine_of(out, weight, shift, C: tl.constexpr, PTX: tl.constexpr):
+    """Words of a LayerNorm's output from the normalised values of one group: weight and shift, rounded as the flavour says."""
+    if C.round_normed:
+        out = rounded(out, C.dtype, PTX)
+    if C.has_weight:
+        out = rounded(times(out, gain_of(weight, C, PTX)), C.product_dtype, PTX)
+    if C.has_shift:
+        out = plus(out, values_of(shift, C.shift_dtype))
+        if C.shifted_dtype != C.out_dtype:
+            out = rounded(out, C.shifted_dtype, PTX)
+    return words_of(out, C.out_dtype, PTX)
+
+
+@triton.jit
 def prefetch(row, part, i: tl.constexpr, io, C: tl.constexpr, S: tl.constexpr):
     """Words of residual, bias and (for short programs) weight of one step, loaded before the poll so that the wait hides them.
 
@@ -89,9 +106,15 @@ def prefetch(row, part, i: tl.constexpr, io, C: tl.constexpr, S: tl.constexpr):
         b = load_words(bias, element.to(tl.int64), active, C.dtype, C.values, S.ptx)
     if C.bias == "full":
         b = load_words(bias, row_start + element, active, C.dtype, C.values, S.ptx)
-    if C.has_weight and S.steps <= 2:
+    if C.has_weight and S.steps <= 2 and (S.affine_ahead or not C.centered):
         w = load_words(weight, element.to(tl.int64), active, C.weight_dtype, C.values, S.ptx)
-    return (r, b, w)
+    s = ()
+    a = ()
+    if C.has_shift and S.affine_ahead:
+        s = load_words(io[5], element.to(tl.int64), active, C.shift_dtype, C.values, S.ptx)
+    if C.has_addend and S.addend_ahead:
+        a = load_words(io[6], row_start + element, active, C.dtype, C.values, S.ptx)
+    return (r, b, w, s, a)
 
 
 @triton.jit
@@ -116,7 +139,10 @@ def accept(
         loads: what :func:`prefetch` returned for this step.
     """
     element, active = lane_elements(part, i, C, S)
-    words = affine(reduced, loads[1], scale, C, S.ptx)
+    addend = loads[4]
+    if C.has_addend and not S.addend_ahead:
+        addend = load_words(io[6], row.to(tl.int64) * C.hidden + element, active, C.dtype, C.values, S.ptx)
+    words = affine(reduced, loads[1], addend, scale, C, S.ptx)
     if C.unrounded:
         values = plus(unpack(loads[0], C.dtype), unpack(words, C.dtype))
         words = pack(values, C.dtype, S.ptx)
@@ -149,14 +175,18 @@ def finish(
 
     Args:
         held: for each step what :func:`accept` returned.
-        io: the tensors of the call: residual, weight, bias, normed, residual_out; what :func:`quantize_step` adds to them, or,
-            where the normed rows are gathered, what :func:`push_to_all` takes.
+        io: the tensors of the call: residual, weight, bias, normed, residual_out; what :func:`quantize_step` adds to them, or
+            the shift of a LayerNorm and its addend, or, where the normed rows are gathered, what :func:`push_to_all` takes.
         loads: for each step what :func:`prefetch` returned; looked at only by programs of one or two steps.
     """
     STEPS: tl.constexpr = S.steps
     residual, weight, normed, residual_out = io[0], io[1], io[3], io[4]
     row_start = row.to(tl.int64) * C.hidden
-    mean = mean_of_squares(held, part, row, state, phase, watch, C, S)
+    if C.centered:
+        middle = mean_of_values(held, part, row, state, phase, watch, C, S)
+        mean = variance_of(held, middle, part, row, state, phase, watch, C, S)
+    else:
+        mean = mean_of_squares(held, part, row, state, phase, watch, C, S)
     if S.gathers:
         whole = is_whole(mean, state, S)
     outs = ()
@@ -164,11 +194,21 @@ def finish(
         element, active = lane_elements(part, i, C, S)
         gain = ()
         if C.has_weight:
-            if S.steps <= 2:
+            if S.steps <= 2 and (S.affine_ahead or not C.centered):
                 gain = loads[i][2]
             else:
                 gain = load_words(weight, element.to(tl.int64), active, C.weight_dtype, C.values, S.ptx)
-        out = normalised(held_values(held[i], C), mean, gain, eps, C, S.ptx)
+        if C.centered:
+            shift = ()
+            if C.has_shift:
+                if S.affine_ahead:
+                    shift = loads[i][3]
+                else:
+                    shift = load_words(io[5], element.to(tl.int64), active, C.shift_dtype, C.values, S.ptx)
+            values = normalised_around(held_values(held[i], C), middle, mean, eps, C)
+            out = affine_of(values, gain, shift, C, S.ptx)
+        else:
+            out = normalised(held_values(held[i], C), mean, gain, eps, C, S.ptx)
         if C.keeps_normed:
             store_words(normed, row_start + element, out, active, C.out_dtype, S.ptx)
         if S.gathers:
@@ -194,5 +234,5 @@ def finish(
         quantize_row(outs, row, part, io, state, phase, watch, C, S)
     if S.split > 1:
         restore(state, S)
-        if C.scale_a_row:
+        if C.scale_a_row or C.centered:
             restore_tops(state, S)

@@ -180,3 +180,37 @@ def one_shot_quant_kernel(
             poison(rows, io, C, S)
             return
     one_shot(x, io, begun, peers, state, rank, rows, phase_bytes, limit, eps, scale, C, S)
+
+
+@triton.jit(do_not_specialize=["rank", "rows", "phase_bytes", "limit"])
+def one_shot_layer_norm_kernel(
+    x,
+    residual,
+    weight,
+    bias,
+    normed,
+    residual_out,
+    shift,
+    addend,
+    peers,
+    state,
+    rank,
+    rows,
+    phase_bytes,
+    limit,
+    eps,
+    scale,
+    C: tl.constexpr,
+    S: tl.constexpr,
+):
+    """:func:`one_shot_kernel` with a LayerNorm; ``shift``, ``(H,)``, is added behind the weight.
+
+    ``addend``, rows as of ``x``, is added behind the bias. Unused ones are any pointer.
+    """
+    io = (residual, weight, bias, normed, residual_out, shift, addend)
+    begun = begin_one_shot(x, peers, state, rank, rows, C, S)
+    if S.world > 4:  # the words of so many ranks leave no register for a second count
+        if failed(state):
+            poison(rows, io, C, S)
+            return
+    one_shot(x, io, begun, peers, state, rank, rows, phase_bytes, limit, eps, scale, C, S)

@@ -21,12 +21,20 @@ def lane_sums_of_squares(values):
 
 
 @triton.constexpr_function
-def over_lanes_asm(steps, groups_a_step, whole):
+def bits_of(value):
+    """A number between 0 and 1 as PTX writes an fp64 constant: exponent and fraction in hexadecimal."""
+    fraction, exponent = value.hex()[4:].split("p")  # of 0x1.(fraction)p(exponent)
+    return f"{int(exponent) + 1023:03x}{fraction}"
+
+
+@triton.constexpr_function
+def over_lanes_asm(steps, groups_a_step, whole, over):
     """PTX that sums ``steps`` values a thread over groups of 128 threads; ``whole``: and the groups in fp64.
 
     Every thread gets the sum over all groups, or, without ``whole``, thread ``t`` that of group ``t`` modulo
-    :func:`over_lanes_period`. One tree a warp, the sums of all warps through shared memory, four of them a group. Triton's own
-    reduction goes through shared memory three times, with six barriers.
+    :func:`over_lanes_period`. ``over``, where it is not 0, is H, by which the sum is divided in fp64: a mean, rounded once. One
+    tree a warp, the sums of all warps through shared memory, four of them a group. Triton's own reduction goes through shared
+    memory three times, with six barriers.
     """
     groups, period = steps * groups_a_step, over_lanes_period(steps, groups_a_step)
     lines = ["{", f".shared .align 16 .b32 sums[{4 * groups}];", ".reg .pred %p;", ".reg .b64 %d, %e;"]
@@ -50,13 +58,15 @@ def over_lanes_asm(steps, groups_a_step, whole):
     lines += [f"mov.b32 {one}, 0;" for one in ("%v", "%a", "%b", "%c")]
     lines += ["@%p ld.shared.v4.b32 {%v, %a, %b, %c}, [%s];"]
     lines += ["add.rn.f32 %v, %v, %b;", "add.rn.f32 %a, %a, %c;", "add.rn.f32 %v, %v, %a;"]
-    if whole and groups > 1:
+    if whole and (groups > 1 or over):
         lines += ["cvt.f64.f32 %d, %v;"]
         for distance in (8, 4, 2, 1):
             if distance < period:
                 lines += ["mov.b64 {%lo, %hi}, %d;"]
                 lines += [f"shfl.sync.bfly.b32 {half}, {half}, {distance}, 31, 0xffffffff;" for half in ("%lo", "%hi")]
                 lines += ["mov.b64 %e, {%lo, %hi};", "add.rn.f64 %d, %d, %e;"]
+        if over:
+            lines += [f"mul.rn.f64 %d, %d, 0D{bits_of(1 / over)};"]
         lines += ["cvt.rn.f32.f64 %v, %d;"]
     return "\n".join([*lines, "mov.b32 $0, %v;", "}"])
 
@@ -73,10 +83,10 @@ def over_lanes_constraints(steps):
 
 
 @triton.jit
-def over_lanes(values, GROUPS_A_STEP: tl.constexpr, WHOLE: tl.constexpr):
+def over_lanes(values, GROUPS_A_STEP: tl.constexpr, WHOLE: tl.constexpr, OVER: tl.constexpr = 0):
     """See :func:`over_lanes_asm`: a tensor over lanes. ``values``: one fp32 tensor over lanes a step."""
     return tl.inline_asm_elementwise(
-        over_lanes_asm(len(values), GROUPS_A_STEP, WHOLE),
+        over_lanes_asm(len(values), GROUPS_A_STEP, WHOLE, OVER),
         over_lanes_constraints(len(values)),
         values,
         dtype=tl.float32,

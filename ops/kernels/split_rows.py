@@ -1,4 +1,4 @@
-"""What the programs of a split row tell each other: the sums of squares of their groups, and their largest values."""
+"""What the programs of a split row tell each other: sums of squares of their groups, sums of values, and largest values."""
 
 # Triton's language, not Python: tuples grow while they are traced, and have no unpacking.
 # mypy: ignore-errors
@@ -20,7 +20,35 @@ TOPS: tl.constexpr = tl.constexpr(at.TOPS)
 
 
 @triton.jit
-def announce(sums, part, state, S: tl.constexpr):
+def as_written(total, SIGNED: tl.constexpr):
+    """The word of a sum by which a reader sees that it was written: never zero."""
+    word = total.to(tl.int32, bitcast=True)
+    if SIGNED:
+        return tl.where(word == 0, -2147483648, word)
+    else:
+        return word | (-2147483648)
+
+
+@triton.constexpr_function
+def announce_asm(signed):
+    """PTX that stores a word, behind a fence where it is a NaN."""
+    nan = "setp.gt.u32 %p, $2, 0xFF800000;"
+    if signed:  # of either sign
+        nan = ".reg .b32 %a; and.b32 %a, $2, 0x7FFFFFFF; setp.gt.u32 %p, %a, 0x7F800000;"
+    return f"""
+            {{
+            .reg .pred %p;
+            {nan}
+            @%p fence.acq_rel.gpu;
+            setp.ne.u32 %p, $3, 0;
+            @%p st.relaxed.gpu.global.u32 [$1], $2;
+            mov.u32 $0, 0;
+            }}
+            """
+
+
+@triton.jit
+def announce(sums, part, state, S: tl.constexpr, SIGNED: tl.constexpr = False):
     """Write the sums of squares of this program's groups into the area of every program of its row.
 
     A sum is not negative, so its sign bit marks it as written: each word carries its own flag, as in a push. Relaxed stores
@@ -29,28 +57,23 @@ def announce(sums, part, state, S: tl.constexpr):
     for the stores of ``residual_out``. Only a NaN may vouch for something else, the record of a sibling that gave up: a
     fence here and one in :func:`spoil` order that, on a path that finite rows never take.
 
+    Sums of values (``SIGNED``) have an area of their own, since a sibling may announce its sums of squares before these have
+    been read, and no bit to spare: a zero is announced as the negative one, as in a push.
+
     One element a thread: with fewer, inline PTX would store again from the replicas, perhaps after the reader restored its
     zeros.
     """
     GROUPS: tl.constexpr = S.groups_a_step
+    AREA: tl.constexpr = TOPS if SIGNED else PARTIALS
     first = tl.program_id(0) - part
     if S.ptx:
         PERIOD: tl.constexpr = over_lanes_period(S.steps, S.groups_a_step)
-        word = over_lanes(sums, GROUPS, False).to(tl.int32, bitcast=True) | (-2147483648)
+        word = as_written(over_lanes(sums, GROUPS, False), SIGNED)
         lane = tl.arange(0, S.lanes)
-        place = state + PARTIALS + (first + lane // PERIOD) * MAX_GROUPS + part * S.groups + lane % PERIOD
+        place = state + AREA + (first + lane // PERIOD) * MAX_GROUPS + part * S.groups + lane % PERIOD
         active = ((lane // PERIOD < S.split) & (lane % PERIOD < S.groups)).to(tl.int32)
         tl.inline_asm_elementwise(
-            """
-            {
-            .reg .pred %p;
-            setp.gt.u32 %p, $2, 0xFF800000;
-            @%p fence.acq_rel.gpu;
-            setp.ne.u32 %p, $3, 0;
-            @%p st.relaxed.gpu.global.u32 [$1], $2;
-            mov.u32 $0, 0;
-            }
-            """,
+            announce_asm(SIGNED),
             "=r,l,r,r",
             [place.to(tl.int64), word, active],
             dtype=tl.int32,
@@ -61,8 +84,8 @@ def announce(sums, part, state, S: tl.constexpr):
         STEPS: tl.constexpr = S.steps
         readers = tl.arange(0, MAX_GROUPS)
         for i in tl.static_range(STEPS):
-            word = sums_over_lanes(sums[i], GROUPS).to(tl.int32, bitcast=True) | (-2147483648)
-            areas = state + PARTIALS + (first + readers) * MAX_GROUPS + (part * S.steps + i) * GROUPS
+            word = as_written(sums_over_lanes(sums[i], GROUPS), SIGNED)
+            areas = state + AREA + (first + readers) * MAX_GROUPS + (part * S.steps + i) * GROUPS
             if GROUPS == 1:
                 words = tl.zeros((MAX_GROUPS,), tl.int32) + word
                 tl.atomic_xchg(areas, words, mask=readers < S.split, sem="release", scope="gpu")
@@ -73,8 +96,21 @@ def announce(sums, part, state, S: tl.constexpr):
 
 
 @triton.jit
-def exchange(sums, part, row, state, phase, watch, C: tl.constexpr, S: tl.constexpr):
-    """The sum of squares, fp32, of a row whose groups are held by ``S.split`` neighbouring programs, one item each.
+def folded(totals, HALF: tl.constexpr):
+    """The upper half of up to ``2 * HALF`` values added to the lower one."""
+    out = ()
+    for i in tl.static_range(len(totals)):
+        if i < HALF:
+            if i + HALF < len(totals):
+                out = out + (totals[i] + totals[i + HALF],)
+            else:
+                out = out + (totals[i],)
+    return out
+
+
+@triton.jit
+def exchange(sums, part, row, state, phase, watch, C: tl.constexpr, S: tl.constexpr, SIGNED: tl.constexpr = False):
+    """The sum of squares, fp32, of a row that ``S.split`` neighbouring programs hold, one item each. ``SIGNED``: the mean.
 
     Push and poll again, within one GPU: every program announces its sums, polls its own area, and restores its zeros when
     it has nothing else to do (:func:`restore`). The kernel boundary orders them before the next call's writes: one phase
@@ -82,8 +118,9 @@ def exchange(sums, part, row, state, phase, watch, C: tl.constexpr, S: tl.conste
     the record names the peer.
     """
     WORDS: tl.constexpr = S.split * S.groups
-    announce(sums, part, state, S)
-    mine = state + PARTIALS + tl.program_id(0) * MAX_GROUPS
+    AREA: tl.constexpr = TOPS if SIGNED else PARTIALS
+    announce(sums, part, state, S, SIGNED)
+    mine = state + AREA + tl.program_id(0) * MAX_GROUPS
     words = poll(
         mine.to(tl.int64),
         mine.to(tl.int64),
@@ -103,7 +140,11 @@ def exchange(sums, part, row, state, phase, watch, C: tl.constexpr, S: tl.conste
     )
     totals = ()
     for i in tl.static_range(WORDS):
-        totals = totals + ((words[i] & 0x7FFFFFFF).to(tl.float32, bitcast=True).to(tl.float64),)
+        word = words[i] if SIGNED else words[i] & 0x7FFFFFFF
+        totals = totals + (word.to(tl.float32, bitcast=True).to(tl.float64),)
+    if SIGNED:
+        # Values may cancel, so the order shows: halves upon halves, as in over_lanes_asm, where zeros fill up the upper half.
+        return over_width(folded(folded(folded(folded(totals, 8), 4), 2), 1)[0], C).to(tl.float32)
     # In pairs: exact as any other order, and the fewest additions in a row.
     for _ in tl.static_range(4):
         pairs = ()
@@ -191,20 +232,39 @@ def restore(state, S: tl.constexpr):
 def mean_of_squares(held, part, row, state, phase, watch, C: tl.constexpr, S: tl.constexpr):
     """Mean of squares of a row from what this program holds of its groups."""
     STEPS: tl.constexpr = S.steps
-    GROUPS: tl.constexpr = S.groups_a_step
     sums = ()
     for i in tl.static_range(STEPS):
         sums = sums + (lane_sums_of_squares(held_values(held[i], C)),)
+    return mean_of(sums, part, row, state, phase, watch, C, S)
+
+
+@triton.jit
+def mean_of(sums, part, row, state, phase, watch, C: tl.constexpr, S: tl.constexpr, SIGNED: tl.constexpr = False):
+    """The sums of the lanes of a row, one tensor over lanes a step, over H: of squares or, ``SIGNED``, of values."""
+    STEPS: tl.constexpr = S.steps
+    GROUPS: tl.constexpr = S.groups_a_step
     if S.split > 1:
-        total = exchange(sums, part, row, state, phase, watch, C, S)
+        total = exchange(sums, part, row, state, phase, watch, C, S, SIGNED)
     elif S.ptx:
-        total = over_lanes(sums, GROUPS, True)
+        total = over_lanes(sums, GROUPS, True, C.hidden if SIGNED else 0)
     else:
         groups = sums_over_lanes(sums[0], GROUPS).to(tl.float64)
         for i in tl.static_range(1, STEPS):
             groups += sums_over_lanes(sums[i], GROUPS).to(tl.float64)
-        total = (tl.sum(groups, axis=0) if GROUPS > 1 else groups).to(tl.float32)
-    if C.hidden & (C.hidden - 1) == 0:
+        total = tl.sum(groups, axis=0) if GROUPS > 1 else groups
+        if SIGNED:
+            total = over_width(total, C)
+        total = total.to(tl.float32)
+    if SIGNED:
+        return total
+    elif C.hidden & (C.hidden - 1) == 0:
         return total * (1.0 / C.hidden)  # the same bits as the division
     else:
         return tl.math.div_rn(total, C.hidden * 1.0)
+
+
+@triton.jit
+def over_width(total, C: tl.constexpr):
+    """A sum over H in fp64, as :func:`.reduction.over_lanes_asm` divides it: the mean of a row is rounded once, since all of
+    its error is an error of every difference from it."""
+    return total * tl.full((), 1.0 / C.hidden, tl.float64)

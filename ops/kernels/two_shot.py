@@ -204,3 +204,32 @@ def two_shot_quant_kernel(
     """:func:`two_shot_kernel` that quantizes; ``quantized`` to ``scale_stride`` as in :func:`.quantize.quantize_kernel`."""
     io = (residual, weight, bias, normed, residual_out, quantized, scales, static_scale, scale_stride)
     two_shot(x, io, peers, state, rank, rows, phase_bytes, limit, eps, scale, C, S)
+
+
+@triton.jit(do_not_specialize=["rank", "rows", "phase_bytes", "limit"])
+def two_shot_layer_norm_kernel(
+    x,
+    residual,
+    weight,
+    bias,
+    normed,
+    residual_out,
+    shift,
+    addend,
+    peers,
+    state,
+    rank,
+    rows,
+    phase_bytes,
+    limit,
+    eps,
+    scale,
+    C: tl.constexpr,
+    S: tl.constexpr,
+):
+    """:func:`two_shot_kernel` with a LayerNorm; ``shift``, ``(H,)``, is added behind the weight.
+
+    ``addend``, rows as of ``x``, is added behind the bias. Unused ones are any pointer.
+    """
+    io = (residual, weight, bias, normed, residual_out, shift, addend)
+    two_shot(x, io, peers, state, rank, rows, phase_bytes, limit, eps, scale, C, S)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -53,6 +53,9 @@ class Constants:
     row_bytes: int
     zero_mark: int  # what a zero word becomes on push: a zero with a sign
     quant: Quant | None = None  # the normed rows are quantized
+    centered: bool = False  # the mean is subtracted: LayerNorm
+    shift_dtype: tl.dtype | None = None  # of the bias behind its weight, where there is one
+    has_addend: bool = False  # another tensor of rows is added behind the bias
 
     @property
     def groups(self) -> int:
@@ -82,6 +85,21 @@ class Constants:
     def scale_a_row(self) -> bool:
         """Whether a row is quantized with one scale of its own, which programs that share it have to agree on."""
         return self.quant is not None and self.quant.granularity == "token"
+
+    @property
+    def kind(self) -> str:
+        """Which of the kernels of an algorithm: they differ in their arguments."""
+        return "quant" if self.quantized else "layer_norm" if self.centered else "rms_norm"
+
+    @property
+    def has_shift(self) -> bool:
+        """Whether a vector is added behind the weight."""
+        return self.shift_dtype is not None
+
+    @property
+    def shifted_dtype(self) -> tl.dtype:
+        """The dtype of weight times norm plus shift, before the cast behind them."""
+        return self.product_dtype if self.shift_dtype in (None, self.product_dtype) else _TL[torch.float32]
 
     @property
     def plain_gain(self) -> bool:
@@ -116,6 +134,16 @@ class Variant:
     def groups(self) -> int:
         """Groups of a row that one program holds, those beyond the row's end included."""
         return self.steps * self.groups_a_step
+
+    @property
+    def affine_ahead(self) -> bool:
+        """Whether weight and shift of a LayerNorm are loaded before the poll: of the widest rows they take too many registers."""
+        return self.steps <= 2 and self.split * self.groups <= MAX_GROUPS // 2
+
+    @property
+    def addend_ahead(self) -> bool:
+        """The same for an addend beside a bias."""
+        return self.steps == 1 and self.world <= 4
 
     @property
     def blocks_at_once(self) -> int:
@@ -183,3 +211,15 @@ def constants(
         row_bytes=hidden * dtype.itemsize,
         zero_mark=-(2**31) if dtype == torch.float32 else 0x8000,
     )
+
+
+def centered(c: Constants, shift_dtype: torch.dtype | None, out_dtype: torch.dtype, addend: bool = False) -> Constants:
+    """The constants of a LayerNorm from those of the RMSNorm that casts and rounds alike.
+
+    Args:
+        shift_dtype: of the vector that is added behind the weight, None without one: the dtype of ``x``, or fp32.
+        out_dtype: of the normed output.
+        addend: whether another tensor of rows is added behind the bias.
+    """
+    shift = None if shift_dtype is None else _TL[shift_dtype]
+    return replace(c, centered=True, shift_dtype=shift, out_dtype=_TL[out_dtype], has_addend=addend)

@@ -178,3 +178,30 @@ def test_graphs_of_quantized_and_plain_calls_equal_eager() -> None:
     import quant_on_ranks
 
     _all_well(run_ranks(quant_on_ranks.replays, 2))
+
+
+@pytest.mark.parametrize("algorithm", ("one_shot", "two_shot", "library"))
+@pytest.mark.parametrize("world", (2, 4))
+@pytest.mark.timeout(400)
+def test_layer_norms_are_those_of_the_reference_on_every_way_to_them(world: int, algorithm: str) -> None:
+    import layer_norm_on_ranks
+
+    missing = why_not(world)
+    if algorithm == "library" and (world > 2 or gpu_count() < world):
+        missing = "NCCL needs a GPU for each rank, and sums more than two in an order of its own"
+    if missing:
+        pytest.skip(missing)
+    _all_well(run_ranks(layer_norm_on_ranks.edges, world, timeout=380, env={"TPFUSE_ALGORITHM": algorithm}))
+
+
+@pytest.mark.timeout(400)
+def test_random_layer_norms_among_rms_norms() -> None:
+    import layer_norm_on_ranks
+
+    _all_well(run_ranks(layer_norm_on_ranks.random_calls, 2, timeout=380))
+
+
+def test_graphs_of_both_norms_equal_eager() -> None:
+    import layer_norm_on_ranks
+
+    _all_well(run_ranks(layer_norm_on_ranks.replays, 2))

@@ -182,6 +182,10 @@ def rounding_of(
     (site,) = fuse(graph, PassOptions(policy="all")).sites
     if not site.fused:
         raise ValueError(f"{what} is not what the op computes: {site.reason}: {site.detail}. {advice}")
+    if "layer_norm" in site.pattern:
+        raise ValueError(
+            f"{what} is not what the op computes: it is a LayerNorm, whose op is tpfuse.ops.all_reduce_add_layer_norm. {advice}"
+        )
     return _read(graph, held, residual, f"{what} does more than reduce, add and normalize. {advice}")
 
 

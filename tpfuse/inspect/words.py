@@ -31,8 +31,9 @@ def flavour(site: Site) -> str:
     if not site.flavour:
         return ""
     from tpfuse.ops.flavour import Flavour
+    from tpfuse.ops.layer_norm_flavour import LayerNormFlavour
 
-    return _described(site.flavour, Flavour.parse)
+    return _described(site.flavour, LayerNormFlavour.parse if "layer_norm" in site.pattern else Flavour.parse)
 
 
 def quantizer(site: Site) -> str:

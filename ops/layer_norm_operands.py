@@ -1,0 +1,91 @@
+"""The arguments of ``tpfuse::all_reduce_add_layer_norm``: one record of them, checked in one place for every backend."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .arguments import DTYPES, check, refuse_gradients
+from .layer_norm_flavour import LayerNormFlavour
+
+NAME = "all_reduce_add_layer_norm"
+
+
+class LayerNormOperands(NamedTuple):
+    """The arguments of one call in the schema's order, the flavour parsed."""
+
+    x: Tensor
+    residual: Tensor | None
+    weight: Tensor | None
+    norm_bias: Tensor | None
+    bias: Tensor | None
+    addend: Tensor | None
+    eps: float
+    scale: float
+    flavour: LayerNormFlavour
+    group_name: str
+
+    @classmethod
+    def of(cls, *args: Any, same: Callable[[Any, Any], bool] = operator.eq, **kwargs: Any) -> LayerNormOperands:
+        """From what the dispatcher gives, the flavour as text; checked.
+
+        Args:
+            same: compares two shapes; another one than ``==`` where sizes may be symbols.
+        Raises:
+            ValueError: a shape, dtype or flavour does not fit.
+            RuntimeError: autograd would have to record the op.
+        """
+        given = cls(*args, **kwargs)
+        given = given._replace(flavour=LayerNormFlavour.parse(str(given.flavour)))
+        given.check(same)
+        return given
+
+    def check(self, same: Callable[[Any, Any], bool] = operator.eq) -> None:
+        """Raise as :meth:`of` does."""
+        refuse_gradients(self.x, self.residual, self.weight, self.bias, NAME)
+        for name, tensor in (("norm_bias", self.norm_bias), ("addend", self.addend)):
+            if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+                raise RuntimeError(
+                    f"{NAME} is for inference only and has no gradient, but {name} requires grad; call it under "
+                    "torch.no_grad() or torch.inference_mode(), or detach its operands"
+                )
+        added = self.addend
+        if added is not None and (added.dtype != self.x.dtype or not same(tuple(added.shape), tuple(self.x.shape))):
+            raise ValueError(f"{NAME}: addend is {_text(added)}; expected the dtype and shape of x, {_text(self.x)}")
+        check(self.x, self.residual, self.weight, self.bias, self.flavour.scaling, False, same, NAME)
+        shift = self.norm_bias
+        if (shift is None) != (self.flavour.shift == "none"):
+            raise ValueError(
+                f"{NAME}: norm_bias is {_text(shift)}, but the flavour's shift is {self.flavour.shift!r}; pass a norm_bias of "
+                "shape (H,) exactly when the shift is 'bias'"
+            )
+        if shift is not None and (shift.dtype not in DTYPES or not same(tuple(shift.shape), (self.x.shape[-1],))):
+            raise ValueError(f"{NAME}: norm_bias is {_text(shift)}; expected a vector of shape ({self.x.shape[-1]},)")
+        if self.flavour.moments == "native":
+            self._check_native()
+
+    def _check_native(self) -> None:
+        """What torch's operator asks of weight and bias: one dtype, that of its operand or, of a 16-bit one, fp32."""
+        operand = torch.float32 if self.flavour.compute == "float32" else self.x.dtype
+        gain = {"own": None, "float32": torch.float32, "input": self.x.dtype}[self.flavour.gain_dtype]
+        dtypes = [] if self.weight is None else [gain or self.weight.dtype]
+        dtypes += [] if self.norm_bias is None else [self.norm_bias.dtype]
+        valid = {operand, torch.float32} if operand.itemsize == 2 else {operand}
+        if len(set(dtypes)) > 1 or not set(dtypes) <= valid:
+            raise ValueError(
+                f"{NAME}: aten.native_layer_norm of {operand} would get weight and norm_bias of {dtypes}; expected one dtype of "
+                f"{sorted(map(str, valid))} for both"
+            )
+
+    @property
+    def after_the_sum(self) -> tuple[Any, ...]:
+        """What :func:`tpfuse.ops.layer_norm_reference.add_layer_norm` takes besides the sum."""
+        return self.residual, self.weight, self.norm_bias, self.bias, self.addend, self.eps, self.scale, self.flavour
+
+
+def _text(tensor: Tensor | None) -> str:
+    return "None" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
