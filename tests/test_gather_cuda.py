@@ -1,0 +1,116 @@
+"""The way of a gathering call to its kernel on a GPU, played without one: what is launched with which arguments, and that it is
+right. One process plays rank 0 of two; what rank 1 would have pushed, of its sums and of its norms, lies in the plane already.
+"""
+
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from interpreted_ranks import Call, expected_of_all, inputs, of_rank, patch_once, round_in_one_step, same_bits
+from interpreted_ranks import squares_in_kernel_order as in_kernel_order
+from test_quant_kernel import answer
+
+pytestmark = pytest.mark.ranks
+
+
+def play(calls: list[tuple[str, tuple[int, int]]], conn: Any) -> None:
+    """For each (way, rows that the ranks keep) what is wrong."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    from triton.runtime import interpreter
+
+    patch_once(interpreter)
+    round_in_one_step(interpreter)
+    conn.send([_wrong(*call) for call in calls])
+
+
+def _wrong(way: str, kept: tuple[int, int]) -> list[str]:
+    from tpfuse.ops import gather_rows, library, rows_cuda
+    from tpfuse.ops.arguments import Operands
+    from tpfuse.ops.flavour import LLAMA
+    from tpfuse.ops.kernel import launch_plain
+    from tpfuse.ops.kernels import add_norm
+    from tpfuse.ops.kernels.gathered_rows import gathered_rows_kernel
+    from tpfuse.ops.kernels.state import STATE_WORDS
+    from tpfuse.ops.kernels.variant import Variant, constants
+    from tpfuse.ops.prepare import Prepared
+    from tpfuse.ops.rows_call import Rows
+    from tpfuse.ops.schedule import Launch, Schedule
+    from tpfuse.ops.select import Selection
+
+    add_norm.range = lambda first, *rest: (first * 0 + n for n in range(first, *rest))  # type: ignore[attr-defined]
+    rows, hidden, world = 3, 72, 2
+    call = Call(rows, hidden, blocks=world, gathers=True, kept=kept, seed=rows, bias="full")
+    everything = inputs(call, world)
+    mine = of_rank(call, everything, 0, world)
+    with in_kernel_order(call):
+        wanted = expected_of_all(call, everything, 0, world)
+    launched = []
+
+    class Interpreted:
+        """A kernel that is launched in the interpreter, on the CPU."""
+
+        ready = True
+
+        def __init__(self, function: Any, constexprs: tuple[Any, ...]) -> None:
+            self.function, self.constexprs = function, constexprs
+
+        def __call__(self, programs: int, stream: int, *args: Any) -> None:
+            launched.append(self.function.__name__)
+            launch_plain(self.function, min(programs, 2), args, self.constexprs)
+
+    c = constants(call.dtype, call.dtype, hidden, LLAMA, bias="full", scaled=False, has_residual=True, post_norm=False)
+    words = hidden * 2 // 4
+    plane, record = torch.zeros(2, 4 * rows * words, dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
+    peers = torch.tensor([plane.data_ptr(), torch.zeros_like(plane).data_ptr(), record.data_ptr()])
+    sums, norms = (t.contiguous().view(torch.int32).view(-1, words) for t in (everything.xs[1], wanted[0]))
+    for phase, part in ((0, slice(0, 2)), (1, slice(2, rows))):  # a launch each, in the two phases in turn
+        count = part.stop - part.start
+        scatter, gather = plane[phase, : 4 * count * words].view(2, count, 2, words)
+        scatter[:, 1] = torch.where(sums[:rows][part] == 0, 0x8000, sums[:rows][part])
+        gather[:, 1] = torch.where(norms[rows:][part] == 0, -1, norms[rows:][part])
+    keep = torch.zeros_like(plane)  # rank 1's plane
+    peers[1] = keep.data_ptr()
+    p = SimpleNamespace(
+        seen=[0], streams=SimpleNamespace(last=0), peers=peers, state=torch.zeros(STATE_WORDS, dtype=torch.int32),
+        rank=0, phase_bytes=plane.numel() * 2,
+    )  # fmt: skip
+
+    def schedule_of(*_: Any) -> Schedule:
+        kernel = Interpreted(gathered_rows_kernel, (c, Variant(world, 128, 1, 1, ptx=False, blocks=2, gathers=True)))
+        return Schedule(Selection("gathered_rows", 2), (Launch(kernel, 2, 0, 2), Launch(kernel, 1, 2, 1)))  # type: ignore[arg-type]
+
+    fake = SimpleNamespace(current_device=lambda: None, current_stream_handle=lambda index: 0)
+    gather_rows.compat = rows_cuda.compat = library.compat = fake  # type: ignore[assignment]
+    settings = SimpleNamespace(batch_invariant=False)
+    path = SimpleNamespace(plane=None if way == "library" else p, settings=settings)
+    prepared = Prepared(path, LLAMA, c, None, call.dtype, call.dtype, 10**12)  # type: ignore[arg-type]
+    after_x = (mine.residual, mine.weight, mine.bias, 1e-6, 1.0, str(LLAMA), False, "0")
+    asked = Rows(everything.xs[0], after_x, world, "reduce_scatter", 0, (kept[0], hidden), "op")
+    given = Operands(asked.like(kept[0]), *after_x)._replace(flavour=LLAMA)
+    gather_rows._asked = lambda *_: asked  # type: ignore[assignment]
+    gather_rows.prepared_of = lambda *_: (prepared, given)  # type: ignore[assignment]
+    gather_rows._schedule = schedule_of  # type: ignore[assignment]
+    total = (everything.xs[0].float() + everything.xs[1].float()).to(call.dtype) + 0.0
+    Rows.summed = lambda self, block, kept, invariant: total[:kept].clone()  # type: ignore[method-assign]
+    library._kernel = lambda c: Interpreted(  # type: ignore[assignment]
+        add_norm.add_norm_kernel, (c, Variant(world=1, lanes=128, steps=c.groups, split=1, ptx=False))
+    )
+    gather_rows._gathered = lambda asked, own, block: torch.cat([own, wanted[0][rows:]])  # type: ignore[assignment]
+    got = gather_rows._cuda(asked.x, *after_x, "")
+    wrong = [n for n, g, w in zip(("normed", "residual"), got, wanted, strict=True) if not same_bits(g, w)]
+    if way == "library":
+        return wrong + ([] if launched == ["add_norm_kernel"] * bool(kept[0]) else [f"launched {launched}"])
+    pushed = keep[:, :].count_nonzero() // words  # of each launch row: a sum for rank 1's block, and a norm
+    wrong += [] if pushed == 2 * rows else [f"pushed {pushed} rows"]
+    wrong += ["words left in the plane"] if bool(plane.any()) else []
+    return wrong + ([] if launched == ["gathered_rows_kernel"] * 2 else [f"launched {launched}"])
+
+
+def test_each_way_of_a_call_gives_the_reference_and_launches_what_it_should() -> None:
+    calls = [(way, kept) for way in ("kernel", "library") for kept in ((3, 3), (1, 2), (0, 3))]
+    found = answer(play, calls)
+    assert found == [[]] * len(calls), [(call, wrong) for call, wrong in zip(calls, found, strict=True) if wrong]
