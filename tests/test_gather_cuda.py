@@ -93,7 +93,7 @@ def _wrong(way: str, kept: tuple[int, int]) -> list[str]:
     given = Operands(asked.like(kept[0]), *after_x)._replace(flavour=LLAMA)
     gather_rows._asked = lambda *_: asked  # type: ignore[assignment]
     gather_rows.prepared_of = lambda *_: (prepared, given)  # type: ignore[assignment]
-    gather_rows._schedule = schedule_of  # type: ignore[assignment]
+    gather_rows.of_prepared = schedule_of  # type: ignore[assignment]
     total = (everything.xs[0].float() + everything.xs[1].float()).to(call.dtype) + 0.0
     Rows.summed = lambda self, block, kept, invariant: total[:kept].clone()  # type: ignore[method-assign]
     library._kernel = lambda c: Interpreted(  # type: ignore[assignment]

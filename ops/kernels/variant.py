@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -116,6 +116,11 @@ class Variant:
     def groups(self) -> int:
         """Groups of a row that one program holds, those beyond the row's end included."""
         return self.steps * self.groups_a_step
+
+    @property
+    def of_a_block(self) -> Variant:
+        """The same for the ranks of one block alone."""
+        return replace(self, world=self.world // self.blocks, blocks=1)
 
     @property
     def blocks_at_once(self) -> int:

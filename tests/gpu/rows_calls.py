@@ -19,6 +19,7 @@ import on_ranks
 from interpreted_ranks import Call, expected_of_all, of_rank, ulps_apart
 from tpfuse.ops import (
     all_reduce_add_rms_norm,
+    gather_schedule,
     paths,
     prepare,
     reduce_rows_add_rms_norm,
@@ -147,7 +148,7 @@ def warm(calls: list[Call], rank: int, world: int) -> None:
             kind = {"bias": call.bias, "scaled": call.scale != 1.0, "has_residual": call.residual}
             c = constants(call.dtype, weight, call.hidden, NAMED[call.flavour], post_norm=call.post_norm, **kind)  # type: ignore[arg-type]
             if call.gathers:
-                of = rows_schedule.gathered_schedule_of(path.plane, path.settings, c, call.dtype, call.rows)
+                of = gather_schedule.schedule_of(path.plane, path.settings, c, call.dtype, call.rows, call.blocks)
             else:
                 of = rows_schedule.schedule_of(path.plane, path.settings, c, call.dtype, call.rows, call.blocks)
             for launch in of.launches:
