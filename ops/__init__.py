@@ -2,6 +2,7 @@
 
 from . import settings
 from .flavour import GEMMA, GEMMA4, LLAMA, OLMO2, SGLANG, VLLM, WEIGHTLESS, Flavour
+from .gather_blocks import all_reduce_add_rms_norm_gather
 from .gather_rows import reduce_rows_add_rms_norm_gather
 from .invariant import set_batch_invariant
 from .layer_norm import all_reduce_add_layer_norm
@@ -33,6 +34,7 @@ __all__ = [
     "Selection",
     "all_reduce_add_layer_norm",
     "all_reduce_add_rms_norm",
+    "all_reduce_add_rms_norm_gather",
     "all_reduce_add_rms_norm_quant",
     "batch_invariant",
     "describe_path",

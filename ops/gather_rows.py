@@ -7,6 +7,7 @@ their place the norms of the others are zeros on every rank.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,16 +15,14 @@ from torch import Tensor
 
 from tpfuse import compat
 
-from . import paths, rows_schedule
+from . import gather_schedule, paths
 from .arguments import Operands, refuse_gradients, same_sizes
 from .flavour import LLAMA, Flavour
+from .gather_schedule import of_prepared
 from .op import empty_results
 from .op import library as registry
-from .plane import Plane
-from .prepare import Prepared
 from .rows_call import Rows, on_a_cpu
 from .rows_cuda import by_library, by_reference, launch, prepared_of
-from .schedule import Schedule
 
 NAME = "reduce_rows_add_rms_norm_gather"
 SCHEMA = (
@@ -82,7 +81,7 @@ def _cuda(*args: Any) -> tuple[Tensor, Tensor]:
             return _cuda(*args)
     asked = _asked(*args)
     block, kept = asked.counts()
-    prepared, given = prepared_of(asked, asked.like(kept), rows_schedule.load_gathered)
+    prepared, given = prepared_of(asked, asked.like(kept), partial(gather_schedule.load, blocks=asked.blocks))
     c, p, dtype = prepared.constants, prepared.path.plane, prepared.normed_dtype
     if c is None:
         normed, residual_out = by_reference(asked, given, block, kept)
@@ -93,17 +92,12 @@ def _cuda(*args: Any) -> tuple[Tensor, Tensor]:
     if p is not None:
         normed = x.new_empty(x.shape, dtype=dtype)
         outputs = normed.view(-1, c.hidden), residual_out
-        if launch(prepared, p, x, given, outputs, block, kept, _schedule, gathers=True):
+        if launch(prepared, p, x, given, outputs, block, kept, partial(of_prepared, asked.blocks), gathers=True):
             return normed, residual_out
     own = x.new_empty((block, c.hidden), dtype=dtype)
     by_library(asked, prepared, given, (own[:kept], residual_out), block, kept)
     own[kept:].zero_()
     return _gathered(asked, own, block), residual_out
-
-
-def _schedule(prepared: Prepared, p: Plane, dtype: torch.dtype, rows: int) -> Schedule:
-    assert prepared.constants is not None
-    return rows_schedule.gathered_schedule_of(p, prepared.path.settings, prepared.constants, dtype, rows)
 
 
 registry.impl(NAME, _cpu, "CPU")

@@ -144,6 +144,7 @@ REGISTERS: dict[str, dict[int, int]] = {
     "two_shot": {1: 64, 2: 80, 4: 120, 8: 184, 16: 255},
     "received_rows of many": {1: 96, 2: 112, 4: 136, 8: 200, 16: 255},  # as one-shot, and the words of several blocks
     "gathered_rows of many": {1: 96, 2: 120, 4: 136, 8: 200, 16: 255},
+    "gathered_blocks of many": {1: 96, 2: 120, 4: 136, 8: 200, 16: 255},
     "received_two_shot": {1: 96, 2: 112, 4: 136, 8: 200, 16: 255},
 }
 REGISTERS_OF_AN_SM = 65536

@@ -112,7 +112,8 @@ class Plane:
                 ("a sibling program", f"a program of the same rank (split row), row {row}"),
                 (f"the owner, rank {self.ranks[row % self.world]}", f"the sum of a row from its owner, row {row}"),
                 (f"the owner, rank {self.ranks[row % self.world]}", "the sum of a row from its owner"),
-                (f"the owner, rank {self.ranks[missing]}", f"the norm of a row of its block, row {row}"),
+                (f"block {missing}", f"the norm of a row of its block, row {row}"),
+                (f"rank {self.ranks[(row + missing) % self.world]}", "its part of the sums of the own block"),
             )[phase // 2]
             raise RuntimeError(
                 f"tpfuse: rank {self.ranks[self.rank]} of group {self.group_name!r} (ranks {list(self.ranks)}) gave up "

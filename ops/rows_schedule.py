@@ -15,13 +15,11 @@ from .schedule import Schedule, dependent_launch_of, kernel_of, launches_of, roo
 from .select import UNBOUNDED, Selection
 from .settings import Settings
 
-ONE_SHOT, TWO_SHOT, GATHERED = "received_rows", "received_two_shot", "gathered_rows"
+ONE_SHOT, TWO_SHOT = "received_rows", "received_two_shot"
 
 # Bytes of a block above which NCCL's reduce-scatter, which sends every row once, is as fast: four H200s, docs/results/rows.md.
 # Where several ranks receive a block, the library reduces every row on every rank, and the kernels win further up.
 SCATTERED_BYTES = 12 << 20
-# The same where the normed rows are gathered: twice as many bytes go over the links, and this was not measured.
-GATHERED_BYTES = 6 << 20
 
 
 def rows_taken(p: Plane, settings: Settings, hidden: int, dtype: torch.dtype, blocks: int) -> int:
@@ -87,44 +85,3 @@ def load(prepared: Prepared, p: Plane, dtype: torch.dtype, blocks: int) -> None:
     assert prepared.constants is not None
     needed = kernels_needed(p, prepared.path.settings, prepared.constants, dtype, blocks)
     load_ahead(needed, p, samples(prepared.constants, p, counts=3))
-
-
-# -- where the normed rows are gathered, with a block for each rank
-
-
-def gathered_of_a_launch(p: Plane, settings: Settings, c: Constants) -> int:
-    """Rows of each block that one launch may hold, 0 where not even one fits: a row has a slot for what each rank gives to its
-    sum, and one for its norm in each rank's plane, which may be wider."""
-    thresholds = selection.entry(p.architecture, p.world, settings.table)
-    fit = p.phase_bytes // (p.world * (c.row_bytes + c.normed_row_bytes))
-    return min(fit, max(1, thresholds.launch_bytes // c.row_bytes))
-
-
-def gathered_rows_taken(p: Plane, settings: Settings, c: Constants, dtype: torch.dtype) -> int:
-    """How many rows a block may have in a call that takes the kernel; 0 where none does."""
-    if gathered_of_a_launch(p, settings, c) == 0:
-        return 0
-    taken = rows_taken(p, settings, c.hidden, dtype, p.world)
-    most = GATHERED_BYTES // c.row_bytes
-    shared = selection.entry(p.architecture, p.world, settings.table).two_shot_bytes == UNBOUNDED
-    bounded = settings.algorithm == "auto" and not settings.batch_invariant and not shared
-    return min(taken, most) if bounded else taken
-
-
-def gathered_schedule_of(p: Plane, settings: Settings, c: Constants, dtype: torch.dtype, rows: int) -> Schedule:
-    """Launches for ``rows`` rows of each block, or none: the library path."""
-    if rows > gathered_rows_taken(p, settings, c, dtype):
-        return Schedule(Selection("library", rows), ())
-    chosen = Selection(GATHERED, min(rows, gathered_of_a_launch(p, settings, c)))
-    return Schedule(chosen, launches_of(p, settings, c, chosen, rows, blocks=p.world))
-
-
-def load_gathered(prepared: Prepared, p: Plane, dtype: torch.dtype) -> None:
-    """:func:`load` for these calls."""
-    c, settings = prepared.constants, prepared.path.settings
-    assert c is not None
-    most = min(gathered_rows_taken(p, settings, c, dtype), gathered_of_a_launch(p, settings, c))
-    if most:
-        found = variants_needed(room_of(p, settings, GATHERED), most, c.groups, dependent_launch_of(p, settings))
-        needed = [kernel_of(GATHERED, c, replace(v, blocks=p.world), attribute) for v, attribute in found]
-        load_ahead(needed, p, samples(c, p, counts=3))

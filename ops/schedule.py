@@ -43,10 +43,11 @@ def kernel_of(algorithm: str, c: Constants, variant: Variant, attribute: bool = 
     Args:
         attribute: with a ``variant.pdl``, launch it with the attribute that lets it start before its predecessor has ended.
     """
-    variant = replace(variant, gathers=algorithm == "gathered_rows")
+    variant = replace(variant, gathers=algorithm.startswith("gathered"))
     key = (algorithm, c, variant, attribute)
     found = _kernels.get(key)
     if found is None:
+        from .kernels.gathered_blocks import gathered_blocks_kernel
         from .kernels.gathered_rows import gathered_rows_kernel
         from .kernels.one_shot import one_shot_kernel, one_shot_layer_norm_kernel, one_shot_quant_kernel
         from .kernels.received_rows import received_rows_kernel
@@ -63,6 +64,7 @@ def kernel_of(algorithm: str, c: Constants, variant: Variant, attribute: bool = 
             ("received_rows", "rms_norm"): received_rows_kernel,
             ("received_two_shot", "rms_norm"): received_two_shot_kernel,
             ("gathered_rows", "rms_norm"): gathered_rows_kernel,
+            ("gathered_blocks", "rms_norm"): gathered_blocks_kernel,
         }[algorithm, c.kind]
         options: dict[str, Any] = {
             "maxnreg": register_bound(algorithm, variant.world, Part(variant.lanes, variant.steps))

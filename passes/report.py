@@ -197,9 +197,7 @@ class GraphReport:
         what = "reductions" if scattered else "all-reduces"
         quantized = sum(site.quantizer is not None for site in self.fused)
         gathered = sum(site.pattern.endswith("all_gather") for site in self.fused)
-        parts = [
-            f"{n} {word}" for n, word in ((quantized, "quantized"), (gathered, "with the all-gather behind it")) if n
-        ]
+        parts = [f"{n} {word}" for n, word in ((quantized, "quantized"), (gathered, "gathered")) if n]
         also = f" ({', '.join(parts)})" if parts else ""
         return f"{self.graph_id}: {len(self.sites)} {what}, {len(self.fused)} fused{also}, {kept}{others}"
 

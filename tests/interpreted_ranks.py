@@ -54,7 +54,9 @@ class Call:
     in_place: bool = False  # normed is written over x, and residual_out over the residual; for whole rows
     blocks: int = 1  # of ``rows`` rows, each for as many ranks; see tpfuse.ops.kernels.received_rows
     kept: tuple[int, ...] = ()  # rows that each rank keeps of its block; (): all
-    gathers: bool = False  # with a block a rank: the normed rows of all, see tpfuse.ops.kernels.gathered_rows
+    gathers: bool = (
+        False  # the normed rows of all blocks: see tpfuse.ops.kernels.gathered_rows (a block a rank), gathered_blocks
+    )
     quantizer: str = (
         ""  # a name of tpfuse.ops.quantizer.NAMED: the normed rows are quantized, as 'quantized' and 'scales'
     )
@@ -275,9 +277,13 @@ def expected_of_all(
     """What a rank gets of a call: with a gather the normed rows of all ranks, zeros where a block has fewer."""
     if not call.gathers:
         return expected(call, of_rank(call, everything, rank, world), spelled_out)
-    blocks = [expected(call, of_rank(call, everything, r, world)) for r in range(world)]
-    filled = [torch.nn.functional.pad(normed, (0, 0, 0, call.rows - len(normed))) for normed, _ in blocks]
-    return torch.cat(filled), blocks[rank][1]
+    size, found = world // call.blocks, []
+    for first in range(0, world, size):
+        given = of_rank(call, everything, first, world)
+        # With several ranks a block, only these have parts of the sums of its rows.
+        found.append(expected(call, given if size == 1 else replace(given, xs=given.xs[first : first + size])))
+    filled = [torch.nn.functional.pad(normed, (0, 0, 0, call.rows - len(normed))) for normed, _ in found]
+    return torch.cat(filled), found[rank // size][1]
 
 
 def row_letters(got: tuple[torch.Tensor, ...], want: tuple[torch.Tensor, ...]) -> str:
@@ -420,6 +426,7 @@ def _worker(
         torch.set_num_threads(1)
         import triton.language as tl
         from tpfuse.ops.kernel import launch_plain
+        from tpfuse.ops.kernels.gathered_blocks import gathered_blocks_kernel
         from tpfuse.ops.kernels.gathered_rows import gathered_rows_kernel
         from tpfuse.ops.kernels.one_shot import one_shot_kernel, one_shot_layer_norm_kernel, one_shot_quant_kernel
         from tpfuse.ops.kernels.quant_constants import quantized
@@ -484,7 +491,7 @@ def _worker(
             split = -(-row_lanes // (steps * call.lanes))
             programs = min(call.rows * split, call.programs) if program is None else call.programs
             variant = Variant(world, call.lanes, steps, split, ptx=False, blocks=call.blocks, gathers=call.gathers)
-            lengths = (world * call.rows if call.gathers else kept, kept)
+            lengths = (call.blocks * call.rows if call.gathers else kept, kept)
             to_torch = {tl.bfloat16: torch.bfloat16, tl.float16: torch.float16, tl.float32: torch.float32}
             dtypes = [to_torch[d] for d in (c.out_dtype, c.residual_dtype)]
             sizes = [m * call.hidden * d.itemsize // 4 for m, d in zip(lengths, dtypes, strict=True)]
@@ -502,7 +509,7 @@ def _worker(
                 extra += [torch.as_strided(outs[start + n :].view(of_scales), shape, strides)]
                 extra[1].zero_()
             if call.rows:
-                x = everything.xs[rank].contiguous()
+                x = (given if call.gathers and call.blocks < world else everything).xs[rank].contiguous()
                 none = x
                 residual = given.residual
                 if call.in_place:
@@ -539,7 +546,7 @@ def _worker(
                 if call.blocks > 1:
                     function = received_rows_kernel if call.algorithm == "one_shot" else received_two_shot_kernel
                 if call.gathers:
-                    function = gathered_rows_kernel
+                    function = gathered_rows_kernel if call.blocks == world else gathered_blocks_kernel
                 if program is not None:
                     grid.append(programs)
                     launch_plain(function, 1, args, (c, variant))

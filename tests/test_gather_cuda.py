@@ -93,7 +93,7 @@ def _wrong(way: str, kept: tuple[int, int]) -> list[str]:
     given = Operands(asked.like(kept[0]), *after_x)._replace(flavour=LLAMA)
     gather_rows._asked = lambda *_: asked  # type: ignore[assignment]
     gather_rows.prepared_of = lambda *_: (prepared, given)  # type: ignore[assignment]
-    gather_rows._schedule = schedule_of  # type: ignore[assignment]
+    gather_rows.of_prepared = schedule_of  # type: ignore[assignment]
     total = (everything.xs[0].float() + everything.xs[1].float()).to(call.dtype) + 0.0
     Rows.summed = lambda self, block, kept, invariant: total[:kept].clone()  # type: ignore[method-assign]
     library._kernel = lambda c: Interpreted(  # type: ignore[assignment]
@@ -113,4 +113,106 @@ def _wrong(way: str, kept: tuple[int, int]) -> list[str]:
 def test_each_way_of_a_call_gives_the_reference_and_launches_what_it_should() -> None:
     calls = [(way, kept) for way in ("kernel", "library") for kept in ((3, 3), (1, 2), (0, 3))]
     found = answer(play, calls)
+    assert found == [[]] * len(calls), [(call, wrong) for call, wrong in zip(calls, found, strict=True) if wrong]
+
+
+def play_blocks(calls: list[tuple[str, tuple[int, ...]]], conn: Any) -> None:
+    """As :func:`play`, rank 2 of four: place 0 of the second of two blocks."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    from triton.runtime import interpreter
+
+    patch_once(interpreter)
+    round_in_one_step(interpreter)
+    conn.send([_wrong_blocks(*call) for call in calls])
+
+
+def _wrong_blocks(way: str, kept: tuple[int, ...]) -> list[str]:
+    from tpfuse.ops import gather_blocks, library, rows_cuda
+    from tpfuse.ops.flavour import LLAMA
+    from tpfuse.ops.kernel import launch_plain
+    from tpfuse.ops.kernels import add_norm
+    from tpfuse.ops.kernels.gathered_blocks import gathered_blocks_kernel
+    from tpfuse.ops.kernels.state import STATE_WORDS
+    from tpfuse.ops.kernels.variant import Variant, constants
+    from tpfuse.ops.prepare import Prepared
+    from tpfuse.ops.rows_call import Rows
+    from tpfuse.ops.schedule import Launch, Schedule
+    from tpfuse.ops.select import Selection
+
+    add_norm.range = lambda first, *rest: (first * 0 + n for n in range(first, *rest))  # type: ignore[attr-defined]
+    rows, hidden, world, rank = 3, 72, 4, 2
+    call = Call(rows, hidden, blocks=2, gathers=True, kept=kept, seed=rows)
+    everything = inputs(call, world)
+    mine = of_rank(call, everything, rank, world)
+    with in_kernel_order(call):
+        wanted = expected_of_all(call, everything, rank, world)
+    launched = []
+
+    class Interpreted:
+        ready = True
+
+        def __init__(self, function: Any, constexprs: tuple[Any, ...]) -> None:
+            self.function, self.constexprs = function, constexprs
+
+        def __call__(self, programs: int, stream: int, *args: Any) -> None:
+            launched.append(self.function.__name__)
+            launch_plain(self.function, min(programs, 2), args, self.constexprs)
+
+    c = constants(call.dtype, call.dtype, hidden, LLAMA, bias="none", scaled=False, has_residual=True, post_norm=False)
+    words = hidden * 2 // 4
+    planes, record = [torch.zeros(2, 4 * rows * words, dtype=torch.int32) for _ in range(world)], torch.zeros(4)
+    peers = torch.tensor([p.data_ptr() for p in planes] + [record.data_ptr()])
+    sums = torch.zeros(rows, hidden, dtype=call.dtype)  # of rank 3, zeros behind the rows that there are
+    sums[: kept[3]] = mine.xs[3]
+    sums, norms = (t.contiguous().view(torch.int32).view(-1, words) for t in (sums, wanted[0]))
+    for phase, part in ((0, slice(0, 2)), (1, slice(2, rows))):  # a launch each, in the two phases in turn
+        count = part.stop - part.start
+        scatter, gather = planes[rank][phase, : 4 * count * words].view(2, count, 2, words)
+        scatter[:, 1] = torch.where(sums[part] == 0, 0x8000, sums[part])
+        gather[:, 0] = torch.where(norms[:rows][part] == 0, -1, norms[:rows][part])
+    p = SimpleNamespace(
+        seen=[0], streams=SimpleNamespace(last=0), peers=peers, state=torch.zeros(STATE_WORDS, dtype=torch.int32),
+        rank=rank, phase_bytes=planes[0].numel() * 2,
+    )  # fmt: skip
+
+    def schedule_of(*_: Any) -> Schedule:
+        variant = Variant(world, 128, 1, 1, ptx=False, blocks=2, gathers=True)
+        kernel = Interpreted(gathered_blocks_kernel, (c, variant))
+        return Schedule(Selection("gathered_blocks", 2), (Launch(kernel, 2, 0, 2), Launch(kernel, 1, 2, 1)))  # type: ignore[arg-type]
+
+    fake = SimpleNamespace(current_device=lambda: None, current_stream_handle=lambda index: 0)
+    gather_blocks.compat = rows_cuda.compat = library.compat = fake  # type: ignore[assignment]
+    path = SimpleNamespace(plane=None if way == "library" else p, settings=SimpleNamespace(batch_invariant=False))
+    prepared = Prepared(path, LLAMA, c, None, call.dtype, call.dtype, 10**12)  # type: ignore[arg-type]
+    after_x = (mine.residual, mine.weight, None, 1e-6, 1.0, str(LLAMA), False, "0")
+    asked = Rows(mine.xs[rank], after_x, 2, "all_reduce", 1, (kept[rank], hidden), "op")
+    given = gather_blocks.Operands(asked.x, *after_x)._replace(flavour=LLAMA)
+    gather_blocks._asked = lambda *_: (asked, "block", "across", rows)  # type: ignore[assignment]
+    gather_blocks.prepared_of = lambda *_: (prepared, given)  # type: ignore[assignment]
+    gather_blocks.of_prepared = schedule_of  # type: ignore[assignment]
+    total = (mine.xs[2].float() + mine.xs[3].float()).to(call.dtype) + 0.0
+    library.all_reduce = lambda x, group: total.clone()  # type: ignore[assignment]
+    library._kernel = lambda c: Interpreted(  # type: ignore[assignment]
+        add_norm.add_norm_kernel, (c, Variant(world=1, lanes=128, steps=c.groups, split=1, ptx=False))
+    )
+    filled = torch.zeros(rows, hidden, dtype=call.dtype)
+    gather_blocks._gathered = (
+        lambda own, *_: torch.cat(  # type: ignore[assignment]
+            [wanted[0][:rows], torch.cat([own, filled[len(own) :]])]
+        )
+    )
+    got = gather_blocks._cuda(asked.x, *after_x, "block", "across", rows)
+    wrong = [n for n, g, w in zip(("normed", "residual"), got, wanted, strict=True) if not same_bits(g, w)]
+    if way == "library":
+        return wrong + ([] if launched == ["add_norm_kernel"] * bool(kept[rank]) else [f"launched {launched}"])
+    # To the other rank of the block a part of each row; to both of the other block the norms of rows 0 and 2, which place 0 owns.
+    pushed = [int(plane.count_nonzero()) // words for plane in planes]
+    # The second launch has row 2 alone, which is its row 0.
+    wrong += [] if pushed == [2, 2, 0, rows] else [f"pushed {pushed}"]
+    return wrong + ([] if launched == ["gathered_blocks_kernel"] * 2 else [f"launched {launched}"])
+
+
+def test_each_way_of_a_call_of_replicas_gives_the_reference_and_launches_what_it_should() -> None:
+    calls = [(way, kept) for way in ("kernel", "library") for kept in ((3, 3, 3, 3), (1, 1, 2, 2), (3, 3, 0, 0))]
+    found = answer(play_blocks, calls)
     assert found == [[]] * len(calls), [(call, wrong) for call, wrong in zip(calls, found, strict=True) if wrong]

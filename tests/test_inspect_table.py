@@ -119,6 +119,8 @@ def test_a_symbolic_row_count_gives_an_estimate_per_row():
     saved = estimate.saving(made.sites[0])
     assert (saved.launches, saved.bytes, saved.bytes_per_row) == (1, None, 2 * 4096 * 2)
     assert estimate.saving(made.sites[0], rows=32).bytes == 32 * 2 * 4096 * 2
+    gathered = replace(made.sites[0], pattern="reduce_scatter+add+rms_norm+all_gather")
+    assert (estimate.saving(gathered, rows=32).bytes, estimate.saving(gathered).launches) == (32 * 4 * 4096 * 2, 2)
     assert estimate.saving(made.sites[0], rows=32, path="library") == estimate.NOTHING
     assert "16.0 KiB a row" in table.in_all(saved)
 

@@ -13,6 +13,7 @@ import triton
 from tpfuse.ops.flavour import GEMMA, LLAMA, OLMO2, SGLANG, VLLM, Flavour
 from tpfuse.ops.geometry import Part, Room, geometry, register_bound
 from tpfuse.ops.kernels.add_norm import add_norm_kernel
+from tpfuse.ops.kernels.gathered_blocks import gathered_blocks_kernel
 from tpfuse.ops.kernels.gathered_rows import gathered_rows_kernel
 from tpfuse.ops.kernels.memory import NAN_WORD
 from tpfuse.ops.kernels.one_shot import one_shot_kernel
@@ -29,6 +30,7 @@ ALL = {
     "received_rows": received_rows_kernel,
     "received_two_shot": received_two_shot_kernel,
     "gathered_rows": gathered_rows_kernel,
+    "gathered_blocks": gathered_blocks_kernel,
 }
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 # Triton takes half a second for a kernel: all of sm_90, for which the table was measured, are compiled always, those of the
@@ -64,7 +66,7 @@ def _compile(
     x, weight, out, residual = (TYPES[torch_dtype(d)] for d in (c.dtype, c.weight_dtype, c.out_dtype, c.residual_dtype))
     counts = ("i32",) * (4 if blocks > 1 else 2)
     kinds = (x, x, weight, x, out, residual, "*i64", "*i32", *counts, "i32", "i64", "fp32", "fp32")
-    gathers = algorithm == "gathered_rows"
+    gathers = algorithm.startswith("gathered")
     variant = Variant(
         world, part.lanes, part.steps, split, ptx=ptx, pdl=pdl, stamps=stamps, blocks=blocks, gathers=gathers
     )
@@ -179,14 +181,16 @@ def test_two_shot_with_destinations_does_not_spill(world: int, blocks: int, arch
 
 
 @pytest.mark.parametrize("arch", NVIDIA)
-@pytest.mark.parametrize("world", (8, *(pytest.param(w, marks=pytest.mark.slow) for w in (2, 3, 4))))
-def test_gathered_rows_do_not_spill(world: int, arch: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("world", "blocks"),
+    ((8, 8), (8, 2), *(pytest.param(*of, marks=pytest.mark.slow) for of in ((2, 2), (3, 3), (4, 4), (4, 2), (8, 4)))),
+)
+def test_gathered_rows_do_not_spill(world: int, blocks: int, arch: int, tmp_path: Path) -> None:
     """Weights in the dtype of the sum: fp32 ones beside two steps of a row spill some words over four ranks, and on sm_80."""
-    room = Room("gathered_rows", world, 132)
-    for hidden in (4096, 7168):
-        chosen = {geometry(room, rows, hidden // 1024).part for rows in (1, 64, 4096)}
-        for part in sorted(chosen, key=str):
-            _check("gathered_rows", _constants(hidden), world, part, arch, tmp_path, world)
+    algorithm = "gathered_rows" if world == blocks else "gathered_blocks"
+    room = Room(algorithm, world, 132)
+    for part in sorted({geometry(room, rows, 7).part for rows in (1, 64, 4096)}, key=str):
+        _check(algorithm, _constants(7168), world, part, arch, tmp_path, blocks)
 
 
 @pytest.mark.parametrize("worlds", ((8,), pytest.param((2, 4), marks=pytest.mark.slow)), ids=str)

@@ -1,4 +1,4 @@
-"""The kernel that gathers the normed rows, interpreted, one process a rank; see ``test_kernel_protocol.py``."""
+"""The kernels that gather the normed rows, interpreted, one process a rank; see ``test_kernel_protocol.py``."""
 
 from __future__ import annotations
 
@@ -102,3 +102,61 @@ def test_a_late_rank_finds_what_was_pushed_for_its_call() -> None:
     calls = [Call(2, 64, blocks=2, gathers=True, seed=n, kept=(n % 3, 2)) for n in range(5)]
     outcomes = run(2, calls, waits={(0, 1): (1, 1), (0, 3): (1, 3)})
     _right(outcomes, 2)
+
+
+# -- blocks of several ranks: attention replicas
+
+
+def blocks(rows: int, hidden: int, *kept: int, **more: object) -> Call:
+    """A call of four ranks in two blocks."""
+    more["kept"] = tuple(n for n in kept or (rows, rows) for _ in range(2))
+    return Call(rows, hidden, blocks=2, gathers=True, **more)  # type: ignore[arg-type]
+
+
+def test_blocks_of_several_ranks_get_the_normed_rows_of_all() -> None:
+    calls = [
+        blocks(3, 64, seed=1),
+        blocks(2, 72, 2, 1, seed=2, dtype=torch.float32),
+        Call(3, 64, "two_shot", seed=3),
+        blocks(1, 1160, 0, 1, seed=4),
+        blocks(4, 64, 1, 4, seed=5, bias="full", scale=0.22, programs=3),
+        Call(2, 64, blocks=4, gathers=True, seed=6),
+        blocks(2, 72, seed=7, flavour="olmo2", post_norm=True, special="negative_zeros"),
+        blocks(1, 64, 0, 0, seed=8),
+        blocks(2, 64, seed=9, weight_dtype=torch.float32, special="zeros"),
+    ]
+    outcomes = run(4, calls, delay=0.003)
+    _right(outcomes, 4)
+    for n, call in enumerate(calls):
+        if call.gathers:
+            assert len({tuple(outcome.row_digests[n]) for outcome in outcomes}) == 1
+
+
+@slow
+def test_rows_of_blocks_split_over_programs() -> None:
+    calls = [blocks(1, 2880, 1, kept, steps=1, programs=3, seed=kept) for kept in (1, 0)]
+    for piece in run(4, calls, split=True):
+        assert not piece.error, piece.error
+        assert not piece.mistakes, piece.mistakes
+        assert piece.leftover == 0
+        assert piece.rows == ["rr|r", "rr|r" if piece.rank < 2 else "rr|"]
+
+
+@pytest.mark.parametrize("dead", [1, pytest.param(2, marks=slow)])
+def test_a_dead_rank_of_a_block_leaves_nan_in_all_rows_of_it(dead: int) -> None:
+    """Its own block lacks sums, the other block the norms: nobody ends the call with a number in a row that lacks something."""
+    calls = [blocks(1, 72, 1, kept, programs=1, seed=n) for n, kept in enumerate((1, 0, 1, 1))]
+    outcomes = run(4, calls, dies=(dead, 2), watchdog=300_000)
+    assert len(outcomes) == 3
+    for outcome in outcomes:
+        assert not outcome.error, outcome.error
+        assert not outcome.mistakes, outcome.mistakes
+        assert outcome.rows[:2] == ["rr|r", "rr|r" if outcome.rank < 2 else "rr|"]
+        assert outcome.rows[3] == "nn|n"
+        # A rank of the dead one's block may still have got the norms of the other block; these lack nothing.
+        mine, lost = outcome.rank // 2, dead // 2
+        assert outcome.rows[2] in ({"nn|n", ("nr|n", "rn|n")[lost]} if mine == lost else {"nn|n"})
+        gave_up, missing, first, phase = outcome.records[2]
+        # A part of a sum of the own block, or the norms of the other one.
+        assert gave_up == 1 and ((phase == 10 and first == 2 * mine) or (phase == 8 and missing != mine))
+        assert set(outcome.records[2:]) == {outcome.records[2]}

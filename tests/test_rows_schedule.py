@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tpfuse.ops import rows_schedule
+from tpfuse.ops import gather_schedule, rows_schedule
 from tpfuse.ops.flavour import LLAMA
 from tpfuse.ops.kernels.variant import constants
 from tpfuse.ops.select import TABLE, UNBOUNDED, entry, phase_bytes
@@ -95,20 +95,26 @@ def of_kind(hidden: int, weight: torch.dtype = BF16) -> Any:
 def test_both_slots_of_a_gathered_row_fit_a_phase(architecture: str) -> None:
     for world in range(2, 9):
         p = plane(world, architecture)
-        for hidden in (64, 7168, 16384):
-            for weight, normed_bytes in ((BF16, 2), (torch.float32, 4)):
-                rows = rows_schedule.gathered_of_a_launch(p, settings(), of_kind(hidden, weight))
-                assert rows >= 1 and rows * world * hidden * (2 + normed_bytes) <= p.phase_bytes
+        for blocks in [n for n in range(2, world + 1) if world % n == 0]:
+            givers = world if blocks == world else world // blocks
+            for hidden in (64, 7168, 16384):
+                for weight, normed_bytes in ((BF16, 2), (torch.float32, 4)):
+                    rows = gather_schedule.rows_of_a_launch(p, settings(), of_kind(hidden, weight), blocks)
+                    assert rows >= 1
+                    assert rows * hidden * (2 * givers + normed_bytes * blocks) <= p.phase_bytes
 
 
 def test_what_takes_the_kernel_where_rows_are_gathered() -> None:
-    def taken(world: int, architecture: str = "sm_90", **changes: Any) -> int:
-        return rows_schedule.gathered_rows_taken(plane(world, architecture), settings(**changes), of_kind(H), BF16)
+    def taken(world: int, architecture: str = "sm_90", blocks: int = 0, **changes: Any) -> int:
+        p = plane(world, architecture)
+        return gather_schedule.most_rows(p, settings(**changes), of_kind(H), BF16, blocks or world)
 
-    assert taken(4) == taken(8) == rows_schedule.GATHERED_BYTES // (2 * H)
+    limit = gather_schedule.GATHERED_BYTES // (2 * H)
+    assert taken(4) == taken(8) == limit == taken(4, blocks=2) == taken(8, blocks=4)
+    assert taken(8, blocks=2) == gather_schedule.GATHERED_BYTES // 3 // (2 * H)  # four ranks a block: three copies
     assert taken(4, "sm_90-pcie") == (32 << 10) // (2 * H)
     assert taken(4, "sm_90-shared") == UNBOUNDED // (2 * H)
     assert taken(4, batch_invariant=True) == UNBOUNDED == taken(4, algorithm="one_shot")
     assert taken(4, algorithm="library") == 0 == taken(4, "sm_90-partial-nvlink")
     small = SimpleNamespace(**{**vars(plane(4)), "phase_bytes": 4 * H * 2})
-    assert rows_schedule.gathered_rows_taken(small, settings(), of_kind(H), BF16) == 0  # no table promises a larger one
+    assert gather_schedule.most_rows(small, settings(), of_kind(H), BF16, 4) == 0  # no table promises a larger one

@@ -304,6 +304,10 @@ def test_the_op(group):
     partial |= {"reduce_rows_add_rms_norm_gather": op, "x": torch.randn(12, H), "residual": torch.randn(3, H)}
     exec(one("op.md", "The gather behind the norm"), partial)
     assert (partial["normed"].shape, partial["residual"].shape) == ((12, H), (3, H))
+    block, across = dist.new_group([0, 1]), dist.new_group([0, 2])
+    given = {"x": torch.randn(3, H), "largest": 5, "block_group": block, "gather_group": across}
+    given["all_reduce_add_rms_norm_gather"] = tpfuse.ops.all_reduce_add_rms_norm_gather
+    exec(one("op.md", "The gather behind the norm", 1), partial | given)
     exec(one("op.md", "Several streams, several groups"), names)
     exec(one("op.md", "When a peer dies"), names)
 

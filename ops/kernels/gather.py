@@ -1,4 +1,4 @@
-"""The gather behind a norm: the owner of a row pushes its normed words to every other rank, which polls and stores them.
+"""The gather behind a norm: the owner of a row pushes its normed words to the ranks of other blocks, which poll and store them.
 
 Words travel as all words of a plane do, data and flag in one (:mod:`.memory`), but the mark differs. A sum may lose the sign of
 a zero, a gather may not: an empty word stands for no value, and a word of zeros is pushed as all ones, two NaN with a payload
@@ -71,17 +71,21 @@ def is_whole(mean, state, S: tl.constexpr):
 
 @triton.jit
 def push_to_all(words, row, element, active, to, C: tl.constexpr, S: tl.constexpr):
-    """Push the normed words of ``C.values`` elements a lane of the own row ``row`` to every other rank.
+    """Push the normed words of ``C.values`` elements a lane of row ``row`` of the own block to every rank of another block.
+
+    Of the R ranks of a block the one at place ``row mod R`` owns the row, and it alone pushes.
 
     Args:
         words: four, or eight of fp32.
         active: lanes with 0 push nothing: what a poll gave up is pushed to nobody, see memory.py.
-        to: addresses of the peers' planes, offset of the area in them, own rank.
+        to: addresses of the peers' planes, offset of the area in them, own block, own place in it.
     """
     WORLD: tl.constexpr = S.world
-    slot = to[1] + (row.to(tl.int64) * WORLD + to[2]) * C.normed_row_bytes + element * C.normed_item_bytes
+    OF_A_BLOCK: tl.constexpr = S.world // S.blocks
+    slot = to[1] + (row.to(tl.int64) * S.blocks + to[2]) * C.normed_row_bytes + element * C.normed_item_bytes
+    active = active & (row % OF_A_BLOCK == to[3]).to(tl.int32)
     for r in tl.static_range(WORLD):
-        other = active & (to[2] != r).to(tl.int32)
+        other = active & (to[2] != r // OF_A_BLOCK).to(tl.int32)
         target = tl.load(to[0] + r) + slot
         push(target, sealed((words[0], words[1], words[2], words[3])), other, S.ptx)
         if len(words) == 8:
@@ -90,43 +94,44 @@ def push_to_all(words, row, element, active, to, C: tl.constexpr, S: tl.constexp
 
 @triton.jit
 def receive_normed(
-    row, part, i: tl.constexpr, area, normed, stride, rank, phase, watch, C: tl.constexpr, S: tl.constexpr
+    row, part, i: tl.constexpr, area, normed, stride, block, phase, watch, C: tl.constexpr, S: tl.constexpr
 ):
-    """Store one step of row ``row`` of all other ranks' blocks; their slots are zeros again.
+    """Store one step of row ``row`` of all other blocks than the own one, ``block``; their slots are zeros again.
 
     Args:
-        area: address of the gather's slots in this rank's plane, of (row, owner) at ``(row * W + owner) * normed_row_bytes``.
+        area: address of the gather's slots in this rank's plane: of (row, block) at ``(row * blocks + block) * normed_row_bytes``
+            behind it.
         normed: all blocks, ``stride`` rows apart.
     Returns:
         1 in each lane, or 0 where a poll gave up; there NaN was stored.
     """
-    WORLD: tl.constexpr = S.world
+    BLOCKS: tl.constexpr = S.blocks
     PIECES: tl.constexpr = C.values * C.normed_item_bytes // 16
     element, active = lane_elements(part, i, C, S)
     ok = active * 0 + 1
     for piece in tl.static_range(PIECES):
         at = element * C.normed_item_bytes + 16 * piece
-        slots = area + row.to(tl.int64) * (WORLD * C.normed_row_bytes) + at
+        slots = area + row.to(tl.int64) * (BLOCKS * C.normed_row_bytes) + at
         words = poll(
             slots,
             slots,
-            rank,
+            block,
             active,
             row,
             phase + 8,
             watch,
-            SLOTS=WORLD,
+            SLOTS=BLOCKS,
             STRIDE=C.normed_row_bytes,
-            WORDS=4 * WORLD,
+            WORDS=4 * BLOCKS,
             WAIT=S.wait,
             PTX=S.ptx,
             RECORD_AT=RECORD_BYTES,
-            HOST_AT=8 * WORLD,
+            HOST_AT=8 * S.world,
         )
-        full = words[4 * WORLD]
+        full = words[4 * BLOCKS]
         ok = ok & full
-        for r in tl.static_range(WORLD):
-            other = active & (rank != r).to(tl.int32)
+        for r in tl.static_range(BLOCKS):
+            other = active & (block != r).to(tl.int32)
             clear(slots + r * C.normed_row_bytes, other, S.ptx)
             found = ()
             for w in tl.static_range(4):

@@ -42,10 +42,10 @@ def fill(normed, row, part, i: tl.constexpr, word, C: tl.constexpr, S: tl.conste
 @triton.jit
 def poison_blocks(rows, stride, normed, C: tl.constexpr, S: tl.constexpr):
     """NaN in this program's rows of all blocks, as :func:`poison` does for the own one."""
-    WORLD: tl.constexpr = S.world
+    BLOCKS: tl.constexpr = S.blocks
     STEPS: tl.constexpr = S.steps
     for item in range(tl.program_id(0), rows * S.split, tl.num_programs(0)):
-        for r in tl.static_range(WORLD):
+        for r in tl.static_range(BLOCKS):
             for i in tl.static_range(STEPS):
                 fill(normed, r * stride + item // S.split, item % S.split, i, _NAN, C, S)
 
@@ -95,7 +95,7 @@ def gathered_rows_kernel(
     own_plane = own_base + offset
     watch = (state.to(tl.int64), peers.to(tl.int64), limit.to(tl.int64))
     gather = (rows * WORLD).to(tl.int64) * C.row_bytes
-    to = (peers, offset + gather, rank)
+    to = (peers, offset + gather, rank, 0)
     mine = normed + (rank * stride).to(tl.int64) * C.hidden
     io = (residual, weight, bias, mine, residual_out, to)
 

@@ -146,6 +146,11 @@ class Variant:
         return self.steps == 1 and self.world <= 4
 
     @property
+    def of_a_block(self) -> Variant:
+        """The same for the ranks of one block alone."""
+        return replace(self, world=self.world // self.blocks, blocks=1)
+
+    @property
     def blocks_at_once(self) -> int:
         """Blocks whose words of a row a thread holds at once: no more than its registers can take, and a divisor of all."""
         return next(n for n in range(self.blocks, 0, -1) if self.blocks % n == 0 and (n == 1 or n * self.steps <= 4))

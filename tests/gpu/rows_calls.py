@@ -19,6 +19,8 @@ import on_ranks
 from interpreted_ranks import Call, expected_of_all, of_rank, ulps_apart
 from tpfuse.ops import (
     all_reduce_add_rms_norm,
+    all_reduce_add_rms_norm_gather,
+    gather_schedule,
     paths,
     prepare,
     reduce_rows_add_rms_norm,
@@ -55,7 +57,7 @@ def edges(world: int) -> list[Call]:
                 calls.append(Call(rows, 1024, blocks=blocks, kept=kept, seed=2000 * blocks + n))
         kinds = [call for call in on_ranks.kinds() if call.flavour != "input-dtype"]  # no kernel takes that one
         calls += [replace(call, blocks=blocks) for call in kinds]
-    gathered = [replace(call, gathers=True) for call in calls if call.blocks == world]
+    gathered = [replace(call, gathers=True) for call in calls if call.blocks > 1]
     wide = Call(5, 16384, blocks=world, gathers=True, weight_dtype=torch.float32, seed=77)  # the widest normed rows
     return [*calls, *gathered, wide, *(Call(0, 4096, blocks=world, gathers=g, seed=1) for g in (False, True))]
 
@@ -76,9 +78,21 @@ def some_calls(world: int, count: int, seed: int) -> list[Call]:
         of = rng.choice((1, *blocks, *blocks))
         counts = [rng.choice((0, 1, rows, rows)) for _ in range(of)]
         kept = kept_by_block(world, of, counts) if of > 1 else ()
-        gathers = of == world and rng.random() < 0.7
+        gathers = of > 1 and rng.random() < 0.6
         calls.append(Call(rows, hidden, blocks=of, kept=kept, gathers=gathers, seed=seed + n, **rng.choice(kinds)))
     return calls
+
+
+@lru_cache(maxsize=1)
+def _groups_of(world: int) -> dict[int, tuple[Any, Any]]:
+    """Number of blocks -> the group of this rank's block, and that of the ranks at its place in each. Collective."""
+    found, rank = {}, dist.get_rank()
+    for blocks in divisors(world)[:-1]:
+        size = world // blocks
+        ours = [dist.new_group(list(range(n * size, (n + 1) * size))) for n in range(blocks)]
+        across = [dist.new_group(list(range(n, world, size))) for n in range(size)]
+        found[blocks] = ours[rank // size], across[rank % size]
+    return found
 
 
 class Made:
@@ -92,7 +106,9 @@ class Made:
             return None if t is None else t.to(DEVICE)
 
         self.call = call
-        self.given = (everything.xs[rank].to(DEVICE), there(mine.residual), there(mine.weight))
+        self.in_blocks = call.gathers and call.blocks < world
+        x = (mine if self.in_blocks else everything).xs[rank].contiguous()
+        self.given = (x.to(DEVICE), there(mine.residual), there(mine.weight))
         self.options: dict[str, Any] = {
             "eps": call.eps,
             "bias": there(mine.bias),
@@ -109,6 +125,10 @@ class Made:
     def __call__(self) -> tuple[Tensor, Tensor]:
         if self.call.blocks == 1:
             return all_reduce_add_rms_norm(*self.given, **self.options)
+        if self.in_blocks:
+            block, across = _groups_of(dist.get_world_size())[self.call.blocks]
+            groups = {"group": dist.group.WORLD, "block_group": block, "gather_group": across}
+            return all_reduce_add_rms_norm_gather(*self.given, largest=self.call.rows, **groups, **self.options)
         if self.call.gathers:
             return reduce_rows_add_rms_norm_gather(*self.given, **self.options)
         return reduce_rows_add_rms_norm(*self.given, blocks=self.call.blocks, **self.options)
@@ -147,7 +167,7 @@ def warm(calls: list[Call], rank: int, world: int) -> None:
             kind = {"bias": call.bias, "scaled": call.scale != 1.0, "has_residual": call.residual}
             c = constants(call.dtype, weight, call.hidden, NAMED[call.flavour], post_norm=call.post_norm, **kind)  # type: ignore[arg-type]
             if call.gathers:
-                of = rows_schedule.gathered_schedule_of(path.plane, path.settings, c, call.dtype, call.rows)
+                of = gather_schedule.schedule_of(path.plane, path.settings, c, call.dtype, call.rows, call.blocks)
             else:
                 of = rows_schedule.schedule_of(path.plane, path.settings, c, call.dtype, call.rows, call.blocks)
             for launch in of.launches:

@@ -14,11 +14,13 @@ add and norm, one kernel    1         reads sum and residual, writes both result
 fused, one-shot, two-shot   1         reads x and residual, writes both results: 4 B
 fused, library path         2         as the baseline
 fused, lowered (CPU)        2         the baseline itself
+all-gather behind the norm  1         reads the normed rows of this rank, B, and writes those of all
 ==========================  ========  =======================================================
 
 So a fused site saves one launch and 2 B: the sum is neither written nor read back. What crosses the links and what is
 staged in exchange buffers on the way is not counted. Without a residual the figures of both sides shrink alike and the
-difference stays 2 B. The model says nothing about time: measure that with ``tpfuse bench``.
+difference stays 2 B. A gather inside the fused op saves one launch more, and 2 B: the normed rows of this rank are written once,
+where all ranks' are, and not read back. The model says nothing about time: measure that with ``tpfuse bench``.
 """
 
 from __future__ import annotations
@@ -65,9 +67,10 @@ def saving(site: Site, rows: int | None = None, path: str | None = None) -> Savi
     """
     if path == "library" or site.lowered or not site.shape or not isinstance(site.shape[-1], int):
         return NOTHING
-    per_row = TRIPS_SAVED * site.shape[-1] * item_size(site.dtype)
+    gathers = site.pattern.endswith("+all_gather")
+    per_row = TRIPS_SAVED * (1 + gathers) * site.shape[-1] * item_size(site.dtype)
     known = rows_of(site) if rows is None else rows
-    return Saving(LAUNCHES_SAVED, None if known is None else known * per_row, per_row)
+    return Saving(LAUNCHES_SAVED * (1 + gathers), None if known is None else known * per_row, per_row)
 
 
 def rows_of(site: Site) -> int | None:

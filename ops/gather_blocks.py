@@ -1,0 +1,190 @@
+"""``tpfuse::all_reduce_add_rms_norm_gather``: replicas sum, add and norm their own rows, and every rank gets the norms of all.
+
+Attention data parallelism in front of layers that read the rows of all replicas. The group's first ranks are the first replica,
+its *block*, and so on. Three groups: all ranks, whose plane the kernel uses; the ranks of the own block, which sum; and the ranks
+at the own place in each block, over which the library gathers.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tpfuse import compat
+
+from . import gather_schedule, invariant, library, paths, reference, settings
+from .arguments import Operands, refuse_gradients, same_sizes
+from .cuda import aligned
+from .flavour import LLAMA, Flavour
+from .gather_schedule import of_prepared
+from .op import empty_results
+from .op import library as registry
+from .rows_call import Rows
+from .rows_cuda import launch, prepared_of
+
+NAME = "all_reduce_add_rms_norm_gather"
+SCHEMA = (
+    f"{NAME}(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, float scale, str flavour, bool post_norm, "
+    "str group_name, str block_group, str gather_group, SymInt largest) -> (Tensor normed, Tensor residual_out)"
+)
+registry.define(SCHEMA, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
+
+
+def _asked(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    scale: float,
+    flavour: str,
+    post_norm: bool,
+    group_name: str,
+    block_group: str,
+    gather_group: str,
+    largest: Any,
+) -> tuple[Rows, str, str, Any]:
+    """The call, the groups that sum and gather, and ``largest``. Raises ``ValueError`` naming what does not fit."""
+    group, ours, across = (
+        dist.get_process_group_ranks(compat.resolve_group(name)) for name in (group_name, block_group, gather_group)
+    )
+    blocks, size, at = len(across), len(ours), group.index(dist.get_rank())
+    if size < 2 or blocks < 2 or ours != group[at // size * size :][:size] or across != group[at % size :: size]:
+        raise ValueError(
+            f"{NAME}: block_group has ranks {ours} and gather_group {across}; expected blocks of at least 2 neighbours of "
+            f"{group}, at least 2 of them, and the ranks at one place of each"
+        )
+    if x.dim() < 1:
+        raise ValueError(f"{NAME}: x is a scalar; expected a tensor of shape (..., H)")
+    after_x = (residual, weight, bias, eps, scale, flavour, post_norm, group_name)
+    asked = Rows(x, after_x, blocks, "all_reduce", at // size, tuple(x.shape), NAME)
+    return asked, block_group, gather_group, largest
+
+
+def _rows(asked: Rows, largest: int) -> int:
+    """How many rows this rank's block has."""
+    rows = asked.x.shape[:-1].numel()
+    if rows > largest:
+        raise ValueError(
+            f"{NAME}: x has {rows} rows, {tuple(asked.x.shape)}, but largest is {largest}; pass the rows of the largest block"
+        )
+    return rows
+
+
+def _summed(asked: Rows, block_group: str, batch_invariant: bool) -> Tensor:
+    x = asked.x.contiguous()
+    if not x.numel():
+        return x  # on every rank of the block alike
+    return invariant.sum_in_rank_order(x, block_group) if batch_invariant else library.all_reduce(x, block_group)
+
+
+def _gathered(normed: Tensor, gather_group: str, blocks: int, largest: int) -> Tensor:
+    """``(blocks * largest, H)``: the normed rows of all blocks, zeros where one has fewer."""
+    flat = normed.reshape(-1, normed.shape[-1])
+    if largest == 0:
+        return flat.new_empty((0, flat.shape[-1]))
+    flat = torch.nn.functional.pad(flat, (0, 0, 0, largest - len(flat))).contiguous()
+    whole = torch.ops._c10d_functional.all_gather_into_tensor(flat, blocks, gather_group)
+    return torch.ops._c10d_functional.wait_tensor(whole)
+
+
+def _cpu(*args: Any) -> tuple[Tensor, Tensor]:
+    asked, block_group, gather_group, largest = _asked(*args)
+    _rows(asked, largest)
+    given = Operands.of(asked.x, *asked.after_x)
+    in_rank_order = settings.batch_invariant()
+    if asked.x.numel():
+        (invariant.agree if in_rank_order else invariant.remember)(block_group)
+    reduced = _summed(asked, block_group, in_rank_order)
+    if in_rank_order and reduced.numel():
+        normed, residual_out = invariant.add_rms_norm(reduced, given)
+    else:
+        normed, residual_out = reference.add_rms_norm(reduced, *given.after_the_sum)
+    return _gathered(normed, gather_group, asked.blocks, largest), residual_out.clone(
+        memory_format=torch.contiguous_format
+    )
+
+
+def _fake(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    asked, _, _, largest = _asked(*args, **kwargs)
+    given = Operands.of(asked.x, *asked.after_x, same=same_sizes)
+    normed, residual_out = empty_results(given)
+    return normed.new_empty((asked.blocks * largest, asked.x.shape[-1])), residual_out
+
+
+def _cuda(*args: Any) -> tuple[Tensor, Tensor]:
+    x = args[0]
+    refuse_gradients(*args[:4])
+    index = x.device.index
+    if compat.current_device() != index:
+        with torch.cuda.device(index):  # launches and the vote go to the current device
+            return _cuda(*args)
+    asked, block_group, gather_group, largest = _asked(*args)
+    rows = _rows(asked, largest)
+    prepared, given = prepared_of(asked, x, partial(gather_schedule.load, blocks=asked.blocks))
+    c, p, hidden = prepared.constants, prepared.path.plane, x.shape[-1]
+    residual_out = x.new_empty(x.shape, dtype=prepared.residual_dtype)
+    if largest == 0:  # on every rank of the group: nothing to exchange
+        return x.new_empty((0, hidden), dtype=prepared.normed_dtype), residual_out
+    if c is not None and p is not None:
+        normed = x.new_empty((asked.blocks * largest, hidden), dtype=prepared.normed_dtype)
+        schedule_of = partial(of_prepared, asked.blocks)
+        if launch(prepared, p, x, given, (normed, residual_out), largest, rows, schedule_of, gathers=True):
+            return normed, residual_out
+    reduced = _summed(asked, block_group, prepared.path.settings.batch_invariant)
+    if c is None:
+        normed, residual_out = reference.add_rms_norm(reduced, *given.after_the_sum)
+    else:
+        normed = x.new_empty((rows, hidden), dtype=prepared.normed_dtype)
+        if rows:
+            operands = (aligned(given.residual), aligned(given.weight), aligned(given.bias))
+            library.add_norm(aligned(reduced), *operands, normed, residual_out, given.eps, given.scale, c)  # type: ignore[arg-type]
+    return _gathered(normed, gather_group, asked.blocks, largest), residual_out.contiguous()
+
+
+registry.impl(NAME, _cpu, "CPU")
+registry.impl(NAME, _cuda, "CUDA")
+torch.library.register_fake(f"tpfuse::{NAME}", _fake, lib=registry)
+
+
+def all_reduce_add_rms_norm_gather(
+    x: Tensor,
+    residual: Tensor | None = None,
+    weight: Tensor | None = None,
+    *,
+    largest: int,
+    group: dist.ProcessGroup | str,
+    block_group: dist.ProcessGroup | str,
+    gather_group: dist.ProcessGroup | str,
+    eps: float = 1e-6,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    flavour: Flavour | str = LLAMA,
+    post_norm: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Sum ``x`` over the ranks of this rank's block, add and normalise, and gather the normed rows of all blocks.
+
+    Every rank of ``group`` makes the call, those of a block without rows too.
+
+    Args:
+        x: ``(..., H)`` fp32, bf16, fp16 or fp64: this rank's partial sum of the rows of its block, at most ``largest``. The ranks
+            of a block pass the same shape; blocks may have different numbers of rows, none too.
+        residual, weight, bias, eps, scale, flavour, post_norm: as in :func:`all_reduce_add_rms_norm`.
+        largest: rows of the largest block, the same on every rank of ``group``.
+        group: all ranks, block by block.
+        block_group: those of this rank's block, at least 2 neighbours in ``group``.
+        gather_group: the ranks at this rank's place in each block.
+    Returns:
+        ``(normed, residual_out)``: ``(blocks * largest, H)``, the normed rows of all blocks, each filled up with rows of zeros;
+        and the residual sum in the shape of ``x``.
+    Raises:
+        ValueError: a shape, dtype or group does not fit; the message names the argument.
+        RuntimeError: autograd would have to record the op.
+    """
+    names = [paths.group_name_of(g) for g in (group, block_group, gather_group)]
+    given = (x, residual, weight, bias, eps, scale, str(flavour), post_norm, *names, largest)
+    return torch.ops.tpfuse.all_reduce_add_rms_norm_gather(*given)

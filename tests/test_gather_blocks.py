@@ -1,0 +1,126 @@
+"""``tpfuse::all_reduce_add_rms_norm_gather`` on gloo ranks: two replicas of two ranks, exact, with unequal and no rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ranks import RankPool
+
+pytestmark = pytest.mark.ranks
+H = 24
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with RankPool(4) as pool:
+        pool.run(make_groups)
+        yield pool
+
+
+GROUPS = {}
+
+
+def make_groups(rank, world):
+    """Blocks and the ranks at one place of each, made once in each process."""
+    import torch.distributed as dist
+
+    blocks, across = ([dist.new_group(ranks) for ranks in lists] for lists in (([0, 1], [2, 3]), ([0, 2], [1, 3])))
+    GROUPS.update(group=dist.group.WORLD, block_group=blocks[rank // 2], gather_group=across[rank % 2])
+
+
+def against_the_steps(rank, world, dtype, flavours):
+    """Whether results are the bits of the block's all-reduce, add, norm, rows of zeros and all-gather."""
+    from tpfuse.ops import all_reduce_add_rms_norm_gather, reference
+    from tpfuse.ops.flavour import NAMED
+
+    c10d = torch.ops._c10d_functional
+    names = {name: group.group_name for name, group in GROUPS.items()}
+    found = []
+    for number, name in enumerate(flavours):
+        for rows, largest in (((3, 3), 3), ((1, 4), 5), ((2, 0), 2), ((0, 0), 0), ((0, 0), 1)):
+            mine = rows[rank // 2]
+            x = torch.randn(1, mine, H, generator=torch.Generator().manual_seed(10 * number + rank)).to(dtype)
+            shared = torch.Generator().manual_seed(100 + number + rank // 2)
+            residual, weight = torch.randn(1, mine, H, generator=shared).to(dtype), torch.rand(H).fill_(0.7)
+            weight = weight.to(dtype) if number else weight
+            got = all_reduce_add_rms_norm_gather(
+                x, residual, weight, largest=largest, flavour=NAMED[name], bias=torch.ones(H, dtype=dtype), **GROUPS
+            )
+            total = c10d.wait_tensor(c10d.all_reduce(x, "sum", names["block_group"])) if mine else x
+            bias = torch.ones(H, dtype=dtype)
+            normed, h = reference.add_rms_norm(total, residual, weight, bias, 1e-6, 1.0, NAMED[name], False)
+            filled = torch.zeros(largest, H, dtype=normed.dtype)
+            filled[:mine] = normed[0]
+            whole = torch.cat([filled] * 2)
+            if largest:
+                whole = c10d.wait_tensor(c10d.all_gather_into_tensor(filled, 2, names["gather_group"]))
+            pairs = ((got[0], whole), (got[1], h))
+            found.append([torch.equal(a, b) and a.dtype == b.dtype and a.shape == b.shape for a, b in pairs])
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_every_rank_has_the_bits_of_all_replicas(pool, dtype):
+    for found in pool.run(against_the_steps, dtype, ("llama", "vllm")):
+        assert len(found) == 10 and all(all(pair) for pair in found), found
+
+
+def compiled(rank, world):
+    """One compile for every number of rows, of both blocks."""
+    import torch._dynamo
+    from tpfuse.ops import all_reduce_add_rms_norm_gather
+
+    frames = []
+
+    def keep(gm, inputs):
+        frames.append(gm)
+        return gm.forward
+
+    names = {name: group.group_name for name, group in GROUPS.items()}
+
+    def call(x, r, w, like):
+        return all_reduce_add_rms_norm_gather(x, r, w, largest=like.shape[0], **names)
+
+    run, equal = torch.compile(call, backend=keep, dynamic=True, fullgraph=True), []
+    for rows, largest in (((2, 3), 4), ((5, 4), 7), ((6, 2), 9)):
+        mine = rows[rank // 2]
+        x, r = (torch.randn(mine, H, generator=torch.Generator().manual_seed(seed)) for seed in (rank, 9 + rank // 2))
+        given = (x, r, torch.ones(H), torch.empty(largest))
+        with torch.no_grad():
+            equal += [torch.equal(a, b) for a, b in zip(run(*given), call(*given), strict=True)]
+    return equal, len(frames)
+
+
+def test_one_compile_takes_every_number_of_rows(pool):
+    for equal, frames in pool.run(compiled):
+        assert all(equal) and frames == 1
+
+
+def refusals(rank, world):
+    from tpfuse.ops import all_reduce_add_rms_norm_gather as op
+
+    x, w = torch.ones(3, H), torch.ones(H)
+    turned = {**GROUPS, "block_group": GROUPS["gather_group"], "gather_group": GROUPS["block_group"]}
+    calls = {
+        "groups": lambda: op(x, x, w, largest=3, **turned),
+        "one group": lambda: op(x, x, w, largest=3, **dict.fromkeys(GROUPS, GROUPS["group"])),
+        "largest": lambda: op(x, x, w, largest=2, **GROUPS),
+        "residual": lambda: op(x, x[:2], w, largest=3, **GROUPS),
+        "gradient": lambda: op(x.clone().requires_grad_(), x, w, largest=3, **GROUPS),
+    }
+    messages = {}
+    for name, call in calls.items():
+        try:
+            call()
+        except (ValueError, RuntimeError) as error:
+            messages[name] = str(error)
+    return messages
+
+
+def test_what_does_not_fit_is_named_before_anybody_communicates(pool):
+    for messages in pool.run(refusals):
+        assert "expected blocks of at least 2 neighbours of [0, 1, 2, 3]" in messages["groups"]
+        assert "block_group has ranks [0, 1, 2, 3]" in messages["one group"]
+        assert "x has 3 rows" in messages["largest"] and "largest is 2" in messages["largest"]
+        assert "residual is torch.float32 (2, 24)" in messages["residual"]
+        assert "no gradient" in messages["gradient"]
