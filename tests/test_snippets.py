@@ -295,6 +295,7 @@ def test_the_op(group):
     names = {"x": x, "residual": residual, "weight": weight, "group": group, "tpfuse": tpfuse}
     exec(text, names)
     assert names["normed"].shape == names["residual"].shape == (3, H)
+    exec(one("op.md", "LayerNorm"), {**names, "norm_bias": torch.rand(H)})
     exec(one("op.md", "Quantized output"), names)
     assert names["quantized"].dtype == torch.float8_e4m3fn and names["scales"].shape == (3, 1)
     partial = {**names, "x": torch.randn(6, H), "reduce_rows_add_rms_norm": tpfuse.ops.reduce_rows_add_rms_norm}

@@ -89,6 +89,21 @@ def affine_of(out, weight, shift, C: tl.constexpr, PTX: tl.constexpr):
 
 
 @triton.jit
+def addends(row, element, active, io, C: tl.constexpr, S: tl.constexpr):
+    """Words of bias and addend of one step; none of what there is not."""
+    row_start = row.to(tl.int64) * C.hidden
+    b = ()
+    a = ()
+    if C.bias == "row":
+        b = load_words(io[2], element.to(tl.int64), active, C.dtype, C.values, S.ptx)
+    if C.bias == "full":
+        b = load_words(io[2], row_start + element, active, C.dtype, C.values, S.ptx)
+    if C.has_addend:
+        a = load_words(io[6], row_start + element, active, C.dtype, C.values, S.ptx)
+    return (b, a)
+
+
+@triton.jit
 def prefetch(row, part, i: tl.constexpr, io, C: tl.constexpr, S: tl.constexpr):
     """Words of residual, bias and (for short programs) weight of one step, loaded before the poll so that the wait hides them.
 
@@ -96,24 +111,22 @@ def prefetch(row, part, i: tl.constexpr, io, C: tl.constexpr, S: tl.constexpr):
     """
     element, active = lane_elements(part, i, C, S)
     row_start = row.to(tl.int64) * C.hidden
-    residual, weight, bias = io[0], io[1], io[2]
+    residual, weight = io[0], io[1]
     r = ()
     b = ()
     w = ()
     if C.has_residual and (S.steps <= 2 or not C.post_norm):
         r = load_words(residual, row_start + element, active, C.dtype, C.values, S.ptx)
-    if C.bias == "row":
-        b = load_words(bias, element.to(tl.int64), active, C.dtype, C.values, S.ptx)
-    if C.bias == "full":
-        b = load_words(bias, row_start + element, active, C.dtype, C.values, S.ptx)
+    a = ()
+    if S.addends_ahead or not C.centered:
+        added = addends(row, element, active, io, C, S)
+        b = added[0]
+        a = added[1]
     if C.has_weight and S.steps <= 2 and (S.affine_ahead or not C.centered):
         w = load_words(weight, element.to(tl.int64), active, C.weight_dtype, C.values, S.ptx)
     s = ()
-    a = ()
     if C.has_shift and S.affine_ahead:
         s = load_words(io[5], element.to(tl.int64), active, C.shift_dtype, C.values, S.ptx)
-    if C.has_addend and S.addend_ahead:
-        a = load_words(io[6], row_start + element, active, C.dtype, C.values, S.ptx)
     return (r, b, w, s, a)
 
 
@@ -139,10 +152,10 @@ def accept(
         loads: what :func:`prefetch` returned for this step.
     """
     element, active = lane_elements(part, i, C, S)
-    addend = loads[4]
-    if C.has_addend and not S.addend_ahead:
-        addend = load_words(io[6], row.to(tl.int64) * C.hidden + element, active, C.dtype, C.values, S.ptx)
-    words = affine(reduced, loads[1], addend, scale, C, S.ptx)
+    added = (loads[1], loads[4])
+    if C.centered and not S.addends_ahead:
+        added = addends(row, element, active, io, C, S)
+    words = affine(reduced, added[0], added[1], scale, C, S.ptx)
     if C.unrounded:
         values = plus(unpack(loads[0], C.dtype), unpack(words, C.dtype))
         words = pack(values, C.dtype, S.ptx)

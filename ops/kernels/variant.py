@@ -141,8 +141,8 @@ class Variant:
         return self.steps <= 2 and self.split * self.groups <= MAX_GROUPS // 2
 
     @property
-    def addend_ahead(self) -> bool:
-        """The same for an addend beside a bias."""
+    def addends_ahead(self) -> bool:
+        """The same for the bias and the addend in front of a LayerNorm."""
         return self.steps == 1 and self.world <= 4
 
     @property
