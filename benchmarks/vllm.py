@@ -113,7 +113,11 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     found["prefill"] = statistics.median(found["prefill_all"])
     print(f"prefill: {found['prefill']:.3f} ms, the first ones {found['prefill_first']}", flush=True)
     if task["where"]:
-        found["where"] = where(llm, seconds, task)
+        try:
+            found["where"] = where(llm, seconds, task)
+        except Exception as error:  # what was measured before must not be lost
+            found["where"] = [f"not told: {type(error).__name__}: {error}"]
+            print(found["where"][0], flush=True)
     if os.environ.get("TPFUSE_VLLM"):
         from tpfuse.engines.vllm import report
 

@@ -72,6 +72,15 @@ def test_the_profile_of_a_worker_names_what_it_ran() -> None:
     assert any("aten::mm" in line for line in lines)
 
 
+def test_a_profiler_that_does_not_start_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(**kwargs: Any) -> None:
+        raise RuntimeError("no CUPTI here")
+
+    monkeypatch.setattr(torch.profiler, "profile", broken)
+    engine_steps.start_profile(None)
+    assert engine_steps.stop_profile(None) == ["no profiler: RuntimeError: no CUPTI here"]
+
+
 def test_gpu_time_is_the_union_of_overlapping_kernels() -> None:
     def kernel(start: float, end: float, name: str) -> SimpleNamespace:
         return SimpleNamespace(

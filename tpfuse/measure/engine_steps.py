@@ -82,18 +82,24 @@ def take(worker: Any) -> list[dict[str, Any]]:
 
 
 def start_profile(worker: Any) -> None:
-    """Start torch's profiler in a worker."""
+    """Start torch's profiler in a worker. Where it does not start, :func:`stop_profile` says why: the engine must go on."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-    profiler = torch.profiler.profile(activities=activities)
-    profiler.start()
-    _profilers.append(profiler)
+    try:
+        profiler = torch.profiler.profile(activities=activities)
+        profiler.start()
+    except Exception as error:
+        _profilers.append(f"no profiler: {type(error).__name__}: {str(error)[:100]}")
+    else:
+        _profilers.append(profiler)
 
 
 def stop_profile(worker: Any, lines: int = 14) -> list[str]:
     """Stop it, and say in about ``2 * lines`` lines what took the GPU's and the host's time."""
     profiler = _profilers.pop()
+    if isinstance(profiler, str):
+        return [profiler]
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     profiler.stop()
