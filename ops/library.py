@@ -51,7 +51,7 @@ def add_norm(
     normed: Tensor,
     residual_out: Tensor,
     eps: float,
-    scale: float,
+    scale: float | Tensor,
     constants: Constants,
 ) -> None:
     """Bias, scale, residual add and norm of reduced rows in one kernel. Tensors are contiguous and 16-byte aligned."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from tpfuse import compat
 
 from . import invariant, paths, reference, vote
-from .arguments import check
+from .arguments import check, check_scale
 from .flavour import Flavour
 from .kernel import Kernel
 from .kernels.variant import Constants, constants, supports, torch_dtype
@@ -44,14 +44,14 @@ class Prepared:
 PREPARED: dict[tuple[Any, ...], Prepared] = {}
 
 
-def prepare_once(key: tuple[Any, ...], *arguments: Any) -> Prepared:
+def prepare_once(key: tuple[Any, ...], *arguments: Any, **more: Any) -> Prepared:
     """:func:`prepare`, unless another thread did meanwhile: it votes, so each rank must do it as often as the others."""
     group_name = key[0]
     with paths.lock_of(group_name):
         prepared = PREPARED.get(key)
         if prepared is None or not paths.is_current(group_name, prepared.held):
             forget_the_gone()
-            prepared = prepare(key, *arguments)
+            prepared = prepare(key, *arguments, **more)
         return prepared
 
 
@@ -66,6 +66,9 @@ def prepare(
     post_norm: bool,
     group_name: str,
     load: Callable[[Prepared, Plane, torch.dtype], None] | None = None,
+    *,
+    scale_tensor: Tensor | None = None,
+    scale_first: bool = False,
 ) -> Prepared:
     """Everything about calls like this one; votes on the group's path where nobody has.
 
@@ -74,6 +77,7 @@ def prepare(
     """
     parsed = Flavour.parse(flavour)
     check(x, residual, weight, bias, parsed, post_norm)
+    check_scale(x, scale, scale_tensor)
     weight_dtype = None if weight is None else weight.dtype
     hidden = x.shape[-1]
     path = paths.path_of(group_name, x.device)
@@ -97,9 +101,11 @@ def prepare(
             hidden,
             parsed,
             bias="none" if bias is None else "full" if bias.shape == x.shape and x.dim() > 1 else "row",
-            scaled=scale != 1.0,
+            scaled=scale != 1.0 or scale_tensor is not None,
             has_residual=residual is not None,
             post_norm=post_norm,
+            scale_loaded=scale_tensor is not None,
+            scale_first=scale_first,
         ),
         why_not=why_not,
         normed_dtype=normed_dtype,
@@ -171,7 +177,7 @@ def samples(c: Constants, p: Plane, counts: int = 1, quantizer: Quantizer | None
         p.phase_bytes,
         1 << 40,
         1e-6,
-        1.0,
+        x if c.scale_loaded else 1.0,
     )
 
 

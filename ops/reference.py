@@ -66,6 +66,8 @@ def add_rms_norm(
     scale: float,
     flavour: Flavour,
     post_norm: bool,
+    scale_tensor: Tensor | None = None,
+    scale_first: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Everything after the all-reduce: bias, scale, residual add and norm. See ``docs/op.md`` for the contract.
 
@@ -78,14 +80,20 @@ def add_rms_norm(
         scale: multiplied in after the bias (1.0 is no multiplication).
         flavour: the rounding order of the norm.
         post_norm: False: ``h = residual + y``, returns ``(norm(h), h)``. True: returns ``(norm(y), residual + norm(y))``.
+        scale_tensor: one value in the dtype of ``reduced``, in the place of ``scale``; or None.
+        scale_first: the scale is multiplied in before the bias is added.
 
     With a flavour that reads the unrounded sum the norm is that of ``residual + y`` in fp32; what is returned is rounded.
     """
     y = reduced
-    if bias is not None:
+    if bias is not None and not scale_first:
         y = y + bias
-    if scale != 1.0:
+    if scale_tensor is not None:
+        y = y * scale_tensor
+    elif scale != 1.0:
         y = y * scale
+    if bias is not None and scale_first:
+        y = y + bias
     if post_norm:
         if residual is None:
             raise ValueError("post_norm=True adds the residual after the norm, but residual is None; pass a residual")

@@ -19,11 +19,12 @@ class Term:
     """One step between the sum and the norm.
 
     Attributes:
-        kind: ``bias`` (a vector is added), ``full`` (a tensor with the rows of the sum is added), ``scale`` (by a number) or
-            ``factor`` (the sum itself is multiplied by a scalar tensor, which is done before the reduction: relaxed).
+        kind: ``bias`` (a vector is added), ``full`` (a tensor with the rows of the sum is added), ``scale`` (by a number or a
+            scalar tensor) or ``factor`` (the sum itself is multiplied by a scalar tensor, which is done before the reduction:
+            relaxed).
         node: the node that does it.
-        operand: what is added, or the scalar tensor; None for a scale.
-        factor: of a scale.
+        operand: what is added, or the scalar tensor; None for a scale by a number.
+        factor: of a scale by a number.
         path: alias nodes between the value before and this step; their reshapes are repeated on the partial sum.
         casts: nodes that widen the operand to fp32; they go where nothing else reads them.
     """
@@ -57,9 +58,9 @@ class Candidate:
 
     Attributes:
         collective: the all-reduce.
-        terms: in order, at most one bias (or full addend), one scale, one residual.
+        terms: in order, at most one bias (or full addend) and one scale, then one residual.
         bias: vector or full addend, or None.
-        scale: 1.0 when there is none.
+        scale: the number; 1.0 when there is none.
         residual: or None.
         h: the value that is normalised, under all its names (the sum itself when there are no terms).
         norm: what was found.
@@ -72,6 +73,9 @@ class Candidate:
         merged: the other sum whose partial sum is added to ``collective.x`` before the one reduction of both.
         quantization: of the norm, where the fused op does that too.
         note: about a quantization of the norm that it does not do.
+        scale_tensor: a scalar tensor in the dtype of the sum by which each rank multiplies the reduced sum, in the place of
+            ``scale``, or None.
+        scale_first: the scale comes before the bias.
     """
 
     collective: Collective
@@ -89,6 +93,8 @@ class Candidate:
     merged: Merged | None = None
     quantization: Quantization | None = None
     note: str = ""
+    scale_tensor: Node | None = None
+    scale_first: bool = False
 
     @property
     def outputs(self) -> tuple[Node, ...]:
@@ -109,10 +115,12 @@ class Candidate:
             # A number may come from the rank: in the pattern, which ranks compare.
             factor = f"*{self.merged.factor!r}" if isinstance(self.merged.factor, float) else ""
             parts.append(self.merged.collective.kind + factor)
+        before = []
         if self.bias is not None:
-            parts.append("add" if any(t.kind == "full" and t.operand is self.bias for t in self.terms) else "bias")
-        if self.scale != 1.0 or self.factor is not None:
-            parts.append("scale")
+            before.append("add" if any(t.kind == "full" and t.operand is self.bias for t in self.terms) else "bias")
+        if self.scale != 1.0 or self.scale_tensor is not None or self.factor is not None:
+            before.append("scale")
+        parts += reversed(before) if self.scale_first else before
         if self.residual is not None and self.post_add is None:
             parts.append("add")
         parts.append("rms_norm")
@@ -128,7 +136,8 @@ class Candidate:
         other = self.merged
         theirs = () if other is None else (other.collective.x, other.factor)
         static_scale = None if self.quantization is None else self.quantization.static_scale
-        operands = (self.bias, *theirs, self.residual, self.norm.weight, self.factor, static_scale)
+        scales = self.scale_tensor, self.factor, static_scale
+        operands = (self.bias, *theirs, self.residual, self.norm.weight, *scales)
         return tuple(n for n in operands if isinstance(n, Node))
 
     @property

@@ -98,6 +98,8 @@ def _scaled(node: Node, sums: dict[Node, Collective]) -> tuple[Node | None, Node
 def _why_not(candidate: Candidate, addend: _Addend) -> str | None:
     """Why two sums must stay two reductions; None when one is right."""
     c, other = candidate.collective, addend.other
+    if candidate.scale_first:
+        return f"the sum of {c.node.name} alone is scaled"
     if other.ranks != c.ranks or other.kind != c.kind or other.reduce_op != c.reduce_op or other.error:
         return f"{other.node.name} is a {other.kind} over {list(other.ranks)}, {c.node.name} a {c.kind} over {list(c.ranks)}"
     if candidate.block is not None and candidate.block.nodes:

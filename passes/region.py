@@ -71,7 +71,19 @@ def follow(c: Collective, order: dict[Node, int], relaxed: bool = False) -> Foun
 
 
 def _of_block(found: Candidate | Refusal, block: rows.RowBlock | None) -> Candidate | Refusal:
-    return replace(found, block=block) if isinstance(found, Candidate) else found
+    if not isinstance(found, Candidate) or block is None:
+        return found
+    if found.scale_tensor is not None:
+        return Refusal(
+            Reason.SCALE_NOT_CONSTANT,
+            f"the rows that a rank keeps are multiplied by {found.scale_tensor.name}, a tensor; the op for them takes a number",
+        )
+    if found.scale_first:
+        return Refusal(
+            Reason.ADD_CHAIN,
+            "the rows that a rank keeps are scaled before something is added to them; the fused op for such rows adds first",
+        )
+    return replace(found, block=block)
 
 
 def _term(current: values.Aliases) -> Term | Refusal | None:
@@ -85,7 +97,8 @@ def _term(current: values.Aliases) -> Term | Refusal | None:
         if factor is None and tensor is not None:
             known = constants.scale_of(tensor, values.dtype(current.root))
             if isinstance(known, Refusal):
-                return known
+                # Each rank multiplies the reduced sum by what its own tensor holds then, as the model does.
+                return Term("scale", reader, tensor) if constants.multiplies_alike(tensor, current.root) else known
             factor = known
         return None if factor is None else Term("scale", reader, None, float(factor))
     if reader.target not in ADD:
@@ -193,20 +206,28 @@ def _candidate(
     residual = terms[-1].operand if kinds and kinds[-1] == "full" else None
     before = terms[:-1] if residual is not None else terms
     before_kinds = kinds[:-1] if residual is not None else kinds
-    if before_kinds not in ([], ["bias"], ["full"], ["scale"], ["bias", "scale"], ["full", "scale"]):
+    addends = [kind for kind in before_kinds if kind != "scale"]
+    if len(addends) > 1 or len(before_kinds) - len(addends) > 1:
         return Refusal(
             Reason.ADD_CHAIN,
-            f"the sum goes through {' then '.join(kinds)} before the norm; the fused op takes at most one addend, "
-            "then one scale, then one residual",
+            f"the sum goes through {' then '.join(kinds)} before the norm; the fused op takes at most one addend "
+            "and one scale, then one residual",
             tuple(kinds),
         )
-    bias = next((t.operand for t in before if t.operand is not None and t.kind != "factor"), None)
-    scale = next((t.factor for t in before if t.kind == "scale"), 1.0)
-    operands = [n for n in (bias, residual, factor) if n is not None]
+    bias = next((t.operand for t in before if t.kind in ("bias", "full")), None)
+    scale = next((t for t in before if t.kind == "scale"), None)
+    scale_first = len(before_kinds) > 1 and before_kinds[0] == "scale"
+    tensor, number = (None, 1.0) if scale is None else (scale.operand, scale.factor)
+    operands = [n for n in (bias, residual, factor, tensor) if n is not None]
     for operand in operands:
         if values.depends_on(operand, c.node, order):
             return Refusal(Reason.RESIDUAL_DERIVED, f"{operand.name} is computed from the sum itself")
-    candidate = Candidate(c, tuple(terms), bias, scale, residual, h, norm, factor=factor)
+    candidate = Candidate(
+        *(c, tuple(terms), bias, number, residual, h, norm),
+        factor=factor,
+        scale_tensor=tensor,
+        scale_first=scale_first,
+    )
     return candidate if residual is not None else _post(candidate, order)
 
 

@@ -165,11 +165,11 @@ class Replacement:
         for step in self.steps:
             args, kwargs = _resolve(step.args, actual), _resolve(step.kwargs, actual)
             if step.target in (OP, ROWS):
-                x, residual, weight, bias, eps, scale, flavour, post, *_ = args
+                x, residual, weight, bias, eps, scale, flavour, post, _, *more = args
                 if self.candidate.block is not None:
                     x = self.candidate.block.of(x, kept_shape(self.candidate) if residual is None else residual.shape)
                 args = (x, residual, weight, bias, eps, scale, Flavour.parse(flavour), post)
-                results.append(reference.add_rms_norm(*args))
+                results.append(reference.add_rms_norm(*args, *(more if step.target is OP else ())))
             elif step.target is QUANT:
                 x, residual, weight, bias, eps, scale, flavour, post, _, quantizer, static_scale, keep = args
                 args = (x, residual, weight, bias, eps, scale, Flavour.parse(flavour), post)
@@ -249,7 +249,9 @@ def _build(new: Replacement) -> None:
             more = str(quantization.quantizer), quantization.static_scale, quantization.keep_normed
             new.fused = new.call(QUANT, x, residual, norm.weight, bias, *arguments, *more)
         elif block is None:
-            new.fused = new.call(OP, x, residual, norm.weight, bias, *arguments)
+            scaled = candidate.scale_tensor is not None or candidate.scale_first
+            scales = (candidate.scale_tensor, candidate.scale_first) if scaled else ()
+            new.fused = new.call(OP, x, residual, norm.weight, bias, *arguments, *scales)
         else:
             new.fused = new.call(ROWS, x, residual, norm.weight, bias, *arguments, block.blocks, c.kind)
     except ValueError as error:

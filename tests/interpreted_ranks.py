@@ -41,6 +41,8 @@ class Call:
     residual: bool = True
     bias: str = "none"
     scale: float = 1.0
+    scale_tensor: bool = False  # the scale is given as a tensor
+    scale_first: bool = False
     post_norm: bool = False
     special: str = "none"  # "zeros", "negative_zeros", "nonfinite", "denormals", "order" (sums depend on their order)
     seed: int = 0
@@ -149,7 +151,9 @@ def expected(call: Call, given: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
         total = total + x.float()
     reduced = total.to(call.dtype) + 0.0
     return reference.add_rms_norm(
-        reduced, given.residual, given.weight, given.bias, call.eps, call.scale, NAMED[call.flavour], call.post_norm
+        *(reduced, given.residual, given.weight, given.bias, call.eps, call.scale, NAMED[call.flavour], call.post_norm),
+        scale_tensor=torch.tensor(call.scale, dtype=call.dtype) if call.scale_tensor else None,
+        scale_first=call.scale_first,
     )
 
 
@@ -412,6 +416,8 @@ def _worker(
                 scaled=call.scale != 1.0,
                 has_residual=call.residual,
                 post_norm=call.post_norm,
+                scale_loaded=call.scale_tensor,
+                scale_first=call.scale_first,
             )
             quantizer = QUANTIZERS[call.quantizer] if call.quantizer else None
             if quantizer is not None:
@@ -460,7 +466,7 @@ def _worker(
                     phase_bytes,
                     watchdog,
                     call.eps,
-                    call.scale,
+                    torch.tensor(call.scale, dtype=call.dtype) if call.scale_tensor else call.scale,
                 )
                 function = {
                     ("one_shot", False): one_shot_kernel,

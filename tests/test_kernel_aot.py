@@ -37,10 +37,10 @@ def _constants(
     weight: torch.dtype | None = None,
     flavour: Flavour = LLAMA,
     post_norm: bool = False,
+    scale: bool = False,
 ) -> Constants:
-    return constants(
-        dtype, weight or dtype, hidden, flavour, bias="none", scaled=False, has_residual=True, post_norm=post_norm
-    )
+    kind: dict[str, Any] = {"bias": "none", "scaled": scale, "scale_loaded": scale, "has_residual": True}
+    return constants(dtype, weight or dtype, hidden, flavour, post_norm=post_norm, **kind)
 
 
 def _compile(
@@ -57,7 +57,8 @@ def _compile(
     ptx = target.backend == "cuda"
     x, weight, out, residual = (TYPES[torch_dtype(d)] for d in (c.dtype, c.weight_dtype, c.out_dtype, c.residual_dtype))
     counts = ("i32",) * (4 if blocks > 1 else 2)
-    kinds = (x, x, weight, x, out, residual, "*i64", "*i32", *counts, "i32", "i64", "fp32", "fp32")
+    scale = x if c.scale_loaded else "fp32"
+    kinds = (x, x, weight, x, out, residual, "*i64", "*i32", *counts, "i32", "i64", "fp32", scale)
     constexprs = (c, Variant(world, part.lanes, part.steps, split, ptx=ptx, pdl=pdl, stamps=stamps, blocks=blocks))
     function = ALL[algorithm]
     names = function.arg_names
@@ -66,7 +67,7 @@ def _compile(
         function,
         signature,
         dict(zip(names[len(kinds) :], constexprs, strict=True)),
-        {(i,): [["tt.divisibility", 16]] for i in range(8)},
+        {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(kinds) if kind.startswith("*")},
     )
     options: dict[str, Any] = {"num_warps": part.lanes // (32 if ptx else 64), "enable_fp_fusion": False}
     if ptx:
@@ -137,6 +138,7 @@ def test_no_other_row_spills(algorithm: str, arch: int, tmp_path: Path) -> None:
         _constants(hidden=4096, dtype=torch.float32),
         _constants(hidden=2880),
         _constants(flavour=OLMO2, post_norm=True),
+        _constants(scale=True),
     ):
         for lanes in (128, 512):
             _check(algorithm, c, 8, Part(lanes, 1), arch, tmp_path)

@@ -117,6 +117,16 @@ def test_flavours_and_epilogues() -> None:
         for post, flavour in ((False, "llama"), (True, "olmo2"), (False, "vllm"))
         for algorithm in ("one_shot", "two_shot")
     ]
+    calls += [
+        Call(2, 72, algorithm, dtype=dtype, scale=45.2548, scale_tensor=True, residual=False, seed=9)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32)
+        for algorithm in ("one_shot", "two_shot")
+    ]
+    calls += [
+        Call(2, 72, algorithm, bias=bias, scale=2.5, scale_tensor=tensor, scale_first=True, seed=9)
+        for bias, tensor in (("row", True), ("full", False))
+        for algorithm in ("one_shot", "two_shot")
+    ]
     calls += [Call(2, 72, residual=False), Call(2, 72, residual=False, algorithm="two_shot", bias="row")]
     _agree(run(2, calls), 2)
 

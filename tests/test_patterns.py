@@ -19,10 +19,10 @@ pytest.importorskip("transformers", reason="needs the extra tpfuse[hf]")
 
 WORLD = 2
 GOLDEN = json.loads((Path(__file__).parent / "matrix" / "golden.json").read_text())["default policy"]
-QUICK = ("granitemoe",)
+QUICK = ("granitemoe", "gemma")
 
 
-def forward(rank, world_size, folder, numerics="exact"):
+def forward(rank, world_size, folder):
     """(found, fused, reasons, rules, whether outputs are equal) of a forward pass."""
     import tpfuse
 
@@ -30,7 +30,7 @@ def forward(rank, world_size, folder, numerics="exact"):
     tokens = torch.arange(10).view(2, 5) + 3
     torch._dynamo.reset()
     tpfuse.clear_reports()
-    options = {"tpfuse.inner": "aot_eager", "tpfuse.verify": True, "tpfuse.numerics": numerics}
+    options = {"tpfuse.inner": "aot_eager", "tpfuse.verify": True}
     with torch.no_grad():
         want = model(tokens, use_cache=False).logits
         got = torch.compile(model, backend="tpfuse", dynamic=False, options=options)(tokens, use_cache=False).logits
@@ -60,19 +60,6 @@ def test_golden_counts_and_equal_outputs(name, pool, tmp_path):
         assert result[:3] == (found, fused, reasons)
         assert result[3] <= {"shared-layer" if proved else "not-refuted"}
         assert result[4], "fused outputs differ from those of the model in eager mode"
-
-
-@pytest.mark.ranks
-@pytest.mark.parametrize(
-    "name", ["gemma", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gemma4_text", "vaultgemma", "minicpm3"))]
-)
-def test_relaxed_scales_an_embedding_before_its_reduction(name, pool, tmp_path):
-    """To the same bits: of an embedding that is cut by tokens one rank gives the row, the others zeros."""
-    if not models.known(name):
-        pytest.skip(f"this transformers has no {name}")
-    models.save(name, str(tmp_path), torch.bfloat16)
-    for result in pool.run(forward, str(tmp_path), "relaxed"):
-        assert result == (7, 7, {}, {"shared-layer"}, True)
 
 
 @pytest.mark.slow

@@ -28,12 +28,23 @@ _NAN: tl.constexpr = tl.constexpr(NAN_WORD)
 
 
 @triton.jit
+def loaded(scale, C: tl.constexpr):
+    """The scale of a call as a number. After the wait for the kernel before this one, which may have written it."""
+    if C.scale_loaded:
+        return tl.load(scale).to(tl.float32)
+    else:
+        return scale
+
+
+@triton.jit
 def affine(words, shift, scale, C: tl.constexpr, PTX: tl.constexpr):
-    """Bias (its words), then scale, each rounded to the dtype as eager mode does; words in, words out."""
-    if C.bias != "none":
+    """Bias (its words) and scale, in the order of the call, each rounded to the dtype as eager mode does; words in, words out."""
+    if C.bias != "none" and not C.scale_first:
         words = plus_words(words, shift, C.dtype, PTX)
     if C.scaled:
         words = pack(times_scalar(unpack(words, C.dtype), scale), C.dtype, PTX)
+    if C.scale_first:
+        words = plus_words(words, shift, C.dtype, PTX)
     return words
 
 

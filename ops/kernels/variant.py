@@ -53,6 +53,8 @@ class Constants:
     row_bytes: int
     zero_mark: int  # what a zero word becomes on push: a zero with a sign
     quant: Quant | None = None  # the normed rows are quantized
+    scale_loaded: bool = False  # the scale is a pointer to one value of the dtype of x, not a number
+    scale_first: bool = False  # it is multiplied in before the bias is added
 
     @property
     def groups(self) -> int:
@@ -143,6 +145,8 @@ def constants(
     scaled: bool,
     has_residual: bool,
     post_norm: bool,
+    scale_loaded: bool = False,
+    scale_first: bool = False,
 ) -> Constants:
     """Constants of a supported call (:func:`supports` returned None)."""
     normed = torch.float32 if flavour.normed == "float32" else dtype
@@ -172,4 +176,6 @@ def constants(
         values=16 // dtype.itemsize,
         row_bytes=hidden * dtype.itemsize,
         zero_mark=-(2**31) if dtype == torch.float32 else 0x8000,
+        scale_loaded=scale_loaded,
+        scale_first=scale_first and bias != "none",
     )
