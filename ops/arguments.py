@@ -74,7 +74,9 @@ def check(
     if x.dtype not in DTYPES:
         raise ValueError(f"all_reduce_add_rms_norm: x has dtype {x.dtype}; expected one of {DTYPES}")
     hidden = x.shape[-1]
-    if residual is not None and (residual.dtype != x.dtype or not same(residual.shape, x.shape)):
+    if residual is not None and residual.dtype != x.dtype:
+        check_wide(x, residual, flavour)
+    if residual is not None and not same(residual.shape, x.shape):
         raise ValueError(
             f"all_reduce_add_rms_norm: residual is {residual.dtype} {tuple(residual.shape)}; expected the dtype and "
             f"shape of x, {x.dtype} {tuple(x.shape)}"
@@ -100,6 +102,25 @@ def check(
         raise ValueError(
             f"all_reduce_add_rms_norm: bias is {bias.dtype} {tuple(bias.shape)}; expected {x.dtype} of shape "
             f"({hidden},) or {tuple(x.shape)}"
+        )
+
+
+def check_wide(x: Tensor, residual: Tensor, flavour: Flavour) -> None:
+    """Raise ``ValueError`` unless a residual of another dtype than ``x`` is fp32, and its sum with ``x`` is normed unrounded."""
+    wide = residual.dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16)
+    if not wide or flavour.reads != "unrounded":
+        raise ValueError(
+            f"all_reduce_add_rms_norm: residual is {residual.dtype} {tuple(residual.shape)}; expected the dtype and "
+            f"shape of x, {x.dtype} {tuple(x.shape)}, or torch.float32 beside bf16 or fp16 with a flavour that has "
+            "reads='unrounded'"
+        )
+
+
+def check_one_dtype(name: str, x: Tensor, residual: Tensor | None) -> None:
+    """Raise ``ValueError`` where the residual has another dtype than ``x``: for ops that take no fp32 residual beside 16 bits."""
+    if residual is not None and residual.dtype != x.dtype:
+        raise ValueError(
+            f"{name}: residual is {residual.dtype} {tuple(residual.shape)}; expected the dtype of x, {x.dtype}"
         )
 
 

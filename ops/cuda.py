@@ -63,6 +63,7 @@ def run(
         paths.current_stream_class(),
         scale_tensor is None,
         scale_first,
+        None if residual is None else residual.dtype,
     )
     prepared = PREPARED.get(key)
     if prepared is None or not paths.is_current(group_name, prepared.held):

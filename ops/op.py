@@ -66,7 +66,8 @@ def empty_results(given: Operands) -> tuple[Tensor, Tensor]:
 def _dtypes(given: Operands) -> tuple[torch.dtype, torch.dtype]:
     weight = None if given.weight is None else given.weight.dtype
     normed = reference.output_dtype(given.x.dtype, weight, given.flavour)
-    return normed, reference.residual_dtype(given.x.dtype, normed, given.post_norm)
+    residual = None if given.residual is None else given.residual.dtype
+    return normed, reference.residual_dtype(given.x.dtype, normed, given.post_norm, residual)
 
 
 def _cpu_out(*args: Any) -> None:
@@ -123,7 +124,8 @@ def all_reduce_add_rms_norm(
 
     Args:
         x: ``(..., H)`` fp32, bf16, fp16 or fp64: this rank's partial sum. Every rank passes the same shape and dtype.
-        residual: ``x``'s shape and dtype, or None for the variant without a residual.
+        residual: ``x``'s shape and dtype, or None for the variant without a residual. Beside 16-bit ``x`` it may be fp32, with a
+            flavour that has ``reads="unrounded"`` (autocast): it stays fp32, and so does ``residual_out``.
         weight: ``(H,)``, or None with a flavour whose gain is ``"none"``.
         eps: added to the mean of squares.
         bias: ``(H,)`` or ``x``'s shape, added to the sum before scale and residual, or None.

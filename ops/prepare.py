@@ -90,6 +90,7 @@ def prepare(
         )
     invariant.remember(group_name)
     normed_dtype = reference.output_dtype(x.dtype, weight_dtype, parsed)
+    wide = residual is not None and residual.dtype != x.dtype
     prepared = Prepared(
         path=path,
         flavour=parsed,
@@ -106,10 +107,13 @@ def prepare(
             post_norm=post_norm,
             scale_loaded=scale_tensor is not None,
             scale_first=scale_first,
+            wide_residual=wide,
         ),
         why_not=why_not,
         normed_dtype=normed_dtype,
-        residual_dtype=reference.residual_dtype(x.dtype, normed_dtype, post_norm),
+        residual_dtype=reference.residual_dtype(
+            x.dtype, normed_dtype, post_norm, None if residual is None else residual.dtype
+        ),
         limit=int(path.settings.watchdog_seconds * 1e9),
         held=compat.group_reference(compat.resolve_group(group_name)),
     )
@@ -165,7 +169,7 @@ def samples(c: Constants, p: Plane, counts: int = 1, quantizer: Quantizer | None
         more = (torch.uint8, scales_like((1, c.hidden), quantizer)[2], torch.float32, 1)
     return (
         x,
-        x,
+        torch_dtype(c.residual_in),
         weight,
         x,
         normed,

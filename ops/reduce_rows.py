@@ -17,7 +17,7 @@ from torch import Tensor
 from tpfuse import compat
 
 from . import invariant, library, paths, reference, rows_schedule, settings
-from .arguments import Operands, check, refuse_gradients, same_sizes
+from .arguments import Operands, check, check_one_dtype, refuse_gradients, same_sizes
 from .cuda import aligned
 from .flavour import LLAMA, Flavour
 from .op import empty_results
@@ -72,6 +72,7 @@ class Rows(NamedTuple):
 
         Raises ``ValueError`` naming what does not fit.
         """
+        check_one_dtype(NAME, x, residual)
         group = compat.resolve_group(group_name)
         world = group.size()
         blocks = blocks or world

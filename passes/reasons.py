@@ -62,7 +62,7 @@ REMEDIES: dict[Reason, str] = {
     "created and before it is destroyed, on a rank that is a member.",
     Reason.GROUP_SIZE: "The group has one rank, so there is nothing to reduce. Use a larger tensor-parallel size or "
     "remove the collective.",
-    Reason.DTYPE: "Sum, residual and norm must share one dtype out of fp32, bf16, fp16, fp64. Cast the residual to the "
+    Reason.DTYPE: "Sum, residual and norm must share one dtype out of fp32, bf16, fp16, fp64. Cast what is added to the "
     "dtype of the sum, or keep both in it.",
     Reason.TRAINING: "tpfuse rewrites inference graphs only. Compile under torch.no_grad() or torch.inference_mode().",
     Reason.NO_NORM: "No RMSNorm reads this sum. If the norm lies in another graph, compile the whole model instead of "

@@ -73,6 +73,12 @@ def follow(c: Collective, order: dict[Node, int], relaxed: bool = False) -> Foun
 def _of_block(found: Candidate | Refusal, block: rows.RowBlock | None) -> Candidate | Refusal:
     if not isinstance(found, Candidate) or block is None:
         return found
+    if found.residual is not None and values.dtype(found.residual) != values.dtype(found.collective.value):
+        return Refusal(
+            Reason.DTYPE,
+            f"the rows that a rank keeps are added to {found.residual.name}, {values.dtype(found.residual)}; the op for them "
+            "takes a residual of the sum's dtype",
+        )
     if found.scale_tensor is not None:
         return Refusal(
             Reason.SCALE_NOT_CONSTANT,
@@ -171,9 +177,15 @@ def _unrounded(
     term = _wide_term(wide)
     if isinstance(term, Refusal):
         return term
-    dtype = values.dtype(wide.other)
+    dtype = values.dtype(c.value)
     norm = norms.match(wide.result, order, relaxed, dtype)
     readers = ", ".join(r.name for r in wide.readers)
+    if norm is None and wide.stays:
+        return Refusal(
+            Reason.DTYPE,
+            f"the sum is {dtype}, what is added to it, {wide.other.name}, is torch.float32 and was never {dtype}; no norm reads "
+            f"what {wide.node.name} makes of them",
+        )
     if norm is None:
         return Refusal(
             Reason.DTYPE,
@@ -186,13 +198,18 @@ def _unrounded(
             Reason.UNKNOWN_FLAVOUR,
             f"the norm reads {wide.node.name}, which adds a vector to the sum in fp32, unrounded",
         )
+    if wide.stays:
+        return _candidate(c, [*terms, term], wide.result, norm, order)
     inside = {*norm.steps, norm.out}
     kept = [n for n in norm.steps if any(user not in inside and not values.is_dead(user) for user in n.users)]
     outside = [r for r in wide.readers if r not in inside] + kept
+    if outside and wide.unrounded().stays:  # something else needs the fp32 value: it is the residual to come
+        return _unrounded(c, terms, wide.unrounded(), order, relaxed)
     if outside:
         return Refusal(
             Reason.EXTRA_READER,
-            f"{outside[0].name} needs the residual sum before it is rounded, besides the norm; the fused op gives it rounded",
+            f"{outside[0].name} needs the residual sum before it is rounded, besides the norm; the fused op gives it rounded, "
+            f"unless what is added, {wide.given.name}, is cast to fp32 before",
         )
     found = _candidate(c, [*terms, term], wide.result, norm, order)
     return found if isinstance(found, Refusal) else replace(found, rounded=wide.rounded)

@@ -43,6 +43,7 @@ class Call:
     scale: float = 1.0
     scale_tensor: bool = False  # the scale is given as a tensor
     scale_first: bool = False
+    wide_residual: bool = False  # fp32 beside 16-bit sums
     post_norm: bool = False
     special: str = "none"  # "zeros", "negative_zeros", "nonfinite", "denormals", "order" (sums depend on their order)
     seed: int = 0
@@ -123,7 +124,10 @@ def inputs(call: Call, world: int) -> Inputs:
     if call.flavour != "weightless":
         weight = torch.randn(call.hidden, generator=g).to(call.weight_dtype or call.dtype)
     bias = {"none": None, "row": (call.hidden,), "full": shape}[call.bias]
-    return Inputs(xs, make(*shape) if call.residual else None, weight, None if bias is None else make(*bias))
+    residual = make(*shape) if call.residual else None
+    if residual is not None and call.wide_residual:
+        residual = residual.float() * 1.001  # no values of the narrow dtype
+    return Inputs(xs, residual, weight, None if bias is None else make(*bias))
 
 
 def of_rank(call: Call, given: Inputs, rank: int, world: int) -> Inputs:
@@ -418,6 +422,7 @@ def _worker(
                 post_norm=call.post_norm,
                 scale_loaded=call.scale_tensor,
                 scale_first=call.scale_first,
+                wide_residual=call.wide_residual,
             )
             quantizer = QUANTIZERS[call.quantizer] if call.quantizer else None
             if quantizer is not None:

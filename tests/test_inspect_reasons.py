@@ -91,7 +91,7 @@ def _():
 
 @produces(Reason.DTYPE)
 def _():
-    return reported(plain, tensor(dtype=torch.bfloat16), tensor(), torch.rand(HIDDEN))
+    return reported(plain, tensor(dtype=torch.bfloat16), tensor(dtype=torch.float64), torch.rand(HIDDEN))
 
 
 @produces(Reason.TRAINING)

@@ -58,7 +58,8 @@ def _compile(
     x, weight, out, residual = (TYPES[torch_dtype(d)] for d in (c.dtype, c.weight_dtype, c.out_dtype, c.residual_dtype))
     counts = ("i32",) * (4 if blocks > 1 else 2)
     scale = x if c.scale_loaded else "fp32"
-    kinds = (x, x, weight, x, out, residual, "*i64", "*i32", *counts, "i32", "i64", "fp32", scale)
+    read = TYPES[torch_dtype(c.residual_in)]
+    kinds = (x, read, weight, x, out, residual, "*i64", "*i32", *counts, "i32", "i64", "fp32", scale)
     constexprs = (c, Variant(world, part.lanes, part.steps, split, ptx=ptx, pdl=pdl, stamps=stamps, blocks=blocks))
     function = ALL[algorithm]
     names = function.arg_names
@@ -294,3 +295,13 @@ def test_add_and_norm_compiles_for_every_nvidia_target(
     )
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     assert _resources(compiled.asm["ptx"], tmp_path)[1] == 0, "spills"
+
+
+@pytest.mark.parametrize("algorithm", sorted(KERNELS))
+def test_an_fp32_residual_beside_16_bits_does_not_spill(algorithm: str, tmp_path: Path) -> None:
+    """Between two ranks. Of eight ranks' words one-shot spills up to 24 bytes."""
+    c = constants(
+        *(torch.bfloat16, torch.float32, 8192, SGLANG),
+        **{"bias": "none", "scaled": False, "has_residual": True, "post_norm": False, "wide_residual": True},
+    )
+    _check(algorithm, c, 2, Part(512, 1), 90, tmp_path)

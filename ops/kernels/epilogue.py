@@ -94,7 +94,7 @@ def prefetch(row, part, i: tl.constexpr, io, C: tl.constexpr, S: tl.constexpr):
     b = ()
     w = ()
     if C.has_residual and (S.steps <= 2 or not C.post_norm):
-        r = load_words(residual, row_start + element, active, C.dtype, C.values, S.ptx)
+        r = load_words(residual, row_start + element, active, C.residual_in, C.values, S.ptx)
     if C.bias == "row":
         b = load_words(bias, element.to(tl.int64), active, C.dtype, C.values, S.ptx)
     if C.bias == "full":
@@ -127,12 +127,16 @@ def accept(
     """
     element, active = lane_elements(part, i, C, S)
     words = affine(reduced, loads[1], scale, C, S.ptx)
-    if C.unrounded:
+    if C.wide_residual:
+        values = plus(values_of(loads[0], C.residual_in), unpack(words, C.dtype))
+        start = row.to(tl.int64) * C.hidden + element
+        store_words(io[4], start, words_of(values, C.residual_dtype, S.ptx), active, C.residual_dtype, S.ptx)
+    elif C.unrounded:
         values = plus(unpack(loads[0], C.dtype), unpack(words, C.dtype))
         words = pack(values, C.dtype, S.ptx)
     elif C.has_residual and not C.post_norm:
         words = plus_words(loads[0], words, C.dtype, S.ptx)
-    if not C.post_norm:
+    if not C.post_norm and not C.wide_residual:
         address = io[4].to(tl.int64) + (row.to(tl.int64) * C.hidden + element) * C.item_bytes
         store16(address, words, active, S.ptx)
     if C.unrounded:
@@ -193,6 +197,9 @@ def finish(
             else:
                 total = words_of(plus(values_of(r, C.dtype), values_of(out, C.out_dtype)), C.residual_dtype, S.ptx)
             store_words(residual_out, row_start + element, total, active, C.residual_dtype, S.ptx)
+        elif C.wide_residual:  # twice the bytes, and so twice the items of the dtype of the sum
+            spoil(mean, state, residual_out, 2 * (row_start + element), active, C, S)
+            spoil(mean, state, residual_out, 2 * (row_start + element) + C.values, active, C, S)
         else:
             spoil(mean, state, residual_out, row_start + element, active, C, S)
     if C.scale_a_row:

@@ -55,11 +55,17 @@ class Constants:
     quant: Quant | None = None  # the normed rows are quantized
     scale_loaded: bool = False  # the scale is a pointer to one value of the dtype of x, not a number
     scale_first: bool = False  # it is multiplied in before the bias is added
+    wide_residual: bool = False  # the residual is fp32 beside a 16-bit sum, and stays so; ``unrounded`` then
 
     @property
     def groups(self) -> int:
         """Groups of ``128 * values`` elements in a row."""
         return -(-self.hidden // (GROUP_LANES * self.values))
+
+    @property
+    def residual_in(self) -> tl.dtype:
+        """The dtype in which the residual is read."""
+        return _TL[torch.float32] if self.wide_residual else self.dtype
 
     @property
     def quantized(self) -> bool:
@@ -147,6 +153,7 @@ def constants(
     post_norm: bool,
     scale_loaded: bool = False,
     scale_first: bool = False,
+    wide_residual: bool = False,
 ) -> Constants:
     """Constants of a supported call (:func:`supports` returned None)."""
     normed = torch.float32 if flavour.normed == "float32" else dtype
@@ -154,7 +161,7 @@ def constants(
     gain = {"own": own, "float32": torch.float32, "input": dtype}[flavour.gain_dtype]
     product = torch.promote_types(normed, gain) if weight_dtype is not None else normed
     out = {"input": dtype, "float32": torch.float32, "promoted": product}[flavour.out]
-    residual = reference.residual_dtype(dtype, out, post_norm)
+    residual = reference.residual_dtype(dtype, out, post_norm, torch.float32 if wide_residual else None)
     return Constants(
         hidden=hidden,
         dtype=_TL[dtype],
@@ -178,4 +185,5 @@ def constants(
         zero_mark=-(2**31) if dtype == torch.float32 else 0x8000,
         scale_loaded=scale_loaded,
         scale_first=scale_first and bias != "none",
+        wide_residual=wide_residual,
     )

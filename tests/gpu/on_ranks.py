@@ -120,6 +120,11 @@ def kinds() -> list[Call]:
         out.append(Call(3, 4096, dtype=dtype, bias="full", scale=2.5, scale_first=True, seed=1660 + n))
     out.append(Call(3, 5120, bias="row", post_norm=True, flavour="gemma", seed=1700))
     out.append(Call(4, 4096, residual=False, seed=1800))
+    for n, dtype in enumerate(dtypes[:2]):
+        out.append(
+            Call(3, 4096, dtype=dtype, flavour="sglang", weight_dtype=torch.float32, wide_residual=True, seed=1750 + n)
+        )
+        out.append(Call(70, 8192, dtype=dtype, flavour="vllm", wide_residual=True, seed=1760 + n))
     # Rows that are held unrounded: split over programs, and in several steps a program.
     out += [
         Call(rows, hidden, flavour="vllm", seed=1900 + rows + hidden) for rows in (1, 70) for hidden in (8192, 16384)
@@ -146,6 +151,7 @@ def warm(calls: list[Call], rank: int, world: int, group: Any = None) -> None:
             scaled=call.scale != 1.0,
             scale_loaded=call.scale_tensor,
             scale_first=call.scale_first,
+            wide_residual=call.wide_residual,
             has_residual=call.residual,
             post_norm=call.post_norm,
         )
