@@ -86,7 +86,7 @@ def _rewrite(g: Graph, options: PassOptions, training: bool) -> tuple[list[Site]
     legality = Legality(g)
     looked = settle([guarded(c, options, partial(_look, legality, options)) for c in found]) if found else []
     if options.numerics == "relaxed":
-        looked = merge(looked, legality)
+        looked = merge(looked, legality, options)
     built: dict[Node, Replacement] = {}
     for position, item in enumerate(looked):
         if isinstance(item.outcome, Candidate):
