@@ -72,12 +72,13 @@ def run(
     else:
         check(x, residual, weight, bias, prepared.flavour, post_norm)
         check_scale(x, scale, scale_tensor)
-    given = (x, residual, weight, bias, eps, scale, prepared.flavour, post_norm, group_name, scale_tensor, scale_first)
     if out is None:
         normed = torch.empty_like(x, dtype=prepared.normed_dtype, memory_format=torch.contiguous_format)
         residual_out = torch.empty_like(x, dtype=prepared.residual_dtype, memory_format=torch.contiguous_format)
     else:
-        operands = Operands(*given)
+        operands = Operands(
+            x, residual, weight, bias, eps, scale, prepared.flavour, post_norm, group_name, scale_tensor, scale_first
+        )
         check_out(operands, out, (prepared.normed_dtype, prepared.residual_dtype))
         check_memory(operands, out)
         normed, residual_out = out
@@ -86,7 +87,10 @@ def run(
         return normed, residual_out  # every rank of the group has zero rows: nothing to exchange
     c = prepared.constants
     if c is None:
-        found = library.exact(Operands(*given))
+        operands = Operands(
+            x, residual, weight, bias, eps, scale, prepared.flavour, post_norm, group_name, scale_tensor, scale_first
+        )
+        found = library.exact(operands)
         return found if out is None else (normed.copy_(found[0]), residual_out.copy_(found[1]))
     x, residual, weight, bias = aligned(x), aligned(residual), aligned(weight), aligned(bias)  # type: ignore[assignment]
     factor: float | Tensor = scale if scale_tensor is None else aligned(scale_tensor)  # type: ignore[assignment]
