@@ -29,6 +29,8 @@ class Operands(NamedTuple):
     flavour: Flavour
     post_norm: bool
     group_name: str
+    scale_tensor: Tensor | None = None
+    scale_first: bool = False
 
     @classmethod
     def of(cls, *args: Any, same: Callable[[Any, Any], bool] = operator.eq, **kwargs: Any) -> Operands:
@@ -42,14 +44,16 @@ class Operands(NamedTuple):
         """
         given = cls(*args, **kwargs)
         given = given._replace(flavour=Flavour.parse(str(given.flavour)))
-        refuse_gradients(given.x, given.residual, given.weight, given.bias)
+        refuse_gradients(given.x, given.residual, given.weight, given.bias, given.scale_tensor)
         check(given.x, given.residual, given.weight, given.bias, given.flavour, given.post_norm, same)
+        check_scale(given.x, given.scale, given.scale_tensor)
         return given
 
     @property
     def after_the_sum(self) -> tuple[Any, ...]:
         """What :func:`tpfuse.ops.reference.add_rms_norm` takes besides the sum."""
-        return self.residual, self.weight, self.bias, self.eps, self.scale, self.flavour, self.post_norm
+        scales = self.scale_tensor, self.scale_first
+        return self.residual, self.weight, self.bias, self.eps, self.scale, self.flavour, self.post_norm, *scales
 
 
 def check(
@@ -73,7 +77,9 @@ def check(
     if x.dtype not in DTYPES:
         raise ValueError(f"{name}: x has dtype {x.dtype}; expected one of {DTYPES}")
     hidden = x.shape[-1]
-    if residual is not None and (residual.dtype != x.dtype or not same(residual.shape, x.shape)):
+    if residual is not None and residual.dtype != x.dtype:
+        check_wide(x, residual, flavour, name)
+    if residual is not None and not same(residual.shape, x.shape):
         raise ValueError(
             f"{name}: residual is {residual.dtype} {tuple(residual.shape)}; expected the dtype and "
             f"shape of x, {x.dtype} {tuple(x.shape)}"
@@ -102,6 +108,38 @@ def check(
         )
 
 
+def check_wide(x: Tensor, residual: Tensor, flavour: Flavour, name: str) -> None:
+    """Raise ``ValueError`` unless a residual of another dtype than ``x`` is fp32, and its sum with ``x`` is normed unrounded."""
+    wide = residual.dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16)
+    if not wide or flavour.reads != "unrounded":
+        raise ValueError(
+            f"{name}: residual is {residual.dtype} {tuple(residual.shape)}; expected the dtype and "
+            f"shape of x, {x.dtype} {tuple(x.shape)}, or torch.float32 beside bf16 or fp16 with a flavour that has "
+            "reads='unrounded'"
+        )
+
+
+def check_one_dtype(name: str, x: Tensor, residual: Tensor | None) -> None:
+    """Raise ``ValueError`` where the residual has another dtype than ``x``: for ops that take no fp32 residual beside 16 bits."""
+    if residual is not None and residual.dtype != x.dtype:
+        raise ValueError(
+            f"{name}: residual is {residual.dtype} {tuple(residual.shape)}; expected the dtype of x, {x.dtype}"
+        )
+
+
+def check_scale(x: Tensor, scale: float, scale_tensor: Tensor | None) -> None:
+    """Raise ``ValueError`` unless a scale that is a tensor is one value of ``x``'s kind, and no number is given beside it."""
+    if scale_tensor is None:
+        return
+    if scale_tensor.dim() or scale_tensor.dtype != x.dtype or scale_tensor.device != x.device:
+        raise ValueError(
+            f"all_reduce_add_rms_norm: scale_tensor is {scale_tensor.dtype} {tuple(scale_tensor.shape)} on "
+            f"{scale_tensor.device}; expected one value without dimensions, {x.dtype} () on {x.device}"
+        )
+    if scale != 1.0:
+        raise ValueError(f"all_reduce_add_rms_norm: scale is {scale} beside a scale_tensor; pass one of the two")
+
+
 def check_out(given: Operands, out: tuple[Tensor, Tensor], dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     """Raise ``ValueError`` unless the two outputs have the right shape and these dtypes."""
     for name, tensor, dtype in zip(("normed", "residual_out"), out, dtypes, strict=True):
@@ -119,6 +157,7 @@ def check_memory(given: Operands, out: tuple[Tensor, Tensor]) -> None:
     be ``x`` and ``residual_out`` may be the residual. Other memory that they share would be overwritten before it is read.
     """
     inputs = {"x": given.x, "residual": given.residual, "weight": given.weight, "bias": given.bias}
+    inputs["scale_tensor"] = given.scale_tensor
     for name, tensor, may_be in (("normed", out[0], "x"), ("residual_out", out[1], "residual")):
         if not tensor.is_contiguous() or tensor.data_ptr() % 16:
             raise ValueError(f"all_reduce_add_rms_norm: {name} must be contiguous and start at a multiple of 16 bytes")
@@ -162,14 +201,20 @@ def same_sizes(a: Any, b: Any) -> bool:
 
 
 def refuse_gradients(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, name: str = NAME
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale_tensor: Tensor | None = None,
+    name: str = NAME,
 ) -> None:
     """Raise ``RuntimeError`` where autograd would record the op: it has no gradient, and a silent zero would be worse.
 
     Asked in every implementation and not by an autograd kernel, which would cost each call a further dispatch.
     """
     if torch.is_grad_enabled():
-        for operand, tensor in (("x", x), ("residual", residual), ("weight", weight), ("bias", bias)):
+        named = (("x", x), ("residual", residual), ("weight", weight), ("bias", bias), ("scale_tensor", scale_tensor))
+        for operand, tensor in named:
             if tensor is not None and tensor.requires_grad:
                 raise RuntimeError(
                     f"{name} is for inference only and has no gradient, but {operand} requires grad; call it under "

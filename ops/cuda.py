@@ -13,7 +13,7 @@ from torch import Tensor
 from tpfuse import compat
 
 from . import invariant, library, paths
-from .arguments import Operands, check, check_memory, check_out, refuse_gradients
+from .arguments import Operands, check, check_memory, check_out, check_scale, refuse_gradients
 from .plane import Plane
 from .prepare import PREPARED, Prepared, prepare_once
 from .schedule import Launch, schedule_of
@@ -38,13 +38,16 @@ def run(
     flavour: str,
     post_norm: bool,
     group_name: str,
+    scale_tensor: Tensor | None = None,
+    scale_first: bool = False,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    refuse_gradients(x, residual, weight, bias)
+    refuse_gradients(x, residual, weight, bias, scale_tensor)
     index = x.device.index
     if compat.current_device() != index:
         with torch.cuda.device(index):  # launches and the vote go to the current device
-            return run(x, residual, weight, bias, eps, scale, flavour, post_norm, group_name, out)
+            rest = (group_name, scale_tensor, scale_first, out)
+            return run(x, residual, weight, bias, eps, scale, flavour, post_norm, *rest)
     key = (
         group_name,
         x.dtype,
@@ -58,28 +61,39 @@ def run(
         post_norm,
         index,
         paths.current_stream_class(),
+        scale_tensor is None,
+        scale_first,
+        None if residual is None else residual.dtype,
     )
     prepared = PREPARED.get(key)
     if prepared is None or not paths.is_current(group_name, prepared.held):
-        prepared = prepare_once(key, x, residual, weight, bias, scale, flavour, post_norm, group_name)
+        scales = {"scale_tensor": scale_tensor, "scale_first": scale_first}
+        prepared = prepare_once(key, x, residual, weight, bias, scale, flavour, post_norm, group_name, **scales)
     else:
         check(x, residual, weight, bias, prepared.flavour, post_norm)
+        check_scale(x, scale, scale_tensor)
     if out is None:
         normed = torch.empty_like(x, dtype=prepared.normed_dtype, memory_format=torch.contiguous_format)
         residual_out = torch.empty_like(x, dtype=prepared.residual_dtype, memory_format=torch.contiguous_format)
     else:
-        given = Operands(x, residual, weight, bias, eps, scale, prepared.flavour, post_norm, group_name)
-        check_out(given, out, (prepared.normed_dtype, prepared.residual_dtype))
-        check_memory(given, out)
+        operands = Operands(
+            x, residual, weight, bias, eps, scale, prepared.flavour, post_norm, group_name, scale_tensor, scale_first
+        )
+        check_out(operands, out, (prepared.normed_dtype, prepared.residual_dtype))
+        check_memory(operands, out)
         normed, residual_out = out
     rows = x.numel() // x.shape[-1] if x.numel() else 0
     if rows == 0:
         return normed, residual_out  # every rank of the group has zero rows: nothing to exchange
     c = prepared.constants
     if c is None:
-        found = library.exact(Operands(x, residual, weight, bias, eps, scale, prepared.flavour, post_norm, group_name))
+        operands = Operands(
+            x, residual, weight, bias, eps, scale, prepared.flavour, post_norm, group_name, scale_tensor, scale_first
+        )
+        found = library.exact(operands)
         return found if out is None else (normed.copy_(found[0]), residual_out.copy_(found[1]))
     x, residual, weight, bias = aligned(x), aligned(residual), aligned(weight), aligned(bias)  # type: ignore[assignment]
+    factor: float | Tensor = scale if scale_tensor is None else aligned(scale_tensor)  # type: ignore[assignment]
     p = prepared.path.plane
     if p is not None:
         if p.seen[0]:
@@ -104,7 +118,7 @@ def run(
                     normed,
                     residual_out,
                     eps,
-                    scale,
+                    factor,
                 )
             else:
                 flat = [None if t is None else t.view(rows, -1) for t in (x, residual, normed, residual_out)]
@@ -113,12 +127,12 @@ def run(
                     part = slice(launch.start, launch.start + launch.rows)
                     xs, rs, ns, hs = (None if t is None else t[part] for t in flat)
                     bs = bias.view(rows, -1)[part] if full_bias else bias  # type: ignore[union-attr]
-                    start(launch, stream, p, prepared, xs, rs, weight, bs, ns, hs, eps, scale)  # type: ignore[arg-type]
+                    start(launch, stream, p, prepared, xs, rs, weight, bs, ns, hs, eps, factor)  # type: ignore[arg-type]
             return normed, residual_out
     # The add and norm behind it take one program a row, with the sums of the other kernels: no row sees another.
     summed = invariant.sum_in_rank_order if prepared.path.settings.batch_invariant else library.all_reduce
     reduced = summed(x, group_name)
-    library.add_norm(reduced, residual, weight, bias, normed, residual_out, eps, scale, c)
+    library.add_norm(reduced, residual, weight, bias, normed, residual_out, eps, factor, c)
     return normed, residual_out
 
 
@@ -134,9 +148,9 @@ def start(
     normed: Tensor,
     residual_out: Tensor,
     eps: float,
-    scale: float,
+    scale: float | Tensor,
 ) -> None:
-    """One launch, compiled first where it is not. Tensors are contiguous and 16-byte aligned."""
+    """One launch, compiled first where it is not. Tensors are contiguous and 16-byte aligned; so is a scale that is one."""
     kernel = launch.kernel
     args = (
         x,

@@ -25,6 +25,7 @@ GATHERED_BYTES = 8 << 20  # of one rank's rows: what is gathered at once
 
 # By name, with the group: torch gives the name of a destroyed group to another one.
 _used: dict[str, Callable[[], Any]] = {}  # groups that have made calls
+_forgotten = [0]  # how often groups were forgotten: who has remembered them once has to do it again
 _votes: dict[str, tuple[Callable[[], Any], int]] = {}  # how often a group has agreed
 
 
@@ -60,6 +61,12 @@ def _is_used(group_name: str) -> bool:
 
 def forget(group_name: str) -> None:
     _used.pop(group_name, None)
+    _forgotten[0] += 1
+
+
+def times_forgotten() -> int:
+    """How often groups were forgotten in this process."""
+    return _forgotten[0]
 
 
 def agree(group_name: str) -> None:

@@ -46,7 +46,7 @@ class LayerNormOperands(NamedTuple):
 
     def check(self, same: Callable[[Any, Any], bool] = operator.eq) -> None:
         """Raise as :meth:`of` does."""
-        refuse_gradients(self.x, self.residual, self.weight, self.bias, NAME)
+        refuse_gradients(self.x, self.residual, self.weight, self.bias, name=NAME)
         for name, tensor in (("norm_bias", self.norm_bias), ("addend", self.addend)):
             if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
                 raise RuntimeError(

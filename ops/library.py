@@ -56,7 +56,7 @@ def add_norm(
     normed: Tensor,
     residual_out: Tensor,
     eps: float,
-    scale: float,
+    scale: float | Tensor,
     constants: Constants,
     behind: tuple[Tensor | None, ...] = (),
 ) -> None:

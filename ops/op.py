@@ -18,13 +18,18 @@ from .library import exact
 
 SCHEMA = (
     "all_reduce_add_rms_norm(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, float scale, "
-    "str flavour, bool post_norm, str group_name) -> (Tensor normed, Tensor residual_out)"
+    "str flavour, bool post_norm, str group_name, Tensor? scale_tensor=None, bool scale_first=False) -> "
+    "(Tensor normed, Tensor residual_out)"
 )
 
 # The same with the outputs given, for engines that hold buffers: the residual may be updated in place.
-SCHEMA_OUT = SCHEMA.partition(" -> ")[0].replace("all_reduce_add_rms_norm(", "all_reduce_add_rms_norm_out(")[:-1] + (
-    ", Tensor(a!) normed, Tensor(b!) residual_out) -> ()"
+SCHEMA_OUT = (
+    SCHEMA.partition(" -> ")[0]
+    .replace("all_reduce_add_rms_norm(", "all_reduce_add_rms_norm_out(")
+    .replace("str group_name,", "str group_name, Tensor(a!) normed, Tensor(b!) residual_out,")
+    + " -> ()"
 )
+BEFORE_OUT = 9  # arguments before the outputs
 
 library = torch.library.Library("tpfuse", "DEF")
 for schema in (SCHEMA, SCHEMA_OUT):
@@ -61,24 +66,34 @@ def empty_results(given: Operands) -> tuple[Tensor, Tensor]:
 def _dtypes(given: Operands) -> tuple[torch.dtype, torch.dtype]:
     weight = None if given.weight is None else given.weight.dtype
     normed = reference.output_dtype(given.x.dtype, weight, given.flavour)
-    return normed, reference.residual_dtype(given.x.dtype, normed, given.post_norm)
+    residual = None if given.residual is None else given.residual.dtype
+    return normed, reference.residual_dtype(given.x.dtype, normed, given.post_norm, residual)
 
 
 def _cpu_out(*args: Any) -> None:
-    given, out = Operands.of(*args[:-2]), args[-2:]
+    before, out, behind = _parts(args)
+    given = Operands.of(*before, *behind)
     check_out(given, out, _dtypes(given))
     check_memory(given, out)
     for tensor, value in zip(out, on_a_cpu(given), strict=True):
         tensor.copy_(value)
 
 
+def _parts(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Tensor, Tensor], tuple[Any, ...]]:
+    """What is given to the op with outputs: the arguments before them, the outputs, the arguments behind."""
+    normed, residual_out, *behind = args[BEFORE_OUT:]
+    return args[:BEFORE_OUT], (normed, residual_out), tuple(behind)
+
+
 def _cuda_out(*args: Any) -> None:
-    cuda.run(*args[:-2], args[-2:])  # type: ignore[arg-type,call-arg]
+    before, out, behind = _parts(args)
+    cuda.run(*before, *behind, out=out)  # type: ignore[misc]
 
 
 def _fake_out(*args: Any, normed: Tensor | None = None, residual_out: Tensor | None = None, **kwargs: Any) -> None:
     if normed is None or residual_out is None:
-        *args, normed, residual_out = args  # type: ignore[assignment]
+        args, (normed, residual_out), behind = _parts(args)
+        args += behind
     given = Operands.of(*args, same=same_sizes, **kwargs)
     check_out(given, (normed, residual_out), _dtypes(given))
 
@@ -98,9 +113,10 @@ def all_reduce_add_rms_norm(
     *,
     eps: float = 1e-6,
     bias: Tensor | None = None,
-    scale: float = 1.0,
+    scale: float | Tensor = 1.0,
     flavour: Flavour | str = LLAMA,
     post_norm: bool = False,
+    scale_first: bool = False,
     group: torch.distributed.ProcessGroup | str | None = None,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -108,19 +124,23 @@ def all_reduce_add_rms_norm(
 
     Args:
         x: ``(..., H)`` fp32, bf16, fp16 or fp64: this rank's partial sum. Every rank passes the same shape and dtype.
-        residual: ``x``'s shape and dtype, or None for the variant without a residual.
+        residual: ``x``'s shape and dtype, or None for the variant without a residual. Beside 16-bit ``x`` it may be fp32, with a
+            flavour that has ``reads="unrounded"`` (autocast): it stays fp32, and so does ``residual_out``.
         weight: ``(H,)``, or None with a flavour whose gain is ``"none"``.
         eps: added to the mean of squares.
         bias: ``(H,)`` or ``x``'s shape, added to the sum before scale and residual, or None.
-        scale: multiplied into the sum after the bias (Granite's residual multiplier).
+        scale: multiplied into the sum after the bias (Granite's residual multiplier): a number, or a tensor without dimensions
+            of ``x``'s dtype, whose value each rank reads in each call.
         flavour: the rounding order of the norm; see :class:`tpfuse.ops.Flavour`.
         post_norm: normalise the sum and add the residual after it (Gemma2, OLMo2).
+        scale_first: multiply by ``scale`` before the bias is added (Laguna).
         group: a process group or its name; None is the default group.
         out: ``(normed, residual_out)`` to write into, of the shape of ``x``, contiguous and 16-byte aligned. ``residual_out`` may
             be ``residual`` itself, and ``normed`` may be ``x`` itself; they share no other memory. None allocates both.
     Returns:
         ``(normed, residual_out)``: with ``post_norm=False`` ``(norm(h), h)`` where ``h = residual + scale * (sum + bias)``;
-        with ``post_norm=True`` ``(norm(y), residual + norm(y))`` where ``y = scale * (sum + bias)``.
+        with ``post_norm=True`` ``(norm(y), residual + norm(y))`` where ``y = scale * (sum + bias)``, or with ``scale_first``
+        ``scale * sum + bias``.
     Raises:
         ValueError: a shape or dtype does not fit; the message names the argument.
         RuntimeError: autograd would have to record the op.
@@ -133,8 +153,9 @@ def all_reduce_add_rms_norm(
                 "first or pass group="
             )
     name = group if isinstance(group, str) else group.group_name
-    given = (x, residual, weight, bias, eps, scale, str(flavour), post_norm, name)
+    number, tensor = (1.0, scale) if isinstance(scale, Tensor) else (scale, None)
+    given = (x, residual, weight, bias, eps, number, str(flavour), post_norm, name)
     if out is None:
-        return torch.ops.tpfuse.all_reduce_add_rms_norm(*given)
-    torch.ops.tpfuse.all_reduce_add_rms_norm_out(*given, *out)
+        return torch.ops.tpfuse.all_reduce_add_rms_norm(*given, tensor, scale_first)
+    torch.ops.tpfuse.all_reduce_add_rms_norm_out(*given, *out, tensor, scale_first)
     return out

@@ -13,7 +13,7 @@ from torch import Tensor
 from tpfuse import compat
 
 from . import invariant, layer_norm_reference, paths, reference, vote
-from .arguments import check
+from .arguments import check, check_scale
 from .flavour import Flavour
 from .kernel import Kernel
 from .kernels.variant import Constants, centered, constants, supports, torch_dtype
@@ -45,14 +45,14 @@ class Prepared:
 PREPARED: dict[tuple[Any, ...], Prepared] = {}
 
 
-def prepare_once(key: tuple[Any, ...], *arguments: Any) -> Prepared:
+def prepare_once(key: tuple[Any, ...], *arguments: Any, **more: Any) -> Prepared:
     """:func:`prepare`, unless another thread did meanwhile: it votes, so each rank must do it as often as the others."""
     group_name = key[0]
     with paths.lock_of(group_name):
         prepared = PREPARED.get(key)
         if prepared is None or not paths.is_current(group_name, prepared.held):
             forget_the_gone()
-            prepared = prepare(key, *arguments)
+            prepared = prepare(key, *arguments, **more)
         return prepared
 
 
@@ -68,6 +68,9 @@ def prepare(
     group_name: str,
     load: Callable[[Prepared, Plane, torch.dtype], None] | None = None,
     layer_norm: tuple[LayerNormFlavour, torch.dtype | None, bool] | None = None,
+    *,
+    scale_tensor: Tensor | None = None,
+    scale_first: bool = False,
 ) -> Prepared:
     """Everything about calls like this one; votes on the group's path where nobody has.
 
@@ -78,6 +81,7 @@ def prepare(
     """
     parsed = Flavour.parse(flavour)
     check(x, residual, weight, bias, parsed, post_norm)
+    check_scale(x, scale, scale_tensor)
     weight_dtype = None if weight is None else weight.dtype
     hidden = x.shape[-1]
     path = paths.path_of(group_name, x.device)
@@ -92,6 +96,7 @@ def prepare(
         )
     invariant.remember(group_name)
     normed_dtype = reference.output_dtype(x.dtype, weight_dtype, parsed)
+    wide = residual is not None and residual.dtype != x.dtype
     prepared = Prepared(
         path=path,
         flavour=parsed,
@@ -103,13 +108,18 @@ def prepare(
             hidden,
             parsed,
             bias="none" if bias is None else "full" if bias.shape == x.shape and x.dim() > 1 else "row",
-            scaled=scale != 1.0,
+            scaled=scale != 1.0 or scale_tensor is not None,
             has_residual=residual is not None,
             post_norm=post_norm,
+            scale_loaded=scale_tensor is not None,
+            scale_first=scale_first,
+            wide_residual=wide,
         ),
         why_not=why_not,
         normed_dtype=normed_dtype,
-        residual_dtype=reference.residual_dtype(x.dtype, normed_dtype, post_norm),
+        residual_dtype=reference.residual_dtype(
+            x.dtype, normed_dtype, post_norm, None if residual is None else residual.dtype
+        ),
         limit=int(path.settings.watchdog_seconds * 1e9),
         held=compat.group_reference(compat.resolve_group(group_name)),
     )
@@ -170,7 +180,7 @@ def samples(c: Constants, p: Plane, counts: int = 1, quantizer: Quantizer | None
         more = (torch.uint8, scales_like((1, c.hidden), quantizer)[2], torch.float32, 1)
     return (
         x,
-        x,
+        torch_dtype(c.residual_in),
         weight,
         x,
         normed,
@@ -182,7 +192,7 @@ def samples(c: Constants, p: Plane, counts: int = 1, quantizer: Quantizer | None
         p.phase_bytes,
         1 << 40,
         1e-6,
-        1.0,
+        x if c.scale_loaded else 1.0,
     )
 
 

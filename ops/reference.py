@@ -66,26 +66,35 @@ def add_rms_norm(
     scale: float,
     flavour: Flavour,
     post_norm: bool,
+    scale_tensor: Tensor | None = None,
+    scale_first: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Everything after the all-reduce: bias, scale, residual add and norm. See ``docs/op.md`` for the contract.
 
     Args:
         reduced: ``(..., H)``, the sum over ranks, rounded to its dtype.
-        residual: the shape and dtype of ``reduced``, or None.
+        residual: the shape and dtype of ``reduced``, or None; with a flavour that reads the unrounded sum also fp32.
         weight: ``(H,)`` or None.
         bias: ``(H,)`` or the shape of ``reduced``, added before the scale; or None.
         eps: of the norm.
         scale: multiplied in after the bias (1.0 is no multiplication).
         flavour: the rounding order of the norm.
         post_norm: False: ``h = residual + y``, returns ``(norm(h), h)``. True: returns ``(norm(y), residual + norm(y))``.
+        scale_tensor: one value in the dtype of ``reduced``, in the place of ``scale``; or None.
+        scale_first: the scale is multiplied in before the bias is added.
 
-    With a flavour that reads the unrounded sum the norm is that of ``residual + y`` in fp32; what is returned is rounded.
+    With a flavour that reads the unrounded sum the norm is that of ``residual + y`` in fp32; what is returned is rounded to the
+    residual's dtype.
     """
     y = reduced
-    if bias is not None:
+    if bias is not None and not scale_first:
         y = y + bias
-    if scale != 1.0:
+    if scale_tensor is not None:
+        y = y * scale_tensor
+    elif scale != 1.0:
         y = y * scale
+    if bias is not None and scale_first:
+        y = y + bias
     if post_norm:
         if residual is None:
             raise ValueError("post_norm=True adds the residual after the norm, but residual is None; pass a residual")
@@ -94,7 +103,7 @@ def add_rms_norm(
     if residual is not None and flavour.reads == "unrounded":
         wide = torch.promote_types(y.dtype, torch.float32)
         unrounded = residual.to(wide) + y.to(wide)
-        return rms_norm(unrounded, weight, eps, flavour, y.dtype), unrounded.to(y.dtype)
+        return rms_norm(unrounded, weight, eps, flavour, y.dtype), unrounded.to(residual.dtype)
     h = y if residual is None else residual + y
     return rms_norm(h, weight, eps, flavour), h
 
@@ -112,6 +121,9 @@ def output_dtype(input_dtype: torch.dtype, weight_dtype: torch.dtype | None, fla
     return torch.promote_types(normed, gain)
 
 
-def residual_dtype(input_dtype: torch.dtype, normed_dtype: torch.dtype, post_norm: bool) -> torch.dtype:
-    """The dtype of ``residual_out``: with post-norm the residual is added to the normed output."""
-    return torch.promote_types(input_dtype, normed_dtype) if post_norm else input_dtype
+def residual_dtype(
+    input_dtype: torch.dtype, normed_dtype: torch.dtype, post_norm: bool, residual: torch.dtype | None = None
+) -> torch.dtype:
+    """The dtype of ``residual_out``: that of the residual, which is added to the normed output with post-norm."""
+    residual = residual or input_dtype
+    return torch.promote_types(residual, normed_dtype) if post_norm else residual

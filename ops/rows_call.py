@@ -11,7 +11,7 @@ from torch import Tensor
 from tpfuse import compat
 
 from . import invariant, library, reference, settings
-from .arguments import Operands
+from .arguments import Operands, check_one_dtype
 
 COLLECTIVES = ("reduce_scatter", "all_reduce")
 
@@ -56,6 +56,7 @@ class Rows(NamedTuple):
 
         Raises ``ValueError`` naming what does not fit.
         """
+        check_one_dtype(name, x, residual)
         group = compat.resolve_group(group_name)
         world = group.size()
         blocks = blocks or world

@@ -20,11 +20,12 @@ class Term:
     """One step between the sum and the norm.
 
     Attributes:
-        kind: ``bias`` (a vector is added), ``full`` (a tensor with the rows of the sum is added), ``scale`` (by a number) or
-            ``factor`` (the sum itself is multiplied by a scalar tensor, which is done before the reduction: relaxed).
+        kind: ``bias`` (a vector is added), ``full`` (a tensor with the rows of the sum is added), ``scale`` (by a number or a
+            scalar tensor) or ``factor`` (the sum itself is multiplied by a scalar tensor, which is done before the reduction:
+            relaxed).
         node: the node that does it.
-        operand: what is added, or the scalar tensor; None for a scale.
-        factor: of a scale.
+        operand: what is added, or the scalar tensor; None for a scale by a number.
+        factor: of a scale by a number.
         path: alias nodes between the value before and this step; their reshapes are repeated on the partial sum.
         casts: nodes that widen the operand to fp32; they go where nothing else reads them.
     """
@@ -58,10 +59,10 @@ class Candidate:
 
     Attributes:
         collective: the all-reduce.
-        terms: in order, at most one bias (or full addend), one scale, one residual.
+        terms: in order, at most one bias (or full addend) and one scale, then one residual.
         bias: vector or full addend, or None.
         addend: in front of a LayerNorm, a full addend behind a vector, or None.
-        scale: 1.0 when there is none.
+        scale: the number; 1.0 when there is none.
         residual: or None.
         h: the value that is normalised, under all its names (the sum itself when there are no terms).
         norm: what was found.
@@ -75,6 +76,9 @@ class Candidate:
         quantization: of the norm, where the fused op does that too.
         gather: of the norm, where the fused op does that too; then nothing reads the norm of the own rows.
         note: about a quantization or a gather of the norm that it does not do.
+        scale_tensor: a scalar tensor in the dtype of the sum by which each rank multiplies the reduced sum, in the place of
+            ``scale``, or None.
+        scale_first: the scale comes before the bias.
     """
 
     collective: Collective
@@ -94,6 +98,8 @@ class Candidate:
     gather: Gather | None = None
     note: str = ""
     addend: Node | None = None
+    scale_tensor: Node | None = None
+    scale_first: bool = False
 
     @property
     def outputs(self) -> tuple[Node, ...]:
@@ -114,12 +120,14 @@ class Candidate:
             # A number may come from the rank: in the pattern, which ranks compare.
             factor = f"*{self.merged.factor!r}" if isinstance(self.merged.factor, float) else ""
             parts.append(self.merged.collective.kind + factor)
+        before = []
         if self.bias is not None:
-            parts.append("add" if any(t.kind == "full" and t.operand is self.bias for t in self.terms) else "bias")
+            before.append("add" if any(t.kind == "full" and t.operand is self.bias for t in self.terms) else "bias")
         if self.addend is not None:
-            parts.append("add")
-        if self.scale != 1.0 or self.factor is not None:
-            parts.append("scale")
+            before.append("add")
+        if self.scale != 1.0 or self.scale_tensor is not None or self.factor is not None:
+            before.append("scale")
+        parts += reversed(before) if self.scale_first else before
         if self.residual is not None and self.post_add is None:
             parts.append("add")
         parts.append(self.norm.kind)
@@ -137,6 +145,7 @@ class Candidate:
         other = self.merged
         theirs = () if other is None else (other.collective.x, other.factor)
         static_scale = None if self.quantization is None else self.quantization.static_scale
+        scales = self.scale_tensor, self.factor, static_scale
         operands = (
             self.bias,
             self.addend,
@@ -144,8 +153,7 @@ class Candidate:
             self.residual,
             self.norm.weight,
             self.norm.shift,
-            self.factor,
-            static_scale,
+            *scales,
         )
         return tuple(n for n in operands if isinstance(n, Node))
 

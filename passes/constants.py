@@ -30,6 +30,12 @@ def is_scalar(node: Node) -> bool:
     return tensor is not None and tensor.dim() == 0
 
 
+def multiplies_alike(scalar: Node, value: Node) -> bool:
+    """Whether a scalar tensor has the dtype and device of a value, so that it is multiplied as it is, on every device."""
+    one, other = values.value(scalar), values.value(value)
+    return one is not None and other is not None and one.dtype == other.dtype and one.device == other.device
+
+
 def scale_of(node: Node, dtype: torch.dtype | None) -> float | Refusal:
     """The value of a scalar tensor that values of ``dtype`` are multiplied by, as a number that gives the same bits.
 
@@ -56,7 +62,8 @@ def scale_of(node: Node, dtype: torch.dtype | None) -> float | Refusal:
 
 def held(terms: Iterable[Term]) -> dict[Node, torch.Tensor]:
     """The scalar tensors that became numbers, with their values."""
-    scalars = (a for term in terms if term.kind == "scale" for a in term.node.all_input_nodes if is_scalar(a))
+    numbers = (term.node for term in terms if term.kind == "scale" and term.operand is None)
+    scalars = (a for node in numbers for a in node.all_input_nodes if is_scalar(a))
     found = {node: _value(node) for node in scalars}
     return {node: tensor for node, tensor in found.items() if isinstance(tensor, torch.Tensor)}
 

@@ -86,7 +86,7 @@ def _rewrite(g: Graph, options: PassOptions, training: bool) -> tuple[list[Site]
     legality = Legality(g)
     looked = settle([guarded(c, options, partial(_look, legality, options)) for c in found]) if found else []
     if options.numerics == "relaxed":
-        looked = merge(looked, legality)
+        looked = merge(looked, legality, options)
     built: dict[Node, Replacement] = {}
     for position, item in enumerate(looked):
         if isinstance(item.outcome, Candidate):
@@ -180,6 +180,10 @@ def _quantized(candidate: Candidate, legality: Legality, options: PassOptions) -
             return replace(candidate, note="the norm is quantized, but the residual is added to it as well")
         if candidate.block is not None:
             return replace(candidate, note="the norm is quantized, but each rank keeps some rows of the sum only")
+        if candidate.scale_tensor is not None or candidate.scale_first:
+            return replace(
+                candidate, note="the norm is quantized, but the sum is multiplied by a tensor, or before an addend"
+            )
         more = replace(candidate, quantization=found, note=note)
         refusal = legality.refusal(more)
         return more if refusal is None else _unquantized(candidate, refusal)

@@ -221,8 +221,14 @@ class Legality:
             first = next(
                 (a for a in node.all_input_nodes if node.target is collectives.WAIT or values.is_alias(node, a)), None
             )
-            node = first
+            node = _scaled_by(node) if first is None else first
         return None
+
+
+def _scaled_by(node: Node) -> Node | None:
+    """What a node multiplies by a number or a scalar tensor, or None where it does something else."""
+    large = [a for a in node.all_input_nodes if (tensor := values.value(a)) is not None and tensor.dim()]
+    return large[0] if node.target in MUL and len(large) == 1 and values.same_rows(large[0], node) else None
 
 
 def _same_group(node: Node, c: Collective) -> bool:

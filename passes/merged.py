@@ -16,7 +16,9 @@ from torch.fx import Node
 from . import collectives, storages, values
 from .candidate import Candidate, Found, Merged
 from .collectives import Collective
+from .failure import internal
 from .legality import ADD, MUL, Legality
+from .options import PassOptions
 from .reasons import Reason, Refusal
 from .replacement import build
 
@@ -38,8 +40,11 @@ class _Addend:
     factor: Node | float | None
 
 
-def merge(found: Sequence[Found], legality: Legality) -> list[Found]:
-    """Candidates that take another sum as their addend, with that sum made by their own reduction where that is right."""
+def merge(found: Sequence[Found], legality: Legality, options: PassOptions) -> list[Found]:
+    """Candidates that take another sum as their addend, with that sum made by their own reduction where that is right.
+
+    An exception costs one merge only; with ``options.verify`` it is raised.
+    """
     sums = {name: f.collective for f in found for name in (f.collective.value, *f.collective.waits)}
     claimed = {f.collective for f in found if isinstance(f.outcome, Candidate)}
     merged = list(found)
@@ -49,18 +54,29 @@ def merge(found: Sequence[Found], legality: Legality) -> list[Found]:
         addend = _addend(item.outcome.bias, sums)
         if addend is None or addend.other in claimed:
             continue
-        why = _why_not(item.outcome, addend)
-        if why is None:
-            together = replace(item.outcome, bias=None, merged=Merged(addend.other, addend.nodes, addend.factor))
-            refusal = legality.refusal(together) or build(together)
-            why = refusal.detail if isinstance(refusal, Refusal) else None
-        if why is None:
-            merged[position] = Found(item.collective, together, together.pattern)
+        try:
+            outcome = _together(item.outcome, addend, legality)
+        except Exception as error:
+            if options.verify:
+                raise
+            outcome = internal(error).detail
+        if isinstance(outcome, Candidate):
+            merged[position] = Found(item.collective, outcome, outcome.pattern)
             continue
         theirs = next(n for n, f in enumerate(found) if f.collective is addend.other)
-        detail = f"its sum is added to that of {item.collective.node.name}, and they stay two reductions: {why}"
+        detail = f"its sum is added to that of {item.collective.node.name}, and they stay two reductions: {outcome}"
         merged[theirs] = Found(addend.other, Refusal(Reason.SUM_OF_REDUCTIONS, detail), found[theirs].pattern)
     return merged
+
+
+def _together(candidate: Candidate, addend: _Addend, legality: Legality) -> Candidate | str:
+    """The candidate with both sums in one reduction, or why they must stay two."""
+    why = _why_not(candidate, addend)
+    if why is not None:
+        return why
+    together = replace(candidate, bias=None, merged=Merged(addend.other, addend.nodes, addend.factor))
+    refusal = legality.refusal(together) or build(together)
+    return refusal.detail if isinstance(refusal, Refusal) else together
 
 
 def _addend(node: Node, sums: dict[Node, Collective]) -> _Addend | None:
@@ -98,6 +114,8 @@ def _scaled(node: Node, sums: dict[Node, Collective]) -> tuple[Node | None, Node
 def _why_not(candidate: Candidate, addend: _Addend) -> str | None:
     """Why two sums must stay two reductions; None when one is right."""
     c, other = candidate.collective, addend.other
+    if candidate.scale_first:
+        return f"the sum of {c.node.name} alone is scaled"
     if other.ranks != c.ranks or other.kind != c.kind or other.reduce_op != c.reduce_op or other.error:
         return f"{other.node.name} is a {other.kind} over {list(other.ranks)}, {c.node.name} a {c.kind} over {list(c.ranks)}"
     if candidate.block is not None and candidate.block.nodes:

@@ -62,7 +62,7 @@ REMEDIES: dict[Reason, str] = {
     "created and before it is destroyed, on a rank that is a member.",
     Reason.GROUP_SIZE: "The group has one rank, so there is nothing to reduce. Use a larger tensor-parallel size or "
     "remove the collective.",
-    Reason.DTYPE: "Sum, residual and norm must share one dtype out of fp32, bf16, fp16, fp64. Cast the residual to the "
+    Reason.DTYPE: "Sum, residual and norm must share one dtype out of fp32, bf16, fp16, fp64. Cast what is added to the "
     "dtype of the sum, or keep both in it.",
     Reason.TRAINING: "tpfuse rewrites inference graphs only. Compile under torch.no_grad() or torch.inference_mode().",
     Reason.NO_NORM: "No norm reads this sum. If the norm lies in another graph, compile the whole model instead of "
@@ -84,8 +84,8 @@ REMEDIES: dict[Reason, str] = {
     "collectives in the order in which their results are used.",
     Reason.LAYOUT: "The value that the norm reads or gives lies in memory in another order than row by row. Call .contiguous() "
     "on the input of the all-reduce.",
-    Reason.SCALE_NOT_CONSTANT: "The sum is multiplied by a tensor before the norm. Multiply by a Python number, scale the "
-    "weight of the layer before it, or use numerics='relaxed'.",
+    Reason.SCALE_NOT_CONSTANT: "The sum is multiplied by a tensor of another dtype, or of several values. Cast the scalar to the "
+    "sum's dtype, multiply by a Python number, or use numerics='relaxed'.",
     Reason.DROPOUT: "Dropout stands between the sum and the norm. Call model.eval() before compiling for inference.",
     Reason.STREAMS: "The residual consists of several streams (hyper-connections), and the fused op adds one residual. "
     "Nothing to do: the mixing of the streams between the sum and the norm is not built.",

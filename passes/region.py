@@ -71,9 +71,27 @@ def follow(c: Collective, order: dict[Node, int], relaxed: bool = False) -> Foun
 
 
 def _of_block(found: Candidate | Refusal, block: rows.RowBlock | None) -> Candidate | Refusal:
-    if block is not None and isinstance(found, Candidate) and found.norm.kind == "layer_norm":
+    if not isinstance(found, Candidate) or block is None:
+        return found
+    if found.norm.kind == "layer_norm":
         return Refusal(Reason.LAYER_NORM, "each rank keeps some rows of the sum only, and their norm is a LayerNorm")
-    return replace(found, block=block) if isinstance(found, Candidate) else found
+    if found.residual is not None and values.dtype(found.residual) != values.dtype(found.collective.value):
+        return Refusal(
+            Reason.DTYPE,
+            f"the rows that a rank keeps are added to {found.residual.name}, {values.dtype(found.residual)}; the op for them "
+            "takes a residual of the sum's dtype",
+        )
+    if found.scale_tensor is not None:
+        return Refusal(
+            Reason.SCALE_NOT_CONSTANT,
+            f"the rows that a rank keeps are multiplied by {found.scale_tensor.name}, a tensor; the op for them takes a number",
+        )
+    if found.scale_first:
+        return Refusal(
+            Reason.ADD_CHAIN,
+            "the rows that a rank keeps are scaled before something is added to them; the fused op for such rows adds first",
+        )
+    return replace(found, block=block)
 
 
 def _term(current: values.Aliases) -> Term | Refusal | None:
@@ -87,7 +105,8 @@ def _term(current: values.Aliases) -> Term | Refusal | None:
         if factor is None and tensor is not None:
             known = constants.scale_of(tensor, values.dtype(current.root))
             if isinstance(known, Refusal):
-                return known
+                # Each rank multiplies the reduced sum by what its own tensor holds then, as the model does.
+                return Term("scale", reader, tensor) if constants.multiplies_alike(tensor, current.root) else known
             factor = known
         return None if factor is None else Term("scale", reader, None, float(factor))
     if reader.target not in ADD:
@@ -160,9 +179,15 @@ def _unrounded(
     term = _wide_term(wide)
     if isinstance(term, Refusal):
         return term
-    dtype = values.dtype(wide.other)
+    dtype = values.dtype(c.value)
     norm = norms.match(wide.result, order, relaxed, dtype)
     readers = ", ".join(r.name for r in wide.readers)
+    if norm is None and wide.stays:
+        return Refusal(
+            Reason.DTYPE,
+            f"the sum is {dtype}, what is added to it, {wide.other.name}, is torch.float32 and was never {dtype}; no norm reads "
+            f"what {wide.node.name} makes of them",
+        )
     if norm is None:
         return Refusal(
             Reason.DTYPE,
@@ -175,13 +200,18 @@ def _unrounded(
             Reason.UNKNOWN_FLAVOUR,
             f"the norm reads {wide.node.name}, which adds a vector to the sum in fp32, unrounded",
         )
+    if wide.stays:
+        return _candidate(c, [*terms, term], wide.result, norm, order)
     inside = {*norm.steps, norm.out}
     kept = [n for n in norm.steps if any(user not in inside and not values.is_dead(user) for user in n.users)]
     outside = [r for r in wide.readers if r not in inside] + kept
+    if outside and wide.unrounded().stays:  # something else needs the fp32 value: it is the residual to come
+        return _unrounded(c, terms, wide.unrounded(), order, relaxed)
     if outside:
         return Refusal(
             Reason.EXTRA_READER,
-            f"{outside[0].name} needs the residual sum before it is rounded, besides the norm; the fused op gives it rounded",
+            f"{outside[0].name} needs the residual sum before it is rounded, besides the norm; the fused op gives it rounded, "
+            f"unless what is added, {wide.given.name}, is cast to fp32 before",
         )
     found = _candidate(c, [*terms, term], wide.result, norm, order)
     return found if isinstance(found, Refusal) else replace(found, rounded=wide.rounded)
@@ -195,22 +225,42 @@ def _candidate(
     residual = terms[-1].operand if kinds and kinds[-1] == "full" else None
     before = terms[:-1] if residual is not None else terms
     before_kinds = kinds[:-1] if residual is not None else kinds
+    addends = [kind for kind in before_kinds if kind != "scale"]
     two = norm.kind == "layer_norm" and before_kinds[:2] == ["bias", "full"]
-    if before_kinds[two:] not in ([], ["bias"], ["full"], ["scale"], ["bias", "scale"], ["full", "scale"]):
+    if len(addends) > 1 + two or len(before_kinds) - len(addends) > 1:
         return Refusal(
             Reason.ADD_CHAIN,
-            f"the sum goes through {' then '.join(kinds)} before the norm; the fused op takes at most one addend, "
-            "then one scale, then one residual",
+            f"the sum goes through {' then '.join(kinds)} before the norm; the fused op takes at most one addend "
+            "and one scale, then one residual",
             tuple(kinds),
         )
-    bias = next((t.operand for t in before if t.operand is not None and t.kind != "factor"), None)
-    scale = next((t.factor for t in before if t.kind == "scale"), 1.0)
+    bias = next((t.operand for t in before if t.kind in ("bias", "full")), None)
     addend = next(t.operand for t in before if t.kind == "full") if two else None
-    operands = [n for n in (bias, addend, residual, factor) if n is not None]
+    scale = next((t for t in before if t.kind == "scale"), None)
+    scale_first = len(before_kinds) > 1 and before_kinds[0] == "scale"
+    tensor, number = (None, 1.0) if scale is None else (scale.operand, scale.factor)
+    if norm.kind == "layer_norm" and tensor is not None:
+        return Refusal(
+            Reason.SCALE_NOT_CONSTANT,
+            f"the sum is multiplied by {tensor.name}, a tensor; the op for LayerNorm takes a number",
+        )
+    if norm.kind == "layer_norm" and scale_first:
+        return Refusal(
+            Reason.ADD_CHAIN,
+            "the sum is scaled before something is added to it; the fused op for LayerNorm adds first",
+            tuple(kinds),
+        )
+    operands = [n for n in (bias, addend, residual, factor, tensor) if n is not None]
     for operand in operands:
         if values.depends_on(operand, c.node, order):
             return Refusal(Reason.RESIDUAL_DERIVED, f"{operand.name} is computed from the sum itself")
-    candidate = Candidate(c, tuple(terms), bias, scale, residual, h, norm, factor=factor, addend=addend)
+    candidate = Candidate(
+        *(c, tuple(terms), bias, number, residual, h, norm),
+        factor=factor,
+        scale_tensor=tensor,
+        scale_first=scale_first,
+        addend=addend,
+    )
     # An add behind a LayerNorm stays outside: no model that we know adds its residual there.
     return candidate if residual is not None or norm.kind == "layer_norm" else _post(candidate, order)
 

@@ -168,11 +168,11 @@ class Replacement:
         for step in self.steps:
             args, kwargs = _resolve(step.args, actual), _resolve(step.kwargs, actual)
             if step.target in (OP, ROWS, GATHER):
-                x, residual, weight, bias, eps, scale, flavour, post, *_ = args
+                x, residual, weight, bias, eps, scale, flavour, post, _, *more = args
                 if self.candidate.block is not None:
                     x = self.candidate.block.of(x, kept_shape(self.candidate) if residual is None else residual.shape)
                 args = (x, residual, weight, bias, eps, scale, Flavour.parse(flavour), post)
-                normed, summed = reference.add_rms_norm(*args)
+                normed, summed = reference.add_rms_norm(*args, *(more if step.target is OP else ()))
                 if step.target is GATHER:  # as if all ranks had the own rows
                     normed = repeated(normed, len(self.candidate.collective.ranks))
                 results.append((normed, summed))
@@ -270,7 +270,9 @@ def _build(new: Replacement) -> None:
             given_last = norm.eps, candidate.scale, str(norm.flavour), c.group_name
             new.fused = new.call(LAYER_NORM, x, residual, norm.weight, norm.shift, bias, addend, *given_last)
         elif block is None:
-            new.fused = new.call(OP, x, residual, norm.weight, bias, *arguments)
+            scaled = candidate.scale_tensor is not None or candidate.scale_first
+            scales = (candidate.scale_tensor, candidate.scale_first) if scaled else ()
+            new.fused = new.call(OP, x, residual, norm.weight, bias, *arguments, *scales)
         elif candidate.gather is not None:
             new.fused = new.call(GATHER, x, residual, norm.weight, bias, *arguments, c.kind)
         else:

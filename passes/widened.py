@@ -3,11 +3,12 @@
 Two things are spelled like this. Where the fp32 value is only rounded, the add is one of the sum's own dtype: adding two
 16-bit values in fp32 and rounding gives the bits of their own add (Figueroa, "When is double rounding innocuous?", 1995), and
 that is how torch computes it. Where a norm reads the fp32 value, it reads the sum before it is rounded: a flavour of its own.
+What is added may also have been fp32 all along: under autocast the residual is, and is never rounded.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.fx import Node
@@ -26,8 +27,9 @@ class WideAdd:
     Attributes:
         node: the add, fp32.
         mine: the operand of it that is the sum.
-        other: what is added, in the dtype of the sum, before it was widened.
+        other: what is added: in the dtype of the sum, before it was widened, or, where it never had that, fp32.
         path: the nodes between the sum and the add: aliases, the cast, aliases.
+        given: the same as the add reads it: fp32, or ``other`` where the add itself widens it.
         casts: the nodes that widen ``other``.
         result: the fp32 value under all its names.
         rounded: readers that round it to the dtype of the sum.
@@ -37,11 +39,21 @@ class WideAdd:
     node: Node
     mine: Node
     other: Node
+    given: Node
     path: tuple[Node, ...]
     casts: tuple[Node, ...]
     result: values.Aliases
     rounded: tuple[Node, ...]
     readers: tuple[Node, ...]
+
+    @property
+    def stays(self) -> bool:
+        """Whether what is added is taken as it is, fp32, so that the fp32 value is the residual to come."""
+        return self.other is self.given and values.dtype(self.given) == torch.float32
+
+    def unrounded(self) -> WideAdd:
+        """The same add, of the operand in fp32."""
+        return replace(self, other=self.given, casts=())
 
 
 def find(current: values.Aliases, order: dict[Node, int]) -> WideAdd | Refusal | None:
@@ -66,18 +78,20 @@ def find(current: values.Aliases, order: dict[Node, int]) -> WideAdd | Refusal |
     others = [a for a in add.args if isinstance(a, Node) and a is not mine]
     if len(others) != 1:
         return None  # a number, or the sum itself
-    found = _before_widening(others[0], dtype)
-    if found is None:
-        return Refusal(
-            Reason.DTYPE,
-            f"the sum is {dtype}, what is added to it, {others[0].name}, is {values.dtype(others[0])} and was never {dtype}: "
-            "a residual that stays unrounded from layer to layer",
-        )
-    other, casts = found
+    other, casts = _before_widening(others[0], dtype) or (others[0], ())
     result = values.aliases(add, order)
     rounded = tuple(r for r in result.readers if r.target in values.CASTS and values.dtype(r) == dtype)
     readers = tuple(r for r in result.readers if r not in rounded)
-    return WideAdd(add, mine, other, path, casts, result, rounded, readers)
+    if values.dtype(other) == torch.float32 and not readers:
+        return Refusal(
+            Reason.DTYPE,
+            f"the sum is {dtype}, what is added to it, {other.name}, is torch.float32 and was never {dtype}; their sum is "
+            f"read only where it is cast to {dtype}, by {rounded[0].name if rounded else 'nothing'}: an addend in fp32, such as "
+            "an adapter's",
+        )
+    if values.dtype(other) not in (dtype, torch.float32):
+        return Refusal(Reason.DTYPE, f"the sum is {dtype}, what is added to it, {other.name}, is {values.dtype(other)}")
+    return WideAdd(add, mine, other, others[0], path, casts, result, rounded, readers)
 
 
 def _read_by(value: values.Aliases, reader: Node) -> tuple[Node, tuple[Node, ...]]:

@@ -42,6 +42,9 @@ class Call:
     residual: bool = True
     bias: str = "none"
     scale: float = 1.0
+    scale_tensor: bool = False  # the scale is given as a tensor
+    scale_first: bool = False
+    wide_residual: bool = False  # fp32 beside 16-bit sums
     post_norm: bool = False
     special: str = "none"  # "zeros", "negative_zeros", "nonfinite", "denormals", "order" (sums depend on their order)
     seed: int = 0
@@ -137,6 +140,8 @@ def inputs(call: Call, world: int) -> Inputs:
     if call.layer_norm and call.flavour in ("layer_norm", "nemotron"):
         shift = torch.randn(call.hidden, generator=g).to(call.weight_dtype or call.dtype)
     residual = make(*shape) if call.residual else None
+    if residual is not None and call.wide_residual:
+        residual = residual.float() * 1.001  # no values of the narrow dtype
     return Inputs(
         xs, residual, weight, None if bias is None else make(*bias), shift, make(*shape) if call.addend else None
     )
@@ -180,6 +185,9 @@ def constants_of(call: Call, given: Inputs) -> Any:
         scaled=call.scale != 1.0,
         has_residual=call.residual,
         post_norm=call.post_norm,
+        scale_loaded=call.scale_tensor,
+        scale_first=call.scale_first,
+        wide_residual=call.wide_residual,
     )
     if not call.layer_norm:
         return c
@@ -207,7 +215,9 @@ def expected(call: Call, given: Inputs, spelled_out: bool = False) -> tuple[torc
         affine = given.residual, given.weight, given.shift, given.bias, given.addend
         return layer_norm_reference.add_layer_norm(reduced, *affine, call.eps, call.scale, flavour)
     return reference.add_rms_norm(
-        reduced, given.residual, given.weight, given.bias, call.eps, call.scale, NAMED[call.flavour], call.post_norm
+        *(reduced, given.residual, given.weight, given.bias, call.eps, call.scale, NAMED[call.flavour], call.post_norm),
+        scale_tensor=torch.tensor(call.scale, dtype=call.dtype) if call.scale_tensor else None,
+        scale_first=call.scale_first,
     )
 
 
@@ -533,7 +543,7 @@ def _worker(
                     phase_bytes,
                     watchdog,
                     call.eps,
-                    call.scale,
+                    torch.tensor(call.scale, dtype=call.dtype) if call.scale_tensor else call.scale,
                 )
                 function = {
                     ("one_shot", "rms_norm"): one_shot_kernel,

@@ -26,12 +26,14 @@ def work(calls: list[Call], conn: Any) -> None:
         c = constants(
             call.dtype, call.dtype, call.hidden, NAMED[call.flavour], bias=call.bias, scaled=call.scale != 1.0,
             has_residual=call.residual, post_norm=call.post_norm,
+            scale_loaded=call.scale_tensor, scale_first=call.scale_first, wide_residual=call.wide_residual,
         )  # fmt: skip
         reduced = (given.xs[0].float() + given.xs[1].float()).to(call.dtype) + 0.0
         outputs = [torch.empty(reduced.shape, dtype=torch_dtype(d)) for d in (c.out_dtype, c.residual_dtype)]
         operands = [reduced if t is None else t for t in (given.residual, given.weight, given.bias)]
         variant = Variant(world=1, lanes=GROUP_LANES, steps=c.groups, split=1, ptx=False)
-        arguments = (reduced, *operands, *outputs, call.rows, call.eps, call.scale)
+        scale = torch.tensor(call.scale, dtype=call.dtype) if call.scale_tensor else call.scale
+        arguments = (reduced, *operands, *outputs, call.rows, call.eps, scale)
         launch_plain(add_norm.add_norm_kernel, 2, arguments, (c, variant))
         with squares_in_kernel_order(call):
             want = expected(call, given)
@@ -48,6 +50,11 @@ def test_it_has_the_bits_of_the_reference():
         for flavour in ("llama", "olmo2", "vllm", "sglang")
     ]
     calls += [Call(2, 72, bias="row", scale=0.22, flavour=flavour) for flavour in ("llama", "vllm")]
+    calls += [Call(2, 72, bias="full", scale=0.22, scale_tensor=True, scale_first=first) for first in (False, True)]
+    calls += [
+        Call(3, hidden, dtype=dtype, flavour=flavour, wide_residual=True)
+        for hidden, dtype, flavour in ((72, torch.bfloat16, "sglang"), (2056, torch.float16, "vllm"))
+    ]
     calls += [Call(2, 72, residual=False, flavour="vllm"), Call(2, 72, post_norm=True, flavour="olmo2")]
     context = warm.context(interpret=True)
     receive, send = context.Pipe(duplex=False)

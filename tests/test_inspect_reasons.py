@@ -91,7 +91,7 @@ def _():
 
 @produces(Reason.DTYPE)
 def _():
-    return reported(plain, tensor(dtype=torch.bfloat16), tensor(), torch.rand(HIDDEN))
+    return reported(plain, tensor(dtype=torch.bfloat16), tensor(dtype=torch.float64), torch.rand(HIDDEN))
 
 
 @produces(Reason.TRAINING)
@@ -238,7 +238,7 @@ def _():
     def f(x, w, scale):
         return norm(all_reduce(x) * scale, w)
 
-    return reported(f, tensor(), torch.rand(HIDDEN), torch.tensor(8.0))
+    return reported(f, tensor(), torch.rand(HIDDEN), torch.tensor(8.0, dtype=torch.float64))
 
 
 @produces(Reason.STREAMS)

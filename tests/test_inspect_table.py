@@ -140,3 +140,14 @@ def test_a_reason_of_a_newer_version_still_prints():
     made = report(layers=1)
     made.sites[0] = replace(made.sites[0], fused=False, reason="from-the-future", replaced_by=None)
     assert "from-the-future (1)" in table.plain(made)
+
+
+def test_the_page_shows_the_note_of_a_lowered_site_beside_how_it_runs():
+    from tpfuse.inspect import page
+
+    site = next(s for s in report().sites if s.fused)
+    empty = page._EMPTY
+    plain, noted = (
+        page._site(replace(site, lowered=True, note=note), empty)["detail"] for note in ("", "left outside")
+    )
+    assert plain.startswith("runs as: ") and noted == f"{plain}; left outside"

@@ -45,10 +45,10 @@ def _constants(
     weight: torch.dtype | None = None,
     flavour: Flavour = LLAMA,
     post_norm: bool = False,
+    scale: bool = False,
 ) -> Constants:
-    return constants(
-        dtype, weight or dtype, hidden, flavour, bias="none", scaled=False, has_residual=True, post_norm=post_norm
-    )
+    kind: dict[str, Any] = {"bias": "none", "scaled": scale, "scale_loaded": scale, "has_residual": True}
+    return constants(dtype, weight or dtype, hidden, flavour, post_norm=post_norm, **kind)
 
 
 def _compile(
@@ -65,7 +65,9 @@ def _compile(
     ptx = target.backend == "cuda"
     x, weight, out, residual = (TYPES[torch_dtype(d)] for d in (c.dtype, c.weight_dtype, c.out_dtype, c.residual_dtype))
     counts = ("i32",) * (4 if blocks > 1 else 2)
-    kinds = (x, x, weight, x, out, residual, "*i64", "*i32", *counts, "i32", "i64", "fp32", "fp32")
+    scale = x if c.scale_loaded else "fp32"
+    read = TYPES[torch_dtype(c.residual_in)]
+    kinds = (x, read, weight, x, out, residual, "*i64", "*i32", *counts, "i32", "i64", "fp32", scale)
     gathers = algorithm.startswith("gathered")
     variant = Variant(
         world, part.lanes, part.steps, split, ptx=ptx, pdl=pdl, stamps=stamps, blocks=blocks, gathers=gathers
@@ -78,7 +80,7 @@ def _compile(
         function,
         signature,
         dict(zip(names[len(kinds) :], constexprs, strict=True)),
-        {(i,): [["tt.divisibility", 16]] for i in range(8)},
+        {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(kinds) if kind.startswith("*")},
     )
     options: dict[str, Any] = {"num_warps": part.lanes // (32 if ptx else 64), "enable_fp_fusion": False}
     if ptx:
@@ -149,6 +151,7 @@ def test_no_other_row_spills(algorithm: str, arch: int, tmp_path: Path) -> None:
         _constants(hidden=4096, dtype=torch.float32),
         _constants(hidden=2880),
         _constants(flavour=OLMO2, post_norm=True),
+        _constants(scale=True),
     ):
         for lanes in (128, 512):
             _check(algorithm, c, 8, Part(lanes, 1), arch, tmp_path)
@@ -317,3 +320,13 @@ def test_add_and_norm_compiles_for_every_nvidia_target(
     )
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     assert _resources(compiled.asm["ptx"], tmp_path)[1] == 0, "spills"
+
+
+@pytest.mark.parametrize("algorithm", sorted(KERNELS))
+def test_an_fp32_residual_beside_16_bits_does_not_spill(algorithm: str, tmp_path: Path) -> None:
+    """Between two ranks. Of eight ranks' words one-shot spills up to 24 bytes."""
+    c = constants(
+        *(torch.bfloat16, torch.float32, 8192, SGLANG),
+        **{"bias": "none", "scaled": False, "has_residual": True, "post_norm": False, "wide_residual": True},
+    )
+    _check(algorithm, c, 2, Part(512, 1), 90, tmp_path)

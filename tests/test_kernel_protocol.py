@@ -117,6 +117,16 @@ def test_flavours_and_epilogues() -> None:
         for post, flavour in ((False, "llama"), (True, "olmo2"), (False, "vllm"))
         for algorithm in ("one_shot", "two_shot")
     ]
+    calls += [
+        Call(2, 72, algorithm, dtype=dtype, scale=45.2548, scale_tensor=True, residual=False, seed=9)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32)
+        for algorithm in ("one_shot", "two_shot")
+    ]
+    calls += [
+        Call(2, 72, algorithm, bias=bias, scale=2.5, scale_tensor=tensor, scale_first=True, seed=9)
+        for bias, tensor in (("row", True), ("full", False))
+        for algorithm in ("one_shot", "two_shot")
+    ]
     calls += [Call(2, 72, residual=False), Call(2, 72, residual=False, algorithm="two_shot", bias="row")]
     _agree(run(2, calls), 2)
 
@@ -129,6 +139,9 @@ def test_a_norm_of_the_unrounded_sum_has_the_bits_of_its_reference_however_a_row
         {"rows": 5, "hidden": 192, "in_place": True},
         {"rows": 3, "hidden": 64, "special": "zeros"},
         {"rows": 3, "hidden": 64, "special": "denormals"},
+        {"hidden": 2880, "wide_residual": True, "flavour": "sglang", "weight_dtype": torch.float32},
+        {"rows": 5, "hidden": 192, "wide_residual": True, "dtype": torch.float16, "bias": "row", "scale": 0.5},
+        {"rows": 3, "hidden": 64, "wide_residual": True, "special": "nonfinite"},
     ]
     calls = [
         Call(**{"rows": 2, "algorithm": algorithm, "flavour": "vllm", "seed": 700 + n, **kind})  # type: ignore[arg-type]
@@ -138,7 +151,7 @@ def test_a_norm_of_the_unrounded_sum_has_the_bits_of_its_reference_however_a_row
     outcomes = run(2, calls)
     _agree(outcomes, 2)
     assert outcomes[0].digests[::2] == outcomes[0].digests[1::2]
-    rounded = run(2, [replace(call, flavour="llama") for call in calls])
+    rounded = run(2, [replace(call, flavour="llama", wide_residual=False) for call in calls])
     _agree(rounded, 2)
     assert rounded[0].digests[0] != outcomes[0].digests[0]
 

@@ -224,6 +224,10 @@ def modes(rank: int, world_size: int) -> dict[str, Any]:
             switch()
         found[key] = str(error.value)
     assert torch.equal(run(compiled), first)
+    invariant.forget(name)  # a group that makes calls again is remembered again
+    run(compiled)
+    with pytest.raises(RuntimeError, match="have made calls with it off"):
+        tpfuse.ops.set_batch_invariant(True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TPFUSE_BATCH_INVARIANT", "1")
         invariant.forget(name)

@@ -164,6 +164,36 @@ def test_fuel_counts_both_sites_of_a_merge():
     assert {site.admitted for site in made[4]} == {"policy-all"}
 
 
+def test_an_exception_costs_the_merge_alone(monkeypatch):
+    from tpfuse.passes import merged
+
+    def fails(candidate):
+        raise ArithmeticError(f"no merge today of {candidate.pattern}")
+
+    monkeypatch.setattr(merged, "build", fails)
+    gm = graphs.trace(routed_and_shared, inputs())
+    with pytest.warns(RuntimeWarning, match="no merge today"):
+        new, report = graphs.fused_copy(gm, PassOptions("all", "relaxed"))
+    other, mine = report.sites
+    assert (mine.fused, other.fused, other.reason) == (True, False, "sum-of-reductions")
+    assert "they stay two reductions: ArithmeticError: no merge today" in other.detail
+    assert (graphs.count(new), graphs.all_reduces_left(new)) == (1, 1)
+    with pytest.raises(ArithmeticError):
+        graphs.fused_copy(gm, RELAXED)
+
+
+def test_a_sum_that_alone_is_scaled_stays_a_reduction_of_its_own():
+    def laguna(a, b, r, w):
+        shared = graphs.all_reduce(b)
+        h = r + (graphs.all_reduce(a) * 2.5 + shared)
+        return norm(h, w), h
+
+    _, report = fused(laguna, inputs())
+    first, second = report.sites
+    assert sorted((first.fused, second.fused)) == [False, True]
+    assert "alone is scaled" in next(s.detail for s in report.kept)
+
+
 def test_a_scalar_of_the_rows_that_a_rank_keeps_is_not_multiplied_in_before_the_sum():
     def scaled(x, r, w):
         mine = c10d.wait_tensor(c10d.reduce_scatter_tensor(x, "sum", 4, graphs.world()))

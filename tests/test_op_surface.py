@@ -84,6 +84,49 @@ def test_shapes_that_do_not_fit_keep_their_message_under_a_compile():
         torch.compile(lambda *a: OP(*a)[0], backend="aot_eager")(x, torch.randn(2, H), weight)
 
 
+SCALES = {
+    r"scale_tensor is torch.bfloat16 \(\) on cpu; expected one value without dimensions, torch.float32 \(\) on cpu": (
+        torch.tensor(2.0, dtype=torch.bfloat16)
+    ),
+    r"scale_tensor is torch.float32 \(1,\)": torch.tensor([2.0]),
+    r"scale_tensor is torch.float32 \(\) on meta": torch.tensor(2.0, device="meta"),
+    "scale_tensor requires grad": torch.tensor(2.0, requires_grad=True),
+}
+
+
+@pytest.mark.parametrize("message", SCALES)
+def test_a_scale_tensor_that_does_not_fit_is_refused_by_name(message):
+    x, residual, weight = operands()
+    with torch.set_grad_enabled("grad" in message), pytest.raises((ValueError, RuntimeError), match=message):
+        OP(x, residual, weight, scale=SCALES[message])
+
+
+def test_a_scale_is_a_number_or_a_tensor_not_both():
+    x, residual, weight = operands()
+    given = (x, residual, weight, None, 1e-6, 3.0, str(tpfuse.ops.LLAMA), False, dist.group.WORLD.group_name)
+    with torch.no_grad(), pytest.raises(ValueError, match=r"scale is 3.0 beside a scale_tensor; pass one of the two"):
+        torch.ops.tpfuse.all_reduce_add_rms_norm(*given, torch.tensor(2.0))
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
+def test_a_scale_tensor_gives_what_its_number_gives_also_into_given_outputs(inner):
+    """A number is compiled in; a tensor is read in each call."""
+    torch._dynamo.reset()
+    run = OP if inner == "eager" else torch.compile(OP, backend=inner)
+    x, residual, weight = operands()
+    scale, bias = torch.tensor(1.0), torch.randn(H)
+    for value in (0.5, 3.0):
+        scale.fill_(value)
+        for first in (False, True):
+            more = {"bias": bias, "scale_first": first}
+            with torch.no_grad():
+                want = OP(x, residual, weight, scale=value, **more)
+                assert graphs.equal(run(x, residual, weight, scale=scale, **more), want)
+                out = torch.full_like(x, float("nan")), torch.full_like(x, float("nan"))
+                assert graphs.equal(run(x, residual, weight, scale=scale, out=out, **more), want)
+                assert graphs.equal(out, want)
+
+
 # -- without Triton -------------------------------------------------------------------------------------------------
 
 WITHOUT_TRITON = """

@@ -19,19 +19,19 @@ pytest.importorskip("transformers", reason="needs the extra tpfuse[hf]")
 
 WORLD = 2
 GOLDEN = json.loads((Path(__file__).parent / "matrix" / "golden.json").read_text())["default policy"]
-QUICK = ("granitemoe", "starcoder2", "phi")
+QUICK = ("granitemoe", "starcoder2", "phi", "gemma")
 
 
-def forward(rank, world_size, folder, numerics="exact"):
+def forward(rank, world_size, folder, dtype=torch.bfloat16, autocast=False):
     """(found, fused, reasons, rules, whether outputs are equal) of a forward pass."""
     import tpfuse
 
-    model = models.sharded(folder, world_size, torch.bfloat16)
+    model = models.sharded(folder, world_size, dtype)
     tokens = torch.arange(10).view(2, 5) + 3
     torch._dynamo.reset()
     tpfuse.clear_reports()
-    options = {"tpfuse.inner": "aot_eager", "tpfuse.verify": True, "tpfuse.numerics": numerics}
-    with torch.no_grad():
+    options = {"tpfuse.inner": "aot_eager", "tpfuse.verify": True}
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         want = model(tokens, use_cache=False).logits
         got = torch.compile(model, backend="tpfuse", dynamic=False, options=options)(tokens, use_cache=False).logits
     sites = [site for report in tpfuse.reports() for site in report.sites]
@@ -62,19 +62,6 @@ def test_golden_counts_and_equal_outputs(name, pool, tmp_path):
         assert result[4], "fused outputs differ from those of the model in eager mode"
 
 
-@pytest.mark.ranks
-@pytest.mark.parametrize(
-    "name", ["gemma", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gemma4_text", "vaultgemma", "minicpm3"))]
-)
-def test_relaxed_scales_an_embedding_before_its_reduction(name, pool, tmp_path):
-    """To the same bits: of an embedding that is cut by tokens one rank gives the row, the others zeros."""
-    if not models.known(name):
-        pytest.skip(f"this transformers has no {name}")
-    models.save(name, str(tmp_path), torch.bfloat16)
-    for result in pool.run(forward, str(tmp_path), "relaxed"):
-        assert result == (7, 7, {}, {"shared-layer"}, True)
-
-
 @pytest.mark.slow
 @pytest.mark.ranks
 def test_experts_that_are_added_in_fp32(pool, tmp_path):
@@ -84,3 +71,12 @@ def test_experts_that_are_added_in_fp32(pool, tmp_path):
     models.save("hy_v3", str(tmp_path), torch.bfloat16, enable_moe_fp32_combine=True)
     for result in pool.run(forward, str(tmp_path)):
         assert result == (9, 7, {"sum-of-reductions": 2}, {"shared-layer"}, True)
+
+
+@pytest.mark.slow
+@pytest.mark.ranks
+def test_a_model_under_autocast(pool, tmp_path):
+    """Sums in bf16, an fp32 residual that is never rounded, fp32 norms."""
+    models.save("llama", str(tmp_path), torch.float32)
+    for result in pool.run(forward, str(tmp_path), torch.float32, True):
+        assert result == (7, 7, {}, {"shared-layer"}, True)

@@ -418,10 +418,10 @@ def test_a_norm_of_some_rows_is_refused_because_rows_move():
     assert site.reason == "rows-move" and "slice" in site.detail
 
 
-def test_a_sum_scaled_by_a_tensor_before_the_residual_is_refused_for_its_scale():
+def test_a_sum_scaled_by_a_tensor_of_another_dtype_before_the_residual_is_refused_for_its_scale():
     def f(x, r, w, t):
         h = r + all_reduce(x) * t
         return norm(h, w), h
 
-    (site,) = tpfuse.fuse(graphs.trace(f, (*ARGS, torch.tensor(0.5))), graphs.ALL).sites
+    (site,) = tpfuse.fuse(graphs.trace(f, (*ARGS, torch.tensor(0.5, dtype=torch.float64))), graphs.ALL).sites
     assert site.reason == "scale-not-constant"

@@ -10,7 +10,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from tpfuse.ops import LLAMA, SGLANG, VLLM, Flavour, all_reduce_add_rms_norm, reference
+from tpfuse.ops import (
+    LLAMA,
+    SGLANG,
+    VLLM,
+    Flavour,
+    all_reduce_add_rms_norm,
+    all_reduce_add_rms_norm_quant,
+    reduce_rows_add_rms_norm,
+    reference,
+)
+from tpfuse.ops.quantizer import VLLM_TOKEN
 from tpfuse.passes import PassOptions
 
 H = 64
@@ -83,6 +93,36 @@ def scaled(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]
 SPELLINGS = (
     vllm_native, sglang_native, in_place, residual_first, promoted, no_residual_left, reshaped, rounded_twice, scaled,
 )  # fmt: skip
+
+
+def autocast(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    """A residual that is never rounded: under autocast, and where Inductor drops the roundings between layers."""
+    h = residual.cos().float() * 1.1 + x
+    return weight.float() * normed(h), h
+
+
+def fp32_residual(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    f = x.float() + residual.cos().float().mul(1.1)
+    return normed(f).to(x.dtype) * weight, f, f.to(x.dtype)
+
+
+def returned(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    f = x.float() + residual.float()
+    return normed(f).to(x.dtype) * weight, f.to(x.dtype), f
+
+
+def squares_read(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    f = x.float() + residual.float()
+    squares = f.pow(2)
+    out = f * torch.rsqrt(squares.mean(-1, keepdim=True) + EPS)
+    return out.to(x.dtype) * weight, f.to(x.dtype), squares.sum()
+
+
+def of_a_biased_and_scaled_sum(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    return autocast((x + weight) * 0.22, residual, weight)
+
+
+STAY_FP32 = (autocast, fp32_residual, returned, squares_read, of_a_biased_and_scaled_sum)
 
 
 def fuse(f: Callable[..., Any], *args: Tensor) -> tuple[Any, Any, Any]:
@@ -195,29 +235,41 @@ def test_experts_that_are_combined_in_fp32():
         assert graphs.equal(graphs.run(fused, *args), combine(*args))
 
 
+# -- never rounded: the residual is fp32 -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("spelling", STAY_FP32, ids=lambda f: f.__name__)
+def test_an_fp32_residual_beside_a_narrow_sum_stays_fp32(spelling, dtype):
+    want, got, (site, gm) = fuse(spelling, *operands(dtype))
+    assert site.fused, site.detail
+    assert graphs.count(gm) == 1 and graphs.all_reduces_left(gm) == 0 and graphs.equal(want, got)
+    (fused,) = [n for n in gm.graph.nodes if n.target is torch.ops.tpfuse.all_reduce_add_rms_norm.default]
+    assert [t.dtype for t in (fused.args[1].meta["val"], fused.meta["val"][1])] == [torch.float32] * 2
+
+
 # -- what the op cannot give -----------------------------------------------------------------------------------------------------
 
 
-def returned(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-    f = x.float() + residual.float()
-    return normed(f).to(x.dtype) * weight, f.to(x.dtype), f
+def an_adapter_in_fp32(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    """LoRA that is not merged: peft keeps it in fp32, and rounds once."""
+    h = residual + (x + residual.float().sin() * 1.7).to(x.dtype)
+    return normed(h.float()).to(x.dtype) * weight, h
 
 
-def squares_read(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-    f = x.float() + residual.float()
-    squares = f.pow(2)
-    out = f * torch.rsqrt(squares.mean(-1, keepdim=True) + EPS)
-    return out.to(x.dtype) * weight, f.to(x.dtype), squares.sum()
-
-
-def fp32_residual(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-    f = x.float() + residual.cos().float().mul(1.1)
-    return normed(f).to(x.dtype) * weight, f
+def fp64_residual(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    h = residual.double() * 1.1 + x
+    return normed(h), h
 
 
 def two_addends(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
     f = x.float() + residual.float() + residual.cos().float()
     return normed(f).to(x.dtype) * weight, f.to(x.dtype)
+
+
+def returned_of_a_mixed_add(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    f = x.float() + residual
+    return normed(f).to(x.dtype) * weight, f.to(x.dtype), f
 
 
 def a_bias(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
@@ -235,9 +287,9 @@ def rounded_and_not(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor
 @pytest.mark.parametrize(
     ("spelling", "reason", "says"),
     [
-        (returned, "extra-reader", "needs the residual sum before it is rounded"),
-        (squares_read, "extra-reader", "needs the residual sum before it is rounded"),
-        (fp32_residual, "dtype", "a residual that stays unrounded from layer to layer"),
+        (an_adapter_in_fp32, "dtype", "only where it is cast to torch.bfloat16, by"),
+        (fp64_residual, "dtype", "is torch.float64"),
+        (returned_of_a_mixed_add, "extra-reader", "needs the residual sum before it is rounded"),
         (two_addends, "dtype", "adds to the sum in fp32, and is read by"),
         (a_bias, "unknown-flavour", "adds a vector to the sum in fp32, unrounded"),
         (rounded_and_not, "unknown-flavour", "whose casts the fused op does not repeat"),
@@ -273,5 +325,19 @@ def test_the_op_takes_it_and_refuses_it_after_the_norm():
         # Without a residual nothing is added: the two flavours are one.
         alone = [all_reduce_add_rms_norm(x, None, weight, eps=EPS, flavour=flavour) for flavour in (VLLM, LLAMA)]
         assert graphs.equal(*alone)
+        wide = residual.float() * 1.1
+        got = all_reduce_add_rms_norm(x, wide, weight, eps=EPS, flavour=VLLM)
+        assert graphs.equal(got, (vllm_native(x, wide, weight)[0], x.float() + wide))
+        for other, flavour in ((wide, LLAMA), (residual.double(), VLLM), (residual.half(), VLLM)):
+            with pytest.raises(
+                ValueError, match="or torch.float32 beside bf16 or fp16 with a flavour that has reads='unrounded'"
+            ):
+                all_reduce_add_rms_norm(x, other, weight, flavour=flavour)
+        with pytest.raises(
+            ValueError, match=r"reduce_rows_add_rms_norm: residual is torch.float32 .* expected the dtype of x"
+        ):
+            reduce_rows_add_rms_norm(x, wide[:3], weight, flavour=VLLM)
+        with pytest.raises(ValueError, match=r"all_reduce_add_rms_norm_quant: residual is torch.float32"):
+            all_reduce_add_rms_norm_quant(x, wide, weight, flavour=VLLM, quantizer=VLLM_TOKEN)
         with pytest.raises(ValueError, match="post_norm=True adds the residual after the norm"):
             all_reduce_add_rms_norm(x, residual, weight, flavour=VLLM, post_norm=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .epilogue import accept, finish, prefetch
+from .epilogue import accept, finish, loaded, prefetch
 from .rows import lane_elements, load_words
 
 
@@ -20,6 +20,7 @@ from .rows import lane_elements, load_words
 def add_norm(reduced_rows, io, rows, eps, scale, C: tl.constexpr, S: tl.constexpr):
     """All rows of a call, one program a row. ``io``: see :func:`.epilogue.finish`."""
     STEPS: tl.constexpr = S.steps
+    scale = loaded(scale, C)
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
         loads = ()
         held = ()

@@ -30,14 +30,25 @@ _NAN: tl.constexpr = tl.constexpr(NAN_WORD)
 
 
 @triton.jit
+def loaded(scale, C: tl.constexpr):
+    """The scale of a call as a number. After the wait for the kernel before this one, which may have written it."""
+    if C.scale_loaded:
+        return tl.load(scale).to(tl.float32)
+    else:
+        return scale
+
+
+@triton.jit
 def affine(words, shift, addend, scale, C: tl.constexpr, PTX: tl.constexpr):
-    """Bias (its words), addend, then scale, each rounded to the dtype as eager mode does; words in, words out."""
-    if C.bias != "none":
+    """Words after bias (its words), addend and scale, in the order of the call, each rounded to the dtype as in eager mode."""
+    if C.bias != "none" and not C.scale_first:
         words = plus_words(words, shift, C.dtype, PTX)
     if C.has_addend:
         words = plus_words(words, addend, C.dtype, PTX)
     if C.scaled:
         words = pack(times_scalar(unpack(words, C.dtype), scale), C.dtype, PTX)
+    if C.scale_first:
+        words = plus_words(words, shift, C.dtype, PTX)
     return words
 
 
@@ -116,7 +127,7 @@ def prefetch(row, part, i: tl.constexpr, io, C: tl.constexpr, S: tl.constexpr):
     b = ()
     w = ()
     if C.has_residual and (S.steps <= 2 or not C.post_norm):
-        r = load_words(residual, row_start + element, active, C.dtype, C.values, S.ptx)
+        r = load_words(residual, row_start + element, active, C.residual_in, C.values, S.ptx)
     a = ()
     if S.addends_ahead or not C.centered:
         added = addends(row, element, active, io, C, S)
@@ -156,12 +167,16 @@ def accept(
     if C.centered and not S.addends_ahead:
         added = addends(row, element, active, io, C, S)
     words = affine(reduced, added[0], added[1], scale, C, S.ptx)
-    if C.unrounded:
+    if C.wide_residual:
+        values = plus(values_of(loads[0], C.residual_in), unpack(words, C.dtype))
+        start = row.to(tl.int64) * C.hidden + element
+        store_words(io[4], start, words_of(values, C.residual_dtype, S.ptx), active, C.residual_dtype, S.ptx)
+    elif C.unrounded:
         values = plus(unpack(loads[0], C.dtype), unpack(words, C.dtype))
         words = pack(values, C.dtype, S.ptx)
     elif C.has_residual and not C.post_norm:
         words = plus_words(loads[0], words, C.dtype, S.ptx)
-    if not C.post_norm:
+    if not C.post_norm and not C.wide_residual:
         address = io[4].to(tl.int64) + (row.to(tl.int64) * C.hidden + element) * C.item_bytes
         store16(address, words, active, S.ptx)
     if C.unrounded:
@@ -241,6 +256,9 @@ def finish(
             else:
                 total = words_of(plus(values_of(r, C.dtype), values_of(out, C.out_dtype)), C.residual_dtype, S.ptx)
             store_words(residual_out, row_start + element, total, active, C.residual_dtype, S.ptx)
+        elif C.wide_residual:  # twice the bytes, and so twice the items of the dtype of the sum
+            spoil(mean, state, residual_out, 2 * (row_start + element), active, C, S)
+            spoil(mean, state, residual_out, 2 * (row_start + element) + C.values, active, C, S)
         else:
             spoil(mean, state, residual_out, row_start + element, active, C, S)
     if C.scale_a_row:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .call import begin, end, failed, let_next_kernel_start, poison, wait_for_previous_kernel
-from .epilogue import accept, finish, prefetch
+from .epilogue import accept, finish, loaded, prefetch
 from .memory import marked, push
 from .reduction import sum_over_ranks
 from .rows import clear_ranks, lane_elements, own_part, poll_ranks
@@ -69,6 +69,7 @@ def one_shot(x, io, begun, peers, state, rank, rows, phase_bytes, limit, eps, sc
     bases, own_base, to_push, phase = begun[0], begun[1], begun[2], begun[3]
     first = tl.program_id(0)
     items = rows * S.split
+    scale = loaded(scale, C)
     if S.world <= 4:
         # Without items nothing is pushed and nothing polled. The way of a call that is well stays straight, with the stores of
         # NaN behind it: 2 to 3 % of the time of a few rows between two GPUs.
@@ -139,6 +140,7 @@ def one_shot_kernel(
         state: the plane's local int32 state, see ``epilogue.py``.
         phase_bytes: size of one of the two phases.
         limit: watchdog in nanoseconds.
+        scale: a number, or with ``C.scale_loaded`` a pointer to one value of the dtype of ``x``.
     """
     io = (residual, weight, bias, normed, residual_out)
     begun = begin_one_shot(x, peers, state, rank, rows, C, S)

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from . import state as at
 from .call import begin, end, failed, let_next_kernel_start, poison, wait_for_previous_kernel
-from .epilogue import accept, finish, prefetch
+from .epilogue import accept, finish, loaded, prefetch
 from .memory import clear, marked, poll, push
 from .packing import positive_zeros
 from .reduction import sum_over_ranks
@@ -66,6 +66,7 @@ def two_shot(x, io, peers, state, rank, rows, phase_bytes, limit, eps, scale, C:
     own_base = tl.load(peers + rank)
     wait_for_previous_kernel(PDL)
     begun = now(S)
+    scale = loaded(scale, C)
     items = rows * S.split
     first = item_of(0, S)
     # Before the phase is asked for: both are on their way together.

@@ -56,6 +56,9 @@ class Constants:
     centered: bool = False  # the mean is subtracted: LayerNorm
     shift_dtype: tl.dtype | None = None  # of the bias behind its weight, where there is one
     has_addend: bool = False  # another tensor of rows is added behind the bias
+    scale_loaded: bool = False  # the scale is a pointer to one value of the dtype of x, not a number
+    scale_first: bool = False  # it is multiplied in before the bias is added
+    wide_residual: bool = False  # the residual is fp32 beside a 16-bit sum, and stays so; ``unrounded`` then
 
     @property
     def groups(self) -> int:
@@ -70,6 +73,11 @@ class Constants:
     @property
     def normed_row_bytes(self) -> int:
         return self.hidden * self.normed_item_bytes
+
+    @property
+    def residual_in(self) -> tl.dtype:
+        """The dtype in which the residual is read."""
+        return _TL[torch.float32] if self.wide_residual else self.dtype
 
     @property
     def quantized(self) -> bool:
@@ -186,6 +194,9 @@ def constants(
     scaled: bool,
     has_residual: bool,
     post_norm: bool,
+    scale_loaded: bool = False,
+    scale_first: bool = False,
+    wide_residual: bool = False,
 ) -> Constants:
     """Constants of a supported call (:func:`supports` returned None)."""
     normed = torch.float32 if flavour.normed == "float32" else dtype
@@ -193,7 +204,7 @@ def constants(
     gain = {"own": own, "float32": torch.float32, "input": dtype}[flavour.gain_dtype]
     product = torch.promote_types(normed, gain) if weight_dtype is not None else normed
     out = {"input": dtype, "float32": torch.float32, "promoted": product}[flavour.out]
-    residual = reference.residual_dtype(dtype, out, post_norm)
+    residual = reference.residual_dtype(dtype, out, post_norm, torch.float32 if wide_residual else None)
     return Constants(
         hidden=hidden,
         dtype=_TL[dtype],
@@ -215,6 +226,9 @@ def constants(
         values=16 // dtype.itemsize,
         row_bytes=hidden * dtype.itemsize,
         zero_mark=-(2**31) if dtype == torch.float32 else 0x8000,
+        scale_loaded=scale_loaded,
+        scale_first=scale_first and bias != "none",
+        wide_residual=wide_residual,
     )
 
 

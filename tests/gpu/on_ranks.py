@@ -41,7 +41,8 @@ def make_call(call: Call, rank: int, world: int, group: Any = None) -> tuple[Ten
         _to_gpu(given.weight),
         eps=call.eps,
         bias=_to_gpu(given.bias),
-        scale=call.scale,
+        scale=torch.tensor(call.scale, dtype=call.dtype, device="cuda") if call.scale_tensor else call.scale,
+        scale_first=call.scale_first,
         flavour=NAMED[call.flavour],
         post_norm=call.post_norm,
         group=group,
@@ -114,8 +115,16 @@ def kinds() -> list[Call]:
     for n, bias in enumerate(("none", "row", "full")):
         for m, post in enumerate((False, True)):
             out.append(Call(4, 4096, bias=bias, post_norm=post, scale=0.22, seed=1600 + 2 * n + m))
+    for n, dtype in enumerate(dtypes):
+        out.append(Call(3, 4096, dtype=dtype, residual=False, scale=45.2548, scale_tensor=True, seed=1650 + n))
+        out.append(Call(3, 4096, dtype=dtype, bias="full", scale=2.5, scale_first=True, seed=1660 + n))
     out.append(Call(3, 5120, bias="row", post_norm=True, flavour="gemma", seed=1700))
     out.append(Call(4, 4096, residual=False, seed=1800))
+    for n, dtype in enumerate(dtypes[:2]):
+        out.append(
+            Call(3, 4096, dtype=dtype, flavour="sglang", weight_dtype=torch.float32, wide_residual=True, seed=1750 + n)
+        )
+        out.append(Call(70, 8192, dtype=dtype, flavour="vllm", wide_residual=True, seed=1760 + n))
     # Rows that are held unrounded: split over programs, and in several steps a program.
     out += [
         Call(rows, hidden, flavour="vllm", seed=1900 + rows + hidden) for rows in (1, 70) for hidden in (8192, 16384)
@@ -140,6 +149,9 @@ def warm(calls: list[Call], rank: int, world: int, group: Any = None) -> None:
             flavour,
             bias=call.bias,
             scaled=call.scale != 1.0,
+            scale_loaded=call.scale_tensor,
+            scale_first=call.scale_first,
+            wide_residual=call.wide_residual,
             has_residual=call.residual,
             post_norm=call.post_norm,
         )

@@ -263,7 +263,7 @@ def gemma2(r: Runner) -> None:
     """Norm weights in fp32 over a bf16 stream. The embedding is scaled by a tensor, which is no constant of the graph."""
     found = r.start("gemma2", "gemma2", "bfloat16", **ON, **ONE_PROCESS)
     r.check("gemma2", found["tokens"] is not None, "the engine starts and generates")
-    r.whole("gemma2", found, fused=SITES - 1)
+    r.whole("gemma2", found, fused=SITES)
 
 
 def config(r: Runner) -> None:

@@ -150,8 +150,8 @@ def test_nano_vllm_fuses_all_of_its_reductions(inner):
         got, want = compiled(tokens), model(tokens)
     report = tpfuse.reports()[-1]
     if inner == "inductor" and not keeps_roundings():
-        assert [s.reason for s in report.sites] == [None, "extra-reader"] + (2 * LAYERS - 1) * ["dtype"]
-        assert all("a residual that stays unrounded from layer to layer" in s.detail for s in report.kept[1:])
+        # The residual stays fp32 from the first add on. That one is of two bf16 values, and is read unrounded.
+        assert all(site.fused for site in report.sites[:1] + report.sites[2:]), report
         return
     assert [(s.reason, s.detail) for s in report.kept] == []
     assert [s.pattern for s in report.fused] == ["all_reduce+rms_norm"] + 2 * LAYERS * ["all_reduce+add+rms_norm"]

@@ -25,7 +25,7 @@ def guarded(compiled: Callable[..., Any], reports: Sequence[GraphReport]) -> Cal
     groups = {site.group for report in reports for site in report.sites if site.lowered}
     if not groups:
         return compiled
-    unseen = [True]
+    remembered = [-1]  # when its groups were remembered last, in groups forgotten before
 
     @functools.wraps(compiled)
     def call(*args: Any) -> Any:
@@ -35,8 +35,9 @@ def guarded(compiled: Callable[..., Any], reports: Sequence[GraphReport]) -> Cal
                 f"depends on the size of the call. Set it before compiling on every rank (option tpfuse.batch_invariant or "
                 f"{BATCH_INVARIANT}), or call torch._dynamo.reset() to compile again"
             )
-        if unseen:  # from now on the mode cannot be switched by itself, as after a call of the op
-            unseen.clear()
+        now = invariant.times_forgotten()
+        if remembered[0] != now:  # from here on the mode cannot be switched by itself, as after a call of the op
+            remembered[0] = now
             for name, ranks in compat.known_groups():
                 if ranks in groups:
                     invariant.remember(name)

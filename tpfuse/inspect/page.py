@@ -118,7 +118,7 @@ def _site(site: Site, region: Region) -> dict[str, Any]:
         "fused": site.fused,
         "reason": site.reason,
         "lowered": site.lowered,
-        "detail": f"runs as: {LOWERED}" if site.lowered else site.detail,
+        "detail": "; ".join(filter(None, (f"runs as: {LOWERED}", site.note))) if site.lowered else site.detail,
         "miss": words.nearest_miss(site),
         "steps": site.pattern.split("+"),
         "matched": list(site.matched),
