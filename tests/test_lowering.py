@@ -15,7 +15,7 @@ pytestmark = pytest.mark.ranks
 
 FUSED = 2  # one layer
 H = 64
-ENV = {"TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+ENV = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
