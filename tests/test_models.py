@@ -37,8 +37,8 @@ PAGE_NAMES = {
     "qwen4_exp": "qwen4_exp_text",
 }
 KIND = "llama"  # everything fuses
-# Their layers are those of llama, mixtral or gemma2, as far as sums and norms go.
-ALIKE = ("mistral", "qwen2", "qwen3", "phi3", "qwen3_moe", "gemma3_text")
+# Their layers are those of llama, glm4_moe or gemma2, as far as sums and norms go.
+ALIKE = ("mistral", "qwen2", "qwen3", "phi3", "qwen3_moe", "mixtral", "gemma3_text")
 
 
 def forward(rank, world_size, folder, dtype_name, inner, prefill_too):
