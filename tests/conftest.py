@@ -20,6 +20,11 @@ os.environ["TORCHINDUCTOR_CACHE_DIR"] = CACHES
 os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "0"
 
 
+# Before torch starts its threads. Tests are as many processes as there are cores, and models of tests are tiny: threads of one
+# operation would spin for each other ten times as long as they compute.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
 # What takes longest comes first, so that no process of pytest-xdist is left with it when the others have nothing to do.
 LONG = (
     *("test_kernel_protocol", "test_programs", "test_models", "test_caches", "test_inner", "test_exact", "test_vllm"),

@@ -350,6 +350,41 @@ def patch_once(interpreter: Any) -> None:
     interpreter._patch_lang = once
 
 
+def make_types_once(interpreter: Any) -> None:
+    """Types of blocks, and what a tensor says of its shape, are made anew for every operation: half of the time.
+
+    And no integer operation is done a second time in 64 bits to see whether it overflows: a GPU does not do so either.
+    """
+    import triton.language as tl
+
+    builder = interpreter.interpreter_builder
+    builder.options = replace(builder.options, sanitize_overflow=False)
+    types: dict[Any, dict[str, Any]] = {}
+    shapes: dict[int, tuple[Any, dict[str, Any]]] = {}
+    plain_type, plain_tensor, plain_unwrap = tl.block_type.__init__, tl.tensor.__init__, tl.core._unwrap_if_constexpr
+    plain = (int, bool, float, tl.tensor, tl.dtype, tl.block_type, type(None))
+
+    def type_once(self: Any, element_ty: Any, shape: Any) -> None:
+        pointer = (getattr(element_ty, "address_space", None), getattr(element_ty, "const", None))
+        key = (element_ty.name, *pointer, *[getattr(size, "value", size) for size in shape])
+        if key not in types:
+            plain_type(self, element_ty, shape)
+            types[key] = dict(vars(self))
+        vars(self).update(types[key])
+
+    def tensor_once(self: Any, handle: Any, type: Any) -> None:
+        shape = type.shape if type.is_block() else None
+        if id(shape) not in shapes:
+            plain_tensor(self, handle, type)
+            shapes[id(shape)] = (shape, {name: vars(self)[name] for name in ("shape", "numel")})
+        vars(self).update(shapes[id(shape)][1], handle=handle, type=type, dtype=type.scalar)
+
+    def unwrap(value: Any) -> Any:
+        return value if type(value) in plain else plain_unwrap(value)
+
+    tl.block_type.__init__, tl.tensor.__init__, tl.core._unwrap_if_constexpr = type_once, tensor_once, unwrap
+
+
 def round_in_one_step(interpreter: Any) -> None:
     """Round by numpy what :func:`tpfuse.ops.kernels.packing.half_bits` rounds in ten interpreted operations: half of the time.
 
@@ -451,6 +486,7 @@ def _worker(
 
         poll_politely(interpreter)
         patch_once(interpreter)
+        make_types_once(interpreter)
         round_in_one_step(interpreter)
         fp8_in_one_step(interpreter)
         if program is not None:

@@ -117,12 +117,12 @@ def test_a_rank_that_changes_its_mind_about_a_graph_is_told():
 
 
 def changes_its_mind(rank, world_size):
-    fused = compiled(rank, world_size, (OPTIONS, OPTIONS), depth=5)
+    fused = compiled(rank, world_size, (OPTIONS, OPTIONS))
     if rank == 0:
-        return "fine" if fused[0] == [10] else str(fused)
+        return "fine" if fused[0] == [2] else str(fused)
     limits = ({}, {"TPFUSE_AGREEMENT_SECONDS": "1"})
     off = {**OPTIONS, "tpfuse.policy": "off"}
-    return compiled(rank, world_size, (off, off), environment_of_rank=limits, depth=5)[1]
+    return compiled(rank, world_size, (off, off), environment_of_rank=limits)[1]
 
 
 @pytest.mark.slow

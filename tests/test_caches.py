@@ -13,7 +13,7 @@ from ranks import RankPool, run_ranks
 
 pytestmark = pytest.mark.ranks
 
-FUSED = 4  # two layers
+FUSED = 2  # one layer
 
 
 def compile_once(
@@ -21,7 +21,7 @@ def compile_once(
     world_size: int,
     folders: list[str],
     options: dict[str, Any] | None = None,
-    n_layers: int = 2,
+    n_layers: int = 1,
     digest: str = "",
 ) -> dict[str, Any]:
     """Compile and run the decoder with this rank's cache folder; return counters, reports and the output."""
@@ -69,8 +69,7 @@ def was_hit(result: dict[str, Any]) -> bool:
     return bool(result["autograd_hit"] == 1 and result["autograd_miss"] == result["fx_miss"] == 0)
 
 
-# Precompiled headers pay off after dozens of kernels; here they would cost more than all kernels together.
-ENV = {"TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+ENV = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +142,7 @@ def test_a_changed_option_misses(root, pool, options, count):
 
 
 def test_a_changed_source_misses(root, pool):
-    for result in pool.run(compile_once, folders(root, "ab"), None, 2, "changed"):
+    for result in pool.run(compile_once, folders(root, "ab"), None, 1, "changed"):
         assert not was_hit(result)
         assert result["fx_miss"] == 1
         assert fused(result) == FUSED
@@ -171,7 +170,6 @@ def test_the_digest_reads_every_module_that_decides():
 
 
 def test_a_hit_whose_report_is_gone_compiles_again(root, pool):
-    pool.run(compile_once, folders(root, "ab"))
     for kept in root.rglob("tpfuse/*.json"):
         kept.unlink()
     for result in pool.run(compile_once, folders(root, "ab")):
@@ -185,8 +183,8 @@ def test_a_hit_whose_report_is_gone_compiles_again(root, pool):
 
 
 def test_graph_ids_stay_unique_when_reports_come_from_disk(root, pool):
-    ids = [pool.run(compile_once, folders(root, "ab"))[0]["reports"][0]["graph_id"] for _ in range(3)]
-    assert len(set(ids)) == 3
+    ids = [pool.run(compile_once, folders(root, "ab"))[0]["reports"][0]["graph_id"] for _ in range(2)]
+    assert len(set(ids)) == 2
 
 
 def identities(rank: int, world_size: int) -> dict[str, Any]:

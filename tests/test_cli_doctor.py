@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 
 import pytest
@@ -58,21 +59,27 @@ def test_a_check_that_breaks_is_a_finding():
     assert doctor._looked(broken) == [Check("broken", FAIL, "RuntimeError: driver gone")]
 
 
-@pytest.mark.ranks
-def test_ranks_under_torchrun_are_compared():
-    import subprocess
+def torchrun(*command):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--no-python"]
+    return subprocess.run([*launcher, sys.executable, *command], capture_output=True, text=True, check=False)
 
-    script = "import os, sys; os.environ['RANK'] == '1' and os.environ.update(TPFUSE_POLICY='all'); "
-    script += "sys.argv[1:] = ['doctor', '--json']; from tpfuse.cli import main; main()"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--no-python"]
-    equal = subprocess.run(
-        [*command, sys.executable, "-m", "tpfuse.cli", "doctor", "--json"], capture_output=True, text=True, check=False
-    )
+
+@pytest.mark.slow
+@pytest.mark.ranks
+def test_equal_ranks_under_torchrun_agree():
+    equal = torchrun("-m", "tpfuse.cli", "doctor", "--json")
     assert equal.returncode == 0, equal.stderr
     assert checks(equal)["process group"]["found"] == "2 ranks, gloo"
     assert checks(equal)["ranks agree"]["status"] == OK
-    differ = subprocess.run([*command, sys.executable, "-c", script], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.ranks
+def test_ranks_under_torchrun_are_compared():
+    script = "import os, sys; os.environ['RANK'] == '1' and os.environ.update(TPFUSE_POLICY='all'); "
+    script += "sys.argv[1:] = ['doctor', '--json']; from tpfuse.cli import main; main()"
+    differ = torchrun("-c", script)
     assert differ.returncode != 0
+    assert checks(differ)["process group"]["found"] == "2 ranks, gloo"
     found = checks(differ)["TPFUSE_POLICY differs"]
     assert found["found"] == "unset on rank 0; all on rank 1"
 

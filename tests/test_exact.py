@@ -12,7 +12,7 @@ SHAPES = [(0, H), (1, H), (2, H), (17, H), (0, 3, H), (1, 1, H), (2, 1, H), (1, 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def case(rank, flavour_name, dtype, weight_dtype, variant):
+def case(rank, every, flavour_name, dtype, weight_dtype, variant):
     """Shapes of one flavour and dtype on one rank; returns the number of fused sites and hashes of the outputs."""
     import graphs
     from tpfuse.ops.flavour import NAMED
@@ -37,7 +37,7 @@ def case(rank, flavour_name, dtype, weight_dtype, variant):
 
     out = []
     # What is made of rows and dimensions does not depend on flavour and dtype.
-    for shape in SHAPES if (flavour_name, variant) == ("llama", "add") else SHAPES[3::2]:
+    for shape in SHAPES if (flavour_name, variant) == ("llama", "add") else SHAPES[3::2] if every else SHAPES[-1:]:
         shared, mine = torch.Generator().manual_seed(1), torch.Generator().manual_seed(100 + rank)
         x = (torch.randn(shape, generator=mine) * 2).to(dtype)
         r = (torch.randn(shape, generator=shared) * 2).to(dtype)
@@ -90,8 +90,8 @@ def compiled(rank, world_size, flavour_name, dtype):
     return len(report.fused)
 
 
-def run_cases(rank, world_size, cases):
-    return [case(rank, *c) for c in cases]
+def run_cases(rank, world_size, every, cases):
+    return [case(rank, every, *c) for c in cases]
 
 
 def cases() -> list[tuple[str, torch.dtype, torch.dtype, str]]:
@@ -104,10 +104,12 @@ def cases() -> list[tuple[str, torch.dtype, torch.dtype, str]]:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("world_size", [pytest.param(2, marks=pytest.mark.slow), 3])
-def test_fused_equals_unfused_bit_for_bit(world_size):
+@pytest.mark.parametrize(
+    ("world_size", "every"), [(3, False), *(pytest.param(size, True, marks=pytest.mark.slow) for size in (2, 3))]
+)
+def test_fused_equals_unfused_bit_for_bit(world_size, every):
     with RankPool(world_size) as pool:
-        results = pool.run(run_cases, cases())
+        results = pool.run(run_cases, every, cases())
         for name in ("llama", "gemma", "olmo2"):
             assert pool.run(compiled, name, torch.bfloat16) == [1] * world_size
     for i, name in enumerate(cases()):

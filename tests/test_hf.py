@@ -89,7 +89,7 @@ def generated(rank, world_size, folder, config, name):
     ("name", "config", "found"),
     [
         ("llama", ParallelConfig(2), (5, 5)),  # the embedding is cut as well
-        ("deepseek_v3", ParallelConfig(2), (5, 5)),
+        pytest.param("deepseek_v3", ParallelConfig(2), (5, 5), marks=pytest.mark.slow),
         ("deepseek_v3", ParallelConfig(2, 2, 1, 1), (1, 1)),  # blocks meet in the one MoE layer
     ],
     ids=str,

@@ -31,6 +31,13 @@ def pool():
         yield pool
 
 
+@pytest.fixture(scope="module")
+def alone():
+    """One rank, whose sums are its own."""
+    with RankPool(2, alone=True) as pool:
+        yield pool
+
+
 def dtensors(model):
     from torch.distributed.tensor import DTensor
 
@@ -223,9 +230,9 @@ def reported(rank, world_size, folder):
     return notes
 
 
-def test_the_report_says_what_wrappers_cost(pool, tmp_path):
+def test_the_report_says_what_wrappers_cost(alone, tmp_path):
     save("llama", str(tmp_path), **LAYERS)
-    for (wrapped, fused, text), (plain, fused_plain, _) in pool.run(reported, str(tmp_path)):
+    for (wrapped, fused, text), (plain, fused_plain, _) in alone.run(reported, str(tmp_path)):
         (note,) = wrapped
         assert note.startswith("16 inputs are DTensors, which are unwrapped on every call")
         assert "tpfuse.hf.compile(model)" in note

@@ -14,7 +14,7 @@ from ranks import RankPool
 pytestmark = pytest.mark.ranks
 
 FUSED = 4  # two layers, two reductions each
-ENV = {"TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+ENV = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -99,8 +99,23 @@ def check(results: list[dict[str, Any]], fused: int = FUSED, found: int = FUSED,
         assert all(torch.equal(a, b) for a, b in zip(results[0]["outputs"], other["outputs"], strict=True))
 
 
-@pytest.mark.parametrize("inner", ["aot_eager", "eager"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("inner", "dtype"),
+    [
+        ("aot_eager", torch.bfloat16),
+        ("eager", torch.float16),
+        *(
+            pytest.param(inner, dtype, marks=pytest.mark.slow)
+            for inner, dtype in (
+                ("eager", torch.bfloat16),
+                ("aot_eager", torch.float16),
+                ("aot_eager", torch.float32),
+                ("eager", torch.float32),
+            )
+        ),
+    ],
+    ids=str,
+)
 def test_eager_inner_compilers_give_the_bits_of_eager(pool, inner, dtype):
     results = pool.run(run_keywords, {"options": {"tpfuse.inner": inner}, "dtype": dtype})
     check(results)
@@ -110,18 +125,30 @@ def test_eager_inner_compilers_give_the_bits_of_eager(pool, inner, dtype):
 INDUCTOR = {
     "default": {},
     "freezing": {"freezing": True},
-    "memory planning": {"memory_planning": True},
     "cpp wrapper": {"cpp_wrapper": True},
-    "no pattern matcher": {"pattern_matcher": False},
 }
+OTHERS = {"memory planning": {"memory_planning": True}, "no pattern matcher": {"pattern_matcher": False}}
 
 
-@pytest.mark.parametrize("settings", INDUCTOR.values(), ids=INDUCTOR)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *(pytest.param(settings, id=name) for name, settings in INDUCTOR.items()),
+        *(pytest.param(settings, id=name, marks=pytest.mark.slow) for name, settings in OTHERS.items()),
+    ],
+)
 def test_inductor_settings(pool, alone, settings):
     check((alone if settings else pool).run(run_keywords, {"options": settings}))
 
 
-@pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune"])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        "default",
+        "reduce-overhead",
+        *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("max-autotune-no-cudagraphs", "max-autotune")),
+    ],
+)
 def test_inductor_modes(alone, mode):
     # torch.compile takes either mode= or options=, so the inner compiler is the default one.
     check(alone.run(run_keywords, {"options": None, "mode": mode}))
@@ -147,11 +174,11 @@ def refused(rank: int, world_size: int, mode: str) -> str:
 @pytest.mark.parametrize(
     ("inner", "how"),
     [
-        pytest.param("inductor", {"marked": True}, id="marked-inductor"),
         pytest.param("aot_eager", {"dynamic": True}, id="dynamic-aot_eager"),
         *(
             pytest.param(inner, how, id=f"{name}-{inner}", marks=pytest.mark.slow)
             for inner, name, how in (
+                ("inductor", "marked", {"marked": True}),
                 ("inductor", "dynamic", {"dynamic": True}),
                 ("aot_eager", "marked", {"marked": True}),
                 ("inductor", "full", {"dynamic": True, "fullgraph": True}),
@@ -269,7 +296,9 @@ def generated(rank: int, world_size: int, options: dict[str, Any]) -> str:
     return "\n".join(codes)
 
 
-@pytest.mark.parametrize("options", [{}, {"memory_planning": True}], ids=["default", "memory planning"])
+@pytest.mark.parametrize(
+    "options", [{}, pytest.param({"memory_planning": True}, marks=pytest.mark.slow)], ids=["default", "memory planning"]
+)
 def test_the_partial_sum_is_not_copied(alone, options):
     """The op reads the buffer that the matrix multiplication wrote; no kernel stands between the two."""
     code = alone.run(generated, options)[0]
@@ -325,7 +354,7 @@ def broken_inside(rank: int, world_size: int, options: dict[str, Any]) -> dict[s
 
 
 @pytest.mark.parametrize("inner", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("policy", ["strict", "all"])
+@pytest.mark.parametrize("policy", [pytest.param("strict", marks=pytest.mark.slow), "all"])
 def test_a_graph_break_inside_a_layer_costs_only_what_it_cuts(alone, inner, policy):
     for result in alone.run(broken_inside, {"tpfuse.inner": inner, "tpfuse.policy": policy}):
         attention = [s for s in result["sites"] if s[0] == "attention"]

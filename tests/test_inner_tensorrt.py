@@ -33,6 +33,13 @@ def pool():
         yield pool
 
 
+@pytest.fixture(scope="module")
+def alone():
+    """One rank, whose sums are its own."""
+    with RankPool(2, alone=True) as pool:
+        yield pool
+
+
 # -- without the package --------------------------------------------------------------------------------------------
 
 
@@ -225,8 +232,8 @@ def refused(rank: int, world_size: int, options: dict[str, Any]) -> str:
     return "nothing was raised"
 
 
-def test_an_unknown_setting_is_an_error(pool):
-    message = pool.run(refused, {"min_blok_size": 3})[0]
+def test_an_unknown_setting_is_an_error(alone):
+    message = alone.run(refused, {"min_blok_size": 3})[0]
     assert "'min_blok_size'" in message
     assert "min_block_size" in message
 
@@ -248,8 +255,8 @@ def run_dynamic(rank: int, world_size: int) -> list[Any]:
     return [equal, [(len(r.fused), r.notes[-1]) for r in tpfuse.reports()]]
 
 
-def test_dynamic_shapes_run_in_torch_and_say_so(pool):
-    equal, reports = pool.run(run_dynamic)[0]
+def test_dynamic_shapes_run_in_torch_and_say_so(alone):
+    equal, reports = alone.run(run_dynamic)[0]
     assert equal == [True, True]
     ((fused, note),) = reports
     assert fused == 2

@@ -141,9 +141,10 @@ def test_no_variant_of_the_table_spills(world: int, algorithm: str, arch: int, t
 
 @pytest.mark.parametrize("arch", NVIDIA)
 @pytest.mark.parametrize("algorithm", sorted(KERNELS))
-def test_no_other_row_spills(algorithm: str, arch: int, tmp_path: Path) -> None:
-    """Flavours, dtypes and widths, at the number of ranks that needs the most registers."""
-    for c in (
+@pytest.mark.parametrize("first", (0, pytest.param(1, marks=pytest.mark.slow)))
+def test_no_other_row_spills(first: int, algorithm: str, arch: int, tmp_path: Path) -> None:
+    """Flavours, dtypes and widths, at the number of ranks that needs the most registers; narrow and wide programs in turn."""
+    rows = (
         _constants(flavour=GEMMA),
         _constants(flavour=OLMO2),
         _constants(dtype=torch.float16),
@@ -152,9 +153,9 @@ def test_no_other_row_spills(algorithm: str, arch: int, tmp_path: Path) -> None:
         _constants(hidden=2880),
         _constants(flavour=OLMO2, post_norm=True),
         _constants(scale=True),
-    ):
-        for lanes in (128, 512):
-            _check(algorithm, c, 8, Part(lanes, 1), arch, tmp_path)
+    )
+    for n, c in enumerate(rows, first):
+        _check(algorithm, c, 8, Part((128, 512)[n % 2], 1), arch, tmp_path)
 
 
 @pytest.mark.parametrize("arch", NVIDIA)

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.ranks
 
 FUSED = 2  # one layer
 H = 64
-ENV = {"TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+ENV = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -178,10 +178,10 @@ def test_in_fp32_the_bits_are_those_of_inductor_alone_and_the_residual_sum_is_th
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
-def test_in_low_precision_the_op_stays_and_has_the_models_bits(pool, dtype):
+def test_in_low_precision_the_op_stays_and_has_the_models_bits(alone, dtype):
     """Inductor alone keeps these steps in fp32, which changes a quarter of the elements."""
     names = ["llama", "gemma", "vllm"]
-    results = pool.run(norms, dtype, names, {"ours": OURS, "relaxed": ("tpfuse", {"tpfuse.numerics": "relaxed"})})
+    results = alone.run(norms, dtype, names, {"ours": OURS, "relaxed": ("tpfuse", {"tpfuse.numerics": "relaxed"})})
     for found in results:
         assert found["ours sites"] == [(True, False)] * len(names) * 2
         assert found["relaxed sites"] == [(True, True)] * len(names) * 2
@@ -190,7 +190,6 @@ def test_in_low_precision_the_op_stays_and_has_the_models_bits(pool, dtype):
         assert any(a.numel() and not torch.equal(a, b) for a, b in normed), (
             "Inductor rounds by itself now: the op can go"
         )
-    assert all(torch.equal(a, b) for a, b in zip(*(r["ours"][0] for r in results), strict=True))
 
 
 # -- the mode that sums in another way ----------------------------------------------------------------------------------
@@ -239,8 +238,8 @@ def modes(rank: int, world_size: int) -> dict[str, Any]:
     return found
 
 
-def test_in_batch_invariant_mode_the_op_stays_and_switching_it_on_later_is_an_error(pool):
-    for found in pool.run(modes):
+def test_in_batch_invariant_mode_the_op_stays_and_switching_it_on_later_is_an_error(alone):
+    for found in alone.run(modes):
         assert found["lowered"] == [True, True]
         assert "have made calls with it off" in found["by call"]
         assert "switched on after this graph was compiled" in found["by variable"]

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ def matrix(monkeypatch, tmp_path):
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "environment", lambda torch, folder, cpu_wheels: folder / f"torch-{torch}")
     monkeypatch.setattr(module, "overlay", lambda python, transformers, folder: "")
+    module.real_counts = module.counts
     monkeypatch.setattr(module, "counts", golden)
     monkeypatch.setattr(
         module, "suite", lambda python, path, ends: ("7 passed, 1 skipped, 2 deselected in 1.0s", False)
@@ -50,6 +52,27 @@ def test_both_ends_are_run(matrix, capsys):
     assert [row.split(" | ")[0] for row in rows] == [f"| {OLDEST}", f"| {NEWEST}"]
     assert all(row.endswith("| 7 passed, 1 skipped |") for row in rows)
     assert said.err == ""
+
+
+def test_processes_share_the_models_and_their_counts_are_in_order(matrix, monkeypatch):
+    known = list(golden(Path(OLDEST), "", []))
+
+    def run(python: Path, path: str, script: str, option: str, share: str, *models: str) -> Any:
+        assert (script, option) == ("tests/matrix/golden.py", "--share")
+        first, step = map(int, share.split("/"))
+        mine = {name: [len(name), first] for name in (list(models) or known)[first::step]}
+        line = json.dumps({"torch": "2", "counts": mine})
+        return SimpleNamespace(stdout=f"noise\n{line}\n" if failing != first else "", stderr="no such model")
+
+    failing = None
+    monkeypatch.setattr(matrix, "run", run)
+    monkeypatch.setattr(matrix.os, "cpu_count", lambda: 3)
+    found = matrix.real_counts(Path("python"), "", [])
+    assert list(found.items()) == [(name, [len(name), n % 3]) for n, name in enumerate(known)]
+    assert list(matrix.real_counts(Path("python"), "", ["one"])) == ["one"]
+    failing = 2
+    with pytest.raises(matrix.Broken, match="no such model"):
+        matrix.real_counts(Path("python"), "", [])
 
 
 def refuse(*versions: str) -> Any:

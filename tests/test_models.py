@@ -1,8 +1,8 @@
 """Sixteen transformers architectures on two gloo ranks under transformers' own tensor parallelism.
 
-A golden table of what is found, fused and refused, and outputs equal to those in eager mode. Decode is compiled for each:
-with prefill and on two ranks for a dense and a MoE model, for the others on one rank of a fake group, whose sums are its own;
-for all on two ranks where slow tests run.
+A golden table of what is found, fused and refused, and outputs equal to those in eager mode. Decode is compiled for one of each
+kind of layer: with prefill and on two ranks for a dense model, for the others on one rank of a fake group, whose sums are its
+own. For all of them, and with prefill on two ranks, where slow tests run.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ PAGE_NAMES = {
     "hy4": "hy_v4",
     "qwen4_exp": "qwen4_exp_text",
 }
-KINDS = ("llama", "glm4_moe")  # everything fuses, sums of reductions
+KIND = "llama"  # everything fuses
+# Their layers are those of llama, glm4_moe or gemma2, as far as sums and norms go.
+ALIKE = ("mistral", "qwen2", "qwen3", "phi3", "qwen3_moe", "mixtral", "gemma3_text")
 
 
 def forward(rank, world_size, folder, dtype_name, inner, prefill_too):
@@ -85,7 +87,10 @@ def alone():
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("name", [name for name in models.MODELS if name not in KINDS])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow) if name in ALIKE else name for name in models.MODELS if name != KIND],
+)
 def test_golden_counts_and_equal_outputs_on_one_rank(name, alone, tmp_path):
     golden(name, False, alone, tmp_path)
 
@@ -93,8 +98,7 @@ def test_golden_counts_and_equal_outputs_on_one_rank(name, alone, tmp_path):
 @pytest.mark.ranks
 @pytest.mark.parametrize(
     ("name", "prefill_too"),
-    [(name, True) for name in KINDS]
-    + [pytest.param(name, True, marks=pytest.mark.slow) for name in models.MODELS if name not in KINDS],
+    [(KIND, True), *(pytest.param(name, True, marks=pytest.mark.slow) for name in models.MODELS if name != KIND)],
 )
 def test_golden_counts_and_equal_outputs(name, prefill_too, pool, tmp_path):
     golden(name, prefill_too, pool, tmp_path)

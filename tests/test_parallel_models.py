@@ -285,8 +285,8 @@ def compiled_outcome(rank, world_size, name, sizes, sequences, depth=2):
 @pytest.mark.parametrize(
     ("name", "depth"),
     [
-        ("deepseek_v3", 2),
-        pytest.param("llama", 2, marks=pytest.mark.slow),
+        ("llama", 2),
+        pytest.param("deepseek_v3", 2, marks=pytest.mark.slow),
         *(pytest.param(name, 4, marks=pytest.mark.slow) for name in MODELS),
     ],
 )
@@ -328,10 +328,11 @@ def test_an_mlp_over_all_ranks_gives_each_replica_its_rows(pool, name, depth):
     ("sizes", "depth"),
     [
         ((4, 2, 1, 1), 2),
-        *(pytest.param(sizes, 4, marks=pytest.mark.slow) for sizes in ((4, 1, 1, None), (4, 2, 1, 1), (4, 4, 1, 1))),
+        *((sizes, 4) for sizes in ((4, 1, 1, None), (4, 2, 1, 1), (4, 4, 1, 1))),
     ],
     ids=str,
 )
+@pytest.mark.slow
 def test_other_layouts_compile_to_one_graph_and_show_what_the_plan_says(pool, sizes, depth):
     blocks = sizes[1]
     for rank, (difference, reports, planned) in enumerate(
@@ -346,7 +347,8 @@ def test_other_layouts_compile_to_one_graph_and_show_what_the_plan_says(pool, si
             assert all(site.fused for site in report.sites)
 
 
-@pytest.mark.parametrize("sequences", [(0, 2), pytest.param((2, 0), marks=pytest.mark.slow)], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("sequences", [(0, 2), (2, 0)], ids=str)
 def test_a_replica_without_rows_compiles_too(pool, sequences):
     for difference, _, _ in pool.run(compiled_outcome, "deepseek_v3", (4, 2, 1, 2), sequences):
         assert difference < 1e-5

@@ -1,7 +1,7 @@
 """Patterns of transformers architectures beyond those of test_models.py: counts, refusals, rules and bits.
 
-One forward pass of three layers under transformers' own tensor parallelism, fused and in eager mode. On two gloo ranks for one
-model of each pattern, where slow tests run for all; the others on one rank of a fake group, whose sums are its own.
+One forward pass of three layers under transformers' own tensor parallelism, fused and in eager mode. On two gloo ranks, for all
+models, where slow tests run; else for one of them, on one rank of a fake group, whose sums are its own.
 """
 
 from __future__ import annotations
@@ -46,11 +46,26 @@ def pool():
         yield pool
 
 
+@pytest.fixture(scope="module")
+def alone():
+    with RankPool(WORLD, alone=True) as alone:
+        yield alone
+
+
 @pytest.mark.ranks
-@pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in models.PATTERNS]
-)
+@pytest.mark.parametrize("name", QUICK)
+def test_golden_counts_and_equal_outputs_on_one_rank(name, alone, tmp_path):
+    golden(name, alone, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.ranks
+@pytest.mark.parametrize("name", models.PATTERNS)
 def test_golden_counts_and_equal_outputs(name, pool, tmp_path):
+    golden(name, pool, tmp_path)
+
+
+def golden(name, pool, tmp_path):
     if not models.known(name):
         pytest.skip(f"this transformers has no {name}")
     models.save(name, str(tmp_path), torch.bfloat16)

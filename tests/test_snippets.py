@@ -117,13 +117,16 @@ def test_every_block_is_python_or_known_text():
     assert len(PYTHON) > 40 and len(SNIPPETS) > len(PYTHON)
 
 
-# -- on two ranks -------------------------------------------------------------------------------------------------------
+# -- on a rank of two -------------------------------------------------------------------------------------------------------
+
+
+ENV = {"TPFUSE_INNER": "aot_eager", "COLUMNS": "120"}
 
 
 @pytest.fixture(scope="module")
 def pool():
-    # AOTAutograd alone compiles in a second what takes Inductor half a minute here.
-    with RankPool(2, env={"TPFUSE_INNER": "aot_eager", "COLUMNS": "120"}) as pool:
+    # AOTAutograd alone compiles in a second what takes Inductor half a minute here. One rank runs: its sums are its own.
+    with RankPool(2, env=ENV, alone=True) as pool:
         yield pool
 
 
@@ -175,8 +178,9 @@ SIZES = "tp_size=4, attn_dp_size=2, moe_dense_tp_size=2"  # four ranks; two are 
 
 
 @pytest.mark.ranks
-def test_readme(pool, folder):
-    on_ranks(pool, folder, one("README.md", "tpfuse"))
+def test_readme(folder):
+    with RankPool(2, env=ENV) as pool:
+        on_ranks(pool, folder, one("README.md", "tpfuse"))
 
 
 @pytest.mark.ranks

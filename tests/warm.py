@@ -26,8 +26,6 @@ from unittest.mock import patch
 SERVER = {
     "OMP_NUM_THREADS": "1",
     "TORCHINDUCTOR_COMPILE_THREADS": "1",
-    # Precompiled headers pay off after dozens of kernels; here they would cost more than all kernels together.
-    "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0",
     "TORCHINDUCTOR_VEC_ISA_OK": "0",  # see conftest.py
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",

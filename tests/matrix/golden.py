@@ -1,12 +1,15 @@
 """Print what the pass finds and fuses in each tiny transformers model, as JSON, for the torch and transformers at hand.
 
-    python tests/matrix/golden.py [MODEL ...]
+    python tests/matrix/golden.py [--share I/N] [MODEL ...]
+
+With a share, it counts every N-th model from number I on, so that N processes count them all.
 
 Counts are (all-reduces found, fused with policy all), traced for rank 0 of 2 on a fake process group; no rank is started.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
@@ -46,9 +49,14 @@ def main() -> None:
     import transformers
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--share", default="0/1")
+    parser.add_argument("models", nargs="*")
+    given = parser.parse_args()
+    first, step = map(int, given.share.split("/"))
     transformers.logging.set_verbosity_error()
     torch.distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
-    counts = {name: count(name) for name in (sys.argv[1:] or models.MODELS)}
+    counts = {name: count(name) for name in (given.models or list(models.MODELS))[first::step]}
     print(json.dumps({"torch": torch.__version__, "transformers": transformers.__version__, "counts": counts}))
 
 

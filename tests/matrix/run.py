@@ -25,6 +25,7 @@ import sys
 import time
 import venv
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -142,16 +143,30 @@ def overlay(python: Path, transformers: str, folder: Path) -> str:
 
 
 def run(python: Path, path: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    env = {
+        **os.environ,
+        "PYTHONPATH": path,
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONDONTWRITEBYTECODE": "",
+    }
     return subprocess.run([str(python), *arguments], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
 
 
 def counts(python: Path, path: str, models: list[str]) -> dict[str, list[int] | str]:
-    done = run(python, path, "tests/matrix/golden.py", *models)
-    lines = [line for line in done.stdout.splitlines() if line.startswith('{"torch"')]
-    if not lines:
-        raise Broken(f"tests/matrix/golden.py gave no counts:\n{done.stderr[-2000:]}")
-    return json.loads(lines[-1])["counts"]
+    """The counts of every model, traced by as many processes as there are cores, in the order of the models."""
+    shares = min(os.cpu_count() or 1, 4)
+
+    def share(number: int) -> list[tuple[str, list[int] | str]]:
+        done = run(python, path, "tests/matrix/golden.py", "--share", f"{number}/{shares}", *models)
+        lines = [line for line in done.stdout.splitlines() if line.startswith('{"torch"')]
+        if not lines:
+            raise Broken(f"tests/matrix/golden.py gave no counts:\n{done.stderr[-2000:]}")
+        return list(json.loads(lines[-1])["counts"].items())
+
+    with ThreadPoolExecutor(shares) as pool:
+        found = list(pool.map(share, range(shares)))
+    return dict(pair for pairs in itertools.zip_longest(*found) for pair in pairs if pair is not None)
 
 
 def suite(python: Path, path: str, ends: bool) -> tuple[str, bool]:
