@@ -124,7 +124,10 @@ def golden(name, prefill_too, pool, tmp_path):
 @pytest.mark.ranks
 @pytest.mark.parametrize(
     ("name", "prefill_too"),
-    [pytest.param(*case, marks=pytest.mark.slow) for case in (("llama", False), ("llama", True), ("gemma2", True))],
+    [
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in (("llama", False), ("llama", True), ("gemma2", True), ("starcoder2", True))
+    ],
 )
 def test_the_same_under_inductor(name, prefill_too, pool, tmp_path):
     models.save(name, str(tmp_path), torch.float32)
