@@ -8,12 +8,10 @@ DTensor puts behind a gather along another dimension (split, cat) reads the gath
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch.fx import Node
-
-from tpfuse import compat
 
 from . import collectives, values
 
@@ -57,18 +55,13 @@ def find(candidate: Candidate, order: dict[Node, int]) -> tuple[Gather | None, s
             return None, stays + f"it is over {list(ranks)}, the sum over {list(c.ranks)}"
         if group_size != len(ranks) or any(user.target is not collectives.WAIT for user in node.users):
             return None, stays + "it is not read through a wait, or its size is not that of its group"
-    if block.blocks != len(c.ranks):
-        return None, stays + f"{len(block.receivers)} ranks keep the same rows"
-    own, whole = (_rows(values.value(n)) for n in (candidate.norm.out, c.x))
-    if own is None or whole is None or not compat.statically_true(own * block.blocks == whole):
-        return None, stays + f"the norm has {own} rows, which may be fewer than one of {block.blocks} blocks of {whole}"
+    if block.nodes:
+        # On this rank the slice may be a whole block and on another less, whose gather then reads rows that fill it up: the
+        # ranks would decide differently, and wait for each other.
+        return None, stays + "each rank slices its rows out of an all-reduce, and another one may keep fewer"
     other = next((reader for reader in normed.readers if reader not in found), None)
     if other is not None:
         return None, stays + f"{other.name} ({other.target}) reads the own rows of the norm as well"
     names = [name for node in found for name in normed.path(node.args[0])]  # type: ignore[arg-type]
     results = [wait for node in found for wait in node.users]
     return Gather(tuple(found), tuple(results), tuple(dict.fromkeys([*names, *found, *results]))), ""
-
-
-def _rows(tensor: torch.Tensor | None) -> Any:
-    return None if tensor is None else tensor.shape[:-1].numel()
