@@ -213,7 +213,8 @@ def main() -> int:
         return 0
     if given.dry_run:
         given.layers, given.batches, given.tokens, given.prompt, given.repeats, given.rounds = 2, "1,2", 3, 16, 1, 1
-        given.contenders = "none,tpfuse"  # vLLM's own fusion needs a GPU
+        if given.contenders == ",".join(USUAL):
+            given.contenders = "none,tpfuse"  # vLLM's own fusion needs a GPU
         print("dry run on a tiny model: the figures say nothing")
     batches = [int(b) for b in given.batches.split(",")]
     names = given.contenders.split(",")
