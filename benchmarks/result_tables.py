@@ -123,6 +123,15 @@ def quant_tables(lines: Sequence[dict[str, Any]]) -> Iterator[str]:
         yield row((*where, *times, f"{one['us']['one kernel'] / one['us']['inductor']:.2f}"))
 
 
+def layer_norm_tables(lines: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Calls with a LayerNorm, microseconds."""
+    yield from head(("H", "rows", "tpfuse", "NCCL, then Inductor", "tpfuse with an RMSNorm", "tpfuse / NCCL"))
+    for one in lines:
+        us = one["us"]
+        times = (f"{us[name]:.2f}" for name in ("tpfuse", "nccl", "rms_norm"))
+        yield row((one["hidden"], one["rows"], *times, f"{us['tpfuse'] / us['nccl']:.2f}"))
+
+
 def token_tables(plan: dict[str, Any], lines: Sequence[dict[str, Any]]) -> Iterator[str]:
     """Tokens of Hugging Face's ``generate``, milliseconds; the ratio is that of ``tpfuse.hf.compile`` to the contender."""
     columns = ("ms a token", "lowest to highest", "GPU busy", "prefill ms", "fused", "tpfuse.hf.compile / it")
@@ -147,6 +156,8 @@ def tables_of(path: Path, contenders: Sequence[str] = ()) -> str:
         return "\n".join(stage_tables(stored["stages"]))
     if "rows" in stored and "quantizer" in stored["rows"][0]:
         return "\n".join(quant_tables(stored["rows"]))
+    if "rows" in stored and "us" in stored["rows"][0]:
+        return "\n".join(layer_norm_tables(stored["rows"]))
     if "rows" in stored:
         return "\n".join(row_tables(stored["rows"]))
     measured = [links.Links(**one) for one in stored.get("links", ())]

@@ -15,14 +15,17 @@ from torch import Tensor
 
 from tpfuse import compat
 
-from . import gather_schedule, paths
+from . import gather_schedule, paths, rows_schedule
 from .arguments import Operands, refuse_gradients, same_sizes
 from .flavour import LLAMA, Flavour
 from .gather_schedule import of_prepared
 from .op import empty_results
 from .op import library as registry
+from .plane import Plane
+from .prepare import Prepared
 from .rows_call import Rows, on_a_cpu
 from .rows_cuda import by_library, by_reference, launch, prepared_of
+from .schedule import Schedule
 
 NAME = "reduce_rows_add_rms_norm_gather"
 SCHEMA = (
@@ -81,7 +84,7 @@ def _cuda(*args: Any) -> tuple[Tensor, Tensor]:
             return _cuda(*args)
     asked = _asked(*args)
     block, kept = asked.counts()
-    prepared, given = prepared_of(asked, asked.like(kept), partial(gather_schedule.load, blocks=asked.blocks))
+    prepared, given = prepared_of(asked, asked.like(kept), partial(_load, asked.blocks))
     c, p, dtype = prepared.constants, prepared.path.plane, prepared.normed_dtype
     if c is None:
         normed, residual_out = by_reference(asked, given, block, kept)
@@ -95,9 +98,25 @@ def _cuda(*args: Any) -> tuple[Tensor, Tensor]:
         if launch(prepared, p, x, given, outputs, block, kept, partial(of_prepared, asked.blocks), gathers=True):
             return normed, residual_out
     own = x.new_empty((block, c.hidden), dtype=dtype)
-    by_library(asked, prepared, given, (own[:kept], residual_out), block, kept)
+    outputs = own[:kept], residual_out
+    # Blocks that are too large for a kernel that gathers may still be small enough for one that does the rest.
+    if p is None or not launch(
+        *(prepared, p, x, given, outputs, block, kept, partial(_without_gather, asked.blocks)),
+        schedules=prepared.without_gather,
+    ):
+        by_library(asked, prepared, given, outputs, block, kept)
     own[kept:].zero_()
     return _gathered(asked, own, block), residual_out
+
+
+def _without_gather(blocks: int, prepared: Prepared, p: Plane, dtype: torch.dtype, rows: int) -> Schedule:
+    assert prepared.constants is not None
+    return rows_schedule.schedule_of(p, prepared.path.settings, prepared.constants, dtype, rows, blocks)
+
+
+def _load(blocks: int, prepared: Prepared, p: Plane, dtype: torch.dtype) -> None:
+    gather_schedule.load(prepared, p, dtype, blocks)
+    rows_schedule.load(prepared, p, dtype, blocks)
 
 
 registry.impl(NAME, _cpu, "CPU")

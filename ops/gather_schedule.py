@@ -18,7 +18,7 @@ from .schedule import Schedule, dependent_launch_of, kernel_of, launches_of, roo
 from .select import UNBOUNDED, Selection
 from .settings import Settings
 
-# Bytes of a block above which the library is taken. Not measured: half of where NCCL's reduce-scatter alone is as fast, for twice
+# Bytes of a block above which the library gathers. Not measured: half of where NCCL's reduce-scatter alone is as fast, for twice
 # as many bytes go over the links.
 GATHERED_BYTES = 6 << 20
 

@@ -40,6 +40,7 @@ class Prepared:
     limit: int  # of the watchdog, nanoseconds
     held: paths.Held = None
     schedules: dict[int, Schedule] = field(default_factory=dict)
+    without_gather: dict[int, Schedule] = field(default_factory=dict)  # of blocks too large for a kernel that gathers
 
 
 PREPARED: dict[tuple[Any, ...], Prepared] = {}

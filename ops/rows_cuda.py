@@ -69,6 +69,7 @@ def launch(
     kept: int,
     schedule_of: Callable[[Prepared, Plane, torch.dtype, int], Schedule],
     gathers: bool = False,
+    schedules: dict[int, Schedule] | None = None,
 ) -> bool:
     """Start the kernels of a call; False where it takes the library path.
 
@@ -76,14 +77,16 @@ def launch(
         outputs: normed, ``(rows, H)``, and residual_out.
         schedule_of: what calls with so many rows of a block do.
         gathers: ``outputs[0]`` has the rows of all blocks.
+        schedules: what was found so far; None is ``prepared.schedules``.
     """
     c = prepared.constants
     assert c is not None
     if p.seen[0]:
         p.raise_if_failed()
-    schedule = prepared.schedules.get(block)
+    schedules = prepared.schedules if schedules is None else schedules
+    schedule = schedules.get(block)
     if schedule is None:
-        schedule = prepared.schedules.setdefault(block, schedule_of(prepared, p, x.dtype, block))
+        schedule = schedules.setdefault(block, schedule_of(prepared, p, x.dtype, block))
     if not schedule.launches:
         return False
     stream = compat.current_stream_handle(x.device.index)

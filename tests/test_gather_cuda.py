@@ -34,6 +34,7 @@ def _wrong(way: str, kept: tuple[int, int]) -> list[str]:
     from tpfuse.ops.kernel import launch_plain
     from tpfuse.ops.kernels import add_norm
     from tpfuse.ops.kernels.gathered_rows import gathered_rows_kernel
+    from tpfuse.ops.kernels.received_rows import received_rows_kernel
     from tpfuse.ops.kernels.state import STATE_WORDS
     from tpfuse.ops.kernels.variant import Variant, constants
     from tpfuse.ops.prepare import Prepared
@@ -71,7 +72,8 @@ def _wrong(way: str, kept: tuple[int, int]) -> list[str]:
         count = part.stop - part.start
         scatter, gather = plane[phase, : 4 * count * words].view(2, count, 2, words)
         scatter[:, 1] = torch.where(sums[:rows][part] == 0, 0x8000, sums[:rows][part])
-        gather[:, 1] = torch.where(norms[rows:][part] == 0, -1, norms[rows:][part])
+        if way == "kernel":
+            gather[:, 1] = torch.where(norms[rows:][part] == 0, -1, norms[rows:][part])
     keep = torch.zeros_like(plane)  # rank 1's plane
     peers[1] = keep.data_ptr()
     p = SimpleNamespace(
@@ -79,9 +81,12 @@ def _wrong(way: str, kept: tuple[int, int]) -> list[str]:
         rank=0, phase_bytes=plane.numel() * 2,
     )  # fmt: skip
 
+    def launches(function: Any, gathers: bool) -> Schedule:
+        kernel = Interpreted(function, (c, Variant(world, 128, 1, 1, ptx=False, blocks=2, gathers=gathers)))
+        return Schedule(Selection("", 2), (Launch(kernel, 2, 0, 2), Launch(kernel, 1, 2, 1)))  # type: ignore[arg-type]
+
     def schedule_of(*_: Any) -> Schedule:
-        kernel = Interpreted(gathered_rows_kernel, (c, Variant(world, 128, 1, 1, ptx=False, blocks=2, gathers=True)))
-        return Schedule(Selection("gathered_rows", 2), (Launch(kernel, 2, 0, 2), Launch(kernel, 1, 2, 1)))  # type: ignore[arg-type]
+        return launches(gathered_rows_kernel, True) if way == "kernel" else Schedule(Selection("library", rows), ())
 
     fake = SimpleNamespace(current_device=lambda: None, current_stream_handle=lambda index: 0)
     gather_rows.compat = rows_cuda.compat = library.compat = fake  # type: ignore[assignment]
@@ -94,6 +99,7 @@ def _wrong(way: str, kept: tuple[int, int]) -> list[str]:
     gather_rows._asked = lambda *_: asked  # type: ignore[assignment]
     gather_rows.prepared_of = lambda *_: (prepared, given)  # type: ignore[assignment]
     gather_rows.of_prepared = schedule_of  # type: ignore[assignment]
+    gather_rows._without_gather = lambda *_: launches(received_rows_kernel, False)
     total = (everything.xs[0].float() + everything.xs[1].float()).to(call.dtype) + 0.0
     Rows.summed = lambda self, block, kept, invariant: total[:kept].clone()  # type: ignore[method-assign]
     library._kernel = lambda c: Interpreted(  # type: ignore[assignment]
@@ -105,13 +111,14 @@ def _wrong(way: str, kept: tuple[int, int]) -> list[str]:
     if way == "library":
         return wrong + ([] if launched == ["add_norm_kernel"] * bool(kept[0]) else [f"launched {launched}"])
     pushed = keep[:, :].count_nonzero() // words  # of each launch row: a sum for rank 1's block, and a norm
-    wrong += [] if pushed == 2 * rows else [f"pushed {pushed} rows"]
+    wrong += [] if pushed == (2 if way == "kernel" else 1) * rows else [f"pushed {pushed} rows"]
     wrong += ["words left in the plane"] if bool(plane.any()) else []
-    return wrong + ([] if launched == ["gathered_rows_kernel"] * 2 else [f"launched {launched}"])
+    name = "gathered_rows_kernel" if way == "kernel" else "received_rows_kernel"
+    return wrong + ([] if launched == [name] * 2 else [f"launched {launched}"])
 
 
 def test_each_way_of_a_call_gives_the_reference_and_launches_what_it_should() -> None:
-    calls = [(way, kept) for way in ("kernel", "library") for kept in ((3, 3), (1, 2), (0, 3))]
+    calls = [(way, kept) for way in ("kernel", "scatter", "library") for kept in ((3, 3), (1, 2), (0, 3))]
     found = answer(play, calls)
     assert found == [[]] * len(calls), [(call, wrong) for call, wrong in zip(calls, found, strict=True) if wrong]
 
