@@ -260,7 +260,7 @@ def qwen3(r: Runner) -> None:
 
 
 def gemma2(r: Runner) -> None:
-    """Norm weights in fp32 over a bf16 stream. The embedding is scaled by a tensor, which is no constant of the graph."""
+    """Norm weights in fp32 over a bf16 stream. The embedding is scaled by a tensor of the model's dtype, an operand of the op."""
     found = r.start("gemma2", "gemma2", "bfloat16", **ON, **ONE_PROCESS)
     r.check("gemma2", found["tokens"] is not None, "the engine starts and generates")
     r.whole("gemma2", found, fused=SITES)
