@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -186,3 +187,24 @@ def test_the_schema_tells_of_dtypes():
                 x, None, *affine, None, None, 1e-5, 1.0, str(flavour), "0"
             )
             assert (normed.dtype, normed.shape, residual.dtype) == (dtype, x.shape, torch.bfloat16)
+
+
+def test_the_table_of_the_benchmark_has_ratios_and_errors(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parent.parent / "benchmarks"))
+    import layer_norm
+
+    us = {"tpfuse": 6.0, "nccl": 12.0, "rms_norm": 5.0}
+    line = {"hidden": 4608, "rows": 1, "us": us, "error": {"tpfuse": 2e-3, "nccl": 3e-3}}
+    text = layer_norm.table([line, {**line, "rows": 8, "us": {**us, "nccl": 8.0}}])
+    assert text.splitlines()[1].split() == [
+        "4608",
+        "1",
+        "6.00",
+        "12.00",
+        "5.00",
+        "0.50",
+        "1.20",
+        "2.00e-03",
+        "3.00e-03",
+    ]
+    assert "tpfuse over nccl: 0.612, worst 0.750" in text

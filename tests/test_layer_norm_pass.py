@@ -216,3 +216,34 @@ def test_a_norm_of_the_unrounded_sum_is_refused():
 
     _, report = graphs.fused_copy(graphs.trace(f, args), OPTIONS)
     assert report.sites[0].reason == "layer-norm" and "rounded" in report.sites[0].detail, report.sites
+
+
+def test_relaxed_takes_the_nearest_arithmetic_and_says_so():
+    args = inputs()[:4]
+
+    def f(x, r, w, b):
+        h = r + all_reduce(x)
+        c = h.float() - h.float().mean(-1, keepdim=True)
+        variance = c.pow(2).mean(-1, keepdim=True).to(h.dtype).float()  # rounded on the way
+        return (c * torch.rsqrt(variance + 1e-5) * w + b).to(h.dtype), h
+
+    gm = graphs.trace(f, args)
+    _, report = graphs.fused_copy(gm, OPTIONS)
+    assert report.sites[0].reason == "unknown-flavour" and "LayerNorm" in report.sites[0].detail
+    new, report = graphs.fused_copy(gm, PassOptions(policy="all", numerics="relaxed", verify=True))
+    assert report.sites[0].fused and "relaxed" in report.sites[0].detail
+    for model, fused in zip(graphs.run(gm, *args), graphs.run(new, *args), strict=True):
+        assert torch.allclose(model.float(), fused.float(), rtol=2**-6, atol=2**-6)
+
+
+def test_a_quantized_layer_norm_keeps_its_quantization_outside():
+    args = inputs()[:4]
+
+    def f(x, r, w, b):
+        h = r + all_reduce(x)
+        n = native(h, w, b)
+        scale = n.abs().amax(-1, keepdim=True).float() / 448.0
+        return (n.float() / scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn).float(), scale, h
+
+    site = check(f, args).sites[0]
+    assert site.quantizer is None
