@@ -102,7 +102,7 @@ def layout_of_ours(rank, world_size, config):
 @pytest.mark.parametrize(
     ("config", "loop"),
     [
-        (ParallelConfig(2), True),
+        pytest.param(ParallelConfig(2), True, marks=pytest.mark.slow),
         pytest.param(ParallelConfig(2, 2, 1, 1), True, marks=pytest.mark.slow),
         (ParallelConfig(2, 2), False),  # blocks agree on their row counts before every step
     ],

@@ -238,8 +238,8 @@ def modes(rank: int, world_size: int) -> dict[str, Any]:
     return found
 
 
-def test_in_batch_invariant_mode_the_op_stays_and_switching_it_on_later_is_an_error(alone):
-    for found in alone.run(modes):
+def test_in_batch_invariant_mode_the_op_stays_and_switching_it_on_later_is_an_error(pool):
+    for found in pool.run(modes):
         assert found["lowered"] == [True, True]
         assert "have made calls with it off" in found["by call"]
         assert "switched on after this graph was compiled" in found["by variable"]
