@@ -96,6 +96,22 @@ def test_several_gathers_of_one_norm(world):
     inside(f, *args())
 
 
+def test_two_gathers_that_leave_the_graph_stay_two_tensors(world):
+    """What calls the graph may write one of them in place."""
+
+    def both(x, r, w):
+        n = norm(r + scatter(x, W), w)
+        return gather(n, world, W), gather(n, world, W).view(1, 4 * 2, H)
+
+    outside(both, *args(), why="each in its own memory")
+
+    def one(x, r, w):
+        n = norm(r + scatter(x, W), w)
+        return gather(n, world, W), gather(n, world, W) * 2
+
+    inside(one, *args())
+
+
 def test_without_residual_with_bias_and_a_symbolic_number_of_rows(world):
     def bias(x, w, b):
         y = scatter(x, W) + b
