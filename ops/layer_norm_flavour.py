@@ -53,6 +53,12 @@ class LayerNormFlavour:
                 "LayerNorm flavour moments='native' is one operator with root='rsqrt' and normed='float32', whose result is of "
                 f"the dtype of its operand; got root={self.root!r}, normed={self.normed!r}, out={self.out!r}"
             )
+        if self.moments == "native" and self.compute == "input" and self.out == "float32":
+            # It rounds its result to the dtype of its operand before the cast: a kernel that writes fp32 would not.
+            raise ValueError(
+                "LayerNorm flavour moments='native', compute='input' rounds to the input dtype, so out='float32' would be one "
+                "more cast; use out='input' and cast the result"
+            )
 
     def __str__(self) -> str:
         return "/".join(getattr(self, f.name) for f in fields(self))

@@ -119,6 +119,8 @@ def derive(
                 gain_dtype = name(to)
     end = steps[out].dtype
     result = "input" if end == dtype else "float32" if end == torch.float32 else "promoted"
+    if moments == "native" and compute == "input" and result == "float32":
+        return None  # the operator rounds before that cast, which stays outside
     with_shift = "none" if shift is None else "bias"
     flavour = LayerNormFlavour(moments, compute, root, normed, gain, gain_dtype, with_shift, result)
     return Match(out, weight, at_base, eps, flavour, exact=False, shift=shift)

@@ -33,6 +33,10 @@ def test_a_field_that_is_wrong_is_named():
         LayerNormFlavour(moments="welford")
     with pytest.raises(ValueError, match="native' is one operator with root='rsqrt'"):
         replace(LAYER_NORM, root="pow")
+    with pytest.raises(
+        ValueError, match="so out='float32' would be one more cast; use out='input' and cast the result"
+    ):
+        LayerNormFlavour(out="float32")
     with pytest.raises(ValueError, match="has 2 fields; expected 8: moments/"):
         LayerNormFlavour.parse("native/input")
 

@@ -63,6 +63,11 @@ SPELLINGS = {
     "without bias": (lambda h, w, b: native(h, w, None), "native/input/rsqrt/float32/weight/own/none/input"),
     "without weight": (lambda h, w, b: native(h, None, b), "native/input/rsqrt/float32/none/own/bias/input"),
     "Nemotron": (lambda h, w, b: native(h, w + 1, b), "native/input/rsqrt/float32/one_plus_weight/own/bias/input"),
+    # A kernel that writes fp32 would not round before the cast: the cast stays outside.
+    "cast to fp32 behind it": (
+        lambda h, w, b: native(h, w, b).float(),
+        "native/input/rsqrt/float32/weight/own/bias/input",
+    ),
     "OLMo": (
         lambda h, w, b: nn.functional.layer_norm(h.float(), (H,)).to(h.dtype),
         "native/float32/rsqrt/float32/none/own/none/input",
