@@ -180,11 +180,13 @@ def _quantized(candidate: Candidate, legality: Legality, options: PassOptions) -
             return replace(candidate, note="the norm is quantized, but the residual is added to it as well")
         if candidate.block is not None:
             return replace(candidate, note="the norm is quantized, but each rank keeps some rows of the sum only")
-        if candidate.scale_tensor is not None or candidate.scale_first:
+        start = region.before_the_sum(candidate) if options.numerics == "relaxed" else None
+        start = start or candidate
+        if start.scale_tensor is not None or start.scale_first:
             return replace(
                 candidate, note="the norm is quantized, but the sum is multiplied by a tensor, or before an addend"
             )
-        more = replace(candidate, quantization=found, note=note)
+        more = replace(start, quantization=found, note=note)
         refusal = legality.refusal(more)
         return more if refusal is None else _unquantized(candidate, refusal)
     except Exception as error:

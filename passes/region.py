@@ -138,6 +138,21 @@ def _factor(current: values.Aliases, term: Term | Refusal | None) -> Term | Refu
     return Term("factor", current.readers[0], _scalar_operand(current))
 
 
+def before_the_sum(candidate: Candidate) -> Candidate | None:
+    """The candidate with its scalar tensor multiplied in before the reduction, as :func:`_factor` does; None where something is
+    added first, or the scalar may be another one on each rank. Relaxed."""
+    scale, *others = candidate.terms or (None,)
+    if (
+        scale is None
+        or candidate.scale_tensor is None
+        or scale.operand is not candidate.scale_tensor
+        or candidate.block
+    ):
+        return None
+    terms = (replace(scale, kind="factor"), *others)
+    return replace(candidate, terms=terms, factor=candidate.scale_tensor, scale_tensor=None, scale_first=False)
+
+
 def _added(add: Node, mine: Node, other: Node) -> Term | Refusal:
     """What an add of ``other`` to the sum, known as ``mine``, is."""
     hidden = values.width(mine)

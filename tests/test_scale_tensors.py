@@ -197,6 +197,21 @@ def test_relaxed_with_a_residual():
     assert len(one(f, x, s, random(5, H, dtype=x.dtype, seed=4), w, options=RELAXED).fused) == 1
 
 
+def test_relaxed_multiplies_before_the_reduction_where_the_op_that_quantizes_takes_no_tensor():
+    def f(x, s, r, w):
+        h = r + graphs.all_reduce(x) * s
+        n = norm(h, w).float()
+        scale = n.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 448.0
+        return (n / scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn), scale, h
+
+    x, s, w = BUFFER
+    gm = graphs.trace(f, (x, s, random(5, H, dtype=x.dtype, seed=4), w))
+    for options, ends, says in ((EXACT, "rms_norm", "multiplied by a tensor"), (RELAXED, "quantize", "relaxed")):
+        (site,) = graphs.fused_copy(gm, options)[1].fused
+        assert site.pattern.startswith("all_reduce+scale+add+rms_norm") and site.pattern.endswith(ends)
+        assert says in site.detail
+
+
 @torch.no_grad()
 def test_inductor_gives_a_literal_another_spelling():
     def f(x, w):
