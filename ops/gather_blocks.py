@@ -17,7 +17,7 @@ from torch import Tensor
 from tpfuse import compat
 
 from . import gather_schedule, invariant, library, paths, reference, settings
-from .arguments import Operands, refuse_gradients, same_sizes
+from .arguments import Operands, check_one_dtype, refuse_gradients, same_sizes
 from .cuda import aligned
 from .flavour import LLAMA, Flavour
 from .gather_schedule import of_prepared
@@ -60,6 +60,7 @@ def _asked(
         )
     if x.dim() < 1:
         raise ValueError(f"{NAME}: x is a scalar; expected a tensor of shape (..., H)")
+    check_one_dtype(NAME, x, residual)
     after_x = (residual, weight, bias, eps, scale, flavour, post_norm, group_name)
     asked = Rows(x, after_x, blocks, "all_reduce", at // size, tuple(x.shape), NAME)
     return asked, block_group, gather_group, largest
@@ -173,7 +174,8 @@ def all_reduce_add_rms_norm_gather(
     Args:
         x: ``(..., H)`` fp32, bf16, fp16 or fp64: this rank's partial sum of the rows of its block, at most ``largest``. The ranks
             of a block pass the same shape; blocks may have different numbers of rows, none too.
-        residual, weight, bias, eps, scale, flavour, post_norm: as in :func:`all_reduce_add_rms_norm`.
+        residual, weight, bias, eps, scale, flavour, post_norm: as in :func:`all_reduce_add_rms_norm`, but the residual is of the
+            dtype of ``x``, and the scale a number.
         largest: rows of the largest block, the same on every rank of ``group``.
         group: all ranks, block by block.
         block_group: those of this rank's block, at least 2 neighbours in ``group``.

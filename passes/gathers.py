@@ -62,6 +62,18 @@ def find(candidate: Candidate, order: dict[Node, int]) -> tuple[Gather | None, s
     other = next((reader for reader in normed.readers if reader not in found), None)
     if other is not None:
         return None, stays + f"{other.name} ({other.target}) reads the own rows of the norm as well"
+    returned = [node for node in found if any(_leaves(wait, order) for wait in node.users)]
+    if len(returned) > 1:
+        # Two tensors, which the caller may write in place one by one; the fused op gives one.
+        return (
+            None,
+            stays + f"the graph returns what {' and '.join(n.name for n in returned)} gather, each in its own memory",
+        )
     names = [name for node in found for name in normed.path(node.args[0])]  # type: ignore[arg-type]
     results = [wait for node in found for wait in node.users]
     return Gather(tuple(found), tuple(results), tuple(dict.fromkeys([*names, *found, *results]))), ""
+
+
+def _leaves(node: Node, order: dict[Node, int]) -> bool:
+    """Whether a value is an output of the graph, under any of its names."""
+    return any(reader.op == "output" for reader in values.aliases(node, order).readers)

@@ -214,6 +214,18 @@ class Doubled(Vllm):
         return out * 2, residual
 
 
+class Scaled(Norm):
+    """A scalar parameter in front of the norm, which the op would take as a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(0.75, dtype=torch.bfloat16), requires_grad=False)
+
+    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        residual = residual + x * self.scale
+        return self.weight * self.scaled(residual.float()).to(x.dtype), residual
+
+
 class Swapped(Vllm):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
         return super().forward(x, residual)[::-1]
@@ -229,6 +241,7 @@ class Swapped(Vllm):
         ),
         (Doubled, "does more than reduce, add and normalize"),
         (Swapped, "does more than reduce, add and normalize"),
+        (Scaled, "does more than reduce, add and normalize"),
     ],
 )
 def test_a_norm_that_is_not_the_ops_is_refused(norm, says):
@@ -236,6 +249,16 @@ def test_a_norm_that_is_not_the_ops_is_refused(norm, says):
     with torch.no_grad(), pytest.raises(ValueError, match=says) as caught:
         fused_allreduce_rms_norm(x, residual, norm(), group=dist.group.WORLD)
     assert "If it is a kernel whose rounding you know, pass flavour=" in str(caught.value)
+
+
+@pytest.mark.parametrize("given", [None, VLLM], ids=["traced", "given"])
+def test_a_residual_of_another_dtype_is_refused(given):
+    """The op would give back fp32, the norm gives back bf16."""
+    norm, (x, residual) = Vllm(), rows()
+    with torch.no_grad():
+        assert norm(x, residual.float())[1].dtype == torch.bfloat16
+        with pytest.raises(ValueError, match=r"residual is torch.float32, hidden_states torch.bfloat16; expected one"):
+            fused_allreduce_rms_norm(x, residual.float(), norm, group=dist.group.WORLD, flavour=given)
 
 
 def test_a_kernel_whose_rounding_is_given_is_taken_at_its_word():

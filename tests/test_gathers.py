@@ -96,6 +96,22 @@ def test_several_gathers_of_one_norm(world):
     inside(f, *args())
 
 
+def test_two_gathers_that_leave_the_graph_stay_two_tensors(world):
+    """What calls the graph may write one of them in place."""
+
+    def both(x, r, w):
+        n = norm(r + scatter(x, W), w)
+        return gather(n, world, W), gather(n, world, W).view(1, 4 * 2, H)
+
+    outside(both, *args(), why="each in its own memory")
+
+    def one(x, r, w):
+        n = norm(r + scatter(x, W), w)
+        return gather(n, world, W), gather(n, world, W) * 2
+
+    inside(one, *args())
+
+
 def test_without_residual_with_bias_and_a_symbolic_number_of_rows(world):
     def bias(x, w, b):
         y = scatter(x, W) + b
@@ -190,3 +206,18 @@ def test_the_verifier_sees_a_wrong_weight_behind_a_gather(world):
     given = (*args(), random(H, seed=5))
     with patch.object(fusion, "build", wrong), pytest.raises(fusion.VerificationError, match="normed differs"):
         fused(f, *given)
+
+
+def test_ops_that_gather_refuse_an_fp32_residual_beside_16_bits(world):
+    """What a GPU prepared for a residual of the dtype of ``x`` would read its bytes as that dtype."""
+    from tpfuse.ops import VLLM, all_reduce_add_rms_norm_gather, reduce_rows_add_rms_norm_gather
+
+    x, r, w = args()
+    block, across = dist.new_group([2, 3]), dist.new_group([0, 2])
+    groups = {"group": world, "block_group": block, "gather_group": across}
+    says = "_gather: residual is torch.float32 .* expected the dtype of x, torch.bfloat16"
+    with torch.no_grad():
+        with pytest.raises(ValueError, match=says):
+            all_reduce_add_rms_norm_gather(x[:2], r.float(), w, largest=2, flavour=VLLM, **groups)
+        with pytest.raises(ValueError, match=says):
+            reduce_rows_add_rms_norm_gather(x, r.float(), w, group=world, flavour=VLLM)

@@ -121,6 +121,8 @@ def test_a_symbolic_row_count_gives_an_estimate_per_row():
     assert estimate.saving(made.sites[0], rows=32).bytes == 32 * 2 * 4096 * 2
     gathered = replace(made.sites[0], pattern="reduce_scatter+add+rms_norm+all_gather")
     assert (estimate.saving(gathered, rows=32).bytes, estimate.saving(gathered).launches) == (32 * 4 * 4096 * 2, 2)
+    absorbed = replace(gathered, flavour=None)
+    assert (estimate.saving(absorbed, rows=32).bytes, estimate.saving(absorbed).launches) == (32 * 2 * 4096 * 2, 1)
     assert estimate.saving(made.sites[0], rows=32, path="library") == estimate.NOTHING
     assert "16.0 KiB a row" in table.in_all(saved)
 

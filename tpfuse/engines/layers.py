@@ -86,6 +86,12 @@ def fused_allreduce_rms_norm(
     name = group if isinstance(group, str) else group.group_name
     if _one_rank(group):
         return _alone(hidden_states, residual, norm, in_place)
+    if residual is not None and residual.dtype != hidden_states.dtype:
+        # The op takes fp32 beside 16 bits and keeps it, a norm may round it: its trace had the dtype of the rows.
+        raise ValueError(
+            f"fused_allreduce_rms_norm: residual is {residual.dtype}, hidden_states {hidden_states.dtype}; expected one dtype. "
+            "Cast the residual, or call tpfuse.ops.all_reduce_add_rms_norm, which keeps an fp32 residual beside 16-bit rows"
+        )
     if flavour is None:
         found = _rounding(norm, hidden_states, residual is not None, name)
     else:
@@ -217,11 +223,12 @@ def _read(graph: GraphModule, held: list[str], residual: bool, otherwise: str) -
     op = next((n for n in graph.graph.nodes if n.target is OP), None)
     if op is None:  # fused in another op: a norm that quantizes
         raise ValueError(otherwise)
-    x, added, weight, bias, eps, scale, flavour, post, _ = cast(Any, op.args)
+    x, added, weight, bias, eps, scale, flavour, post, _, *scales = cast(Any, op.args)
     outputs: list[Node] = []
     map_arg(graph.graph.output_node().args, outputs.append)
     picked = [tuple(n.args) if n.target is getitem else None for n in outputs]
-    plain = bias is None and scale == 1.0 and not post and x is inputs[0] and added is (inputs[1] if residual else None)
+    plain = bias is None and scale == 1.0 and not scales and not post
+    plain = plain and x is inputs[0] and added is (inputs[1] if residual else None)
     names = dict(zip(inputs[1 + residual :], held, strict=True))
     if not plain or picked != [(op, 0), (op, 1)] or not (weight is None or weight in names):
         raise ValueError(otherwise)

@@ -67,7 +67,8 @@ def saving(site: Site, rows: int | None = None, path: str | None = None) -> Savi
     """
     if path == "library" or site.lowered or not site.shape or not isinstance(site.shape[-1], int):
         return NOTHING
-    gathers = site.pattern.endswith("+all_gather")
+    # A site without a flavour is a sum that another site's op makes too: the gather is that one's.
+    gathers = site.pattern.endswith("+all_gather") and site.flavour is not None
     per_row = TRIPS_SAVED * (1 + gathers) * site.shape[-1] * item_size(site.dtype)
     known = rows_of(site) if rows is None else rows
     return Saving(LAUNCHES_SAVED * (1 + gathers), None if known is None else known * per_row, per_row)
