@@ -142,7 +142,8 @@ def test_rows_of_blocks_split_over_programs() -> None:
         assert piece.rows == ["rr|r", "rr|r" if piece.rank < 2 else "rr|"]
 
 
-@pytest.mark.parametrize("dead", [1, pytest.param(2, marks=slow)])
+@slow
+@pytest.mark.parametrize("dead", [1, 2])
 def test_a_dead_rank_of_a_block_leaves_nan_in_all_rows_of_it(dead: int) -> None:
     """Its own block lacks sums, the other block the norms: nobody ends the call with a number in a row that lacks something."""
     calls = [blocks(1, 72, 1, kept, programs=1, seed=n) for n, kept in enumerate((1, 0, 1, 1))]

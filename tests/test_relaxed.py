@@ -40,7 +40,7 @@ def test_nothing_else_is_relaxed():
         if re.search(r"\bif relaxed\b", line)
     ]
     assert uses == [
-        "layer_norms.py: if relaxed and close is not None:",
+        "layer_norms.py: if relaxed and close is not None:",  # the table's first line, of the other norm
         "norms.py: if relaxed and close is not None:",
         "region.py: if relaxed and not terms and block is None:",
     ]

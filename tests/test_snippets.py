@@ -694,7 +694,7 @@ def commands() -> list[tuple[str, str]]:
     for snippet in SNIPPETS:
         if snippet.language:
             continue
-        for offset, line in enumerate(snippet.text.splitlines()):
+        for offset, line in enumerate(re.sub(r"\\\n *", "", snippet.text).splitlines()):
             if line.strip() and not snippet.text.startswith(TEXT):
                 found += [(f"{snippet.page}:{snippet.line + offset}", part) for part in line.split("  #")[0].split(";")]
     for path in PAGES:

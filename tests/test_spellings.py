@@ -451,7 +451,7 @@ NEAR_MISSES = {
     "the sum is returned": (_returned, Reason.RETURNED),
     "the sum is read elsewhere": (_extra, Reason.EXTRA_READER),
     "residual broadcast": (lambda x, r, w: llama(r[:1] + all_reduce(x), w), Reason.RESIDUAL_SHAPE),
-    "residual in fp32": (lambda x, r, w: llama(r.float() * 3 + all_reduce(x), w), Reason.DTYPE),
+    "residual in fp64": (lambda x, r, w: llama(r.double() * 3 + all_reduce(x), w), Reason.DTYPE),
     "sum cast to fp32": (lambda x, r, w: r.float() + all_reduce(x).float(), Reason.DTYPE),
     "residual from the sum": (_derived, Reason.EXTRA_READER),
     "sum added to itself": (_doubled, Reason.RESIDUAL_DERIVED),
