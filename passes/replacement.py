@@ -6,6 +6,7 @@ replacement does not fit is known while the graph is still whole.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -287,6 +288,11 @@ def _build(new: Replacement) -> None:
         normed = _followed(new, normed, 0) if candidate.gather is None else result
         summed = _followed(new, summed, 0)
     if candidate.gather is not None:
+        for node in candidate.gather.results:
+            have, want = new._fake(result), values.value(node)
+            if want is None or not compat.statically_true(math.prod(have.shape) == math.prod(want.shape)):
+                # A view would add a guard, which may make a number of rows a constant of the graph.
+                raise Misfit(f"{node.name} is {_text(want)}, which is not proved to hold the rows of {_text(have)}")
         _placed(new, result, candidate.gather.results)
     elif quantization is None or quantization.keep_normed:
         out = normed if post else new.repeat(candidate.reshapes, normed)

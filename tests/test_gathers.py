@@ -139,6 +139,22 @@ def test_the_own_block_of_an_all_reduce_stays_with_its_gather_however_many_rows_
     assert site.pattern == "all_reduce+rows/4+add+rms_norm"
 
 
+@pytest.mark.parametrize("rows", [W, 2 * W])
+def test_a_number_of_rows_stays_a_symbol(world, rows):
+    """One row a rank is a constant of its graph, the rows of all ranks are not: nothing may make them one."""
+
+    def f(x, w):
+        h = scatter(x, W)
+        return gather(norm(h, w), world, W) + 1, h * 1
+
+    gm = graphs.trace(f, (random(rows, 3, H), random(H, seed=2)), dynamic=(0,))
+    inputs = [n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder"]
+    size = next(t.shape[0] for t in inputs if isinstance(t, torch.Tensor) and t.dim() == 3)
+    _, report = graphs.fused_copy(gm)
+    assert report.sites[0].fused and not size.node.shape_env.replacements
+    assert "not proved to hold the rows" in report.sites[0].note
+
+
 def test_a_gather_over_other_ranks_or_in_another_order_stays(world):
     pair = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3])][1].group_name
     turned = dist.new_group([1, 0, 3, 2], use_local_synchronization=False)
