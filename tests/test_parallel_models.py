@@ -309,7 +309,9 @@ def test_with_the_shared_group_every_dense_layer_fuses_both_reductions(pool, nam
 @pytest.mark.parametrize(
     ("name", "depth"),
     [
-        pytest.param("deepseek_v3", 2, marks=pytest.mark.slow),  # the quick run has this boundary in test_rows_models.py
+        pytest.param(
+            "deepseek_v3", 2, marks=pytest.mark.slow
+        ),  # the quick run has this boundary in test_rows_models.py
         *(pytest.param(name, 4, marks=pytest.mark.slow) for name in ("llama", "deepseek_v3")),
     ],
 )
