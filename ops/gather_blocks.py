@@ -18,13 +18,12 @@ from tpfuse import compat
 
 from . import gather_schedule, invariant, library, paths, reference, settings
 from .arguments import Operands, check_one_dtype, refuse_gradients, same_sizes
-from .cuda import aligned
 from .flavour import LLAMA, Flavour
 from .gather_schedule import of_prepared
 from .op import empty_results
 from .op import library as registry
-from .rows_call import Rows
-from .rows_cuda import launch, prepared_of
+from .rows_call import Rows, gathered
+from .rows_cuda import launch, norm_rows, prepared_of
 
 NAME = "all_reduce_add_rms_norm_gather"
 SCHEMA = (
@@ -83,16 +82,6 @@ def _summed(asked: Rows, block_group: str, batch_invariant: bool) -> Tensor:
     return invariant.sum_in_rank_order(x, block_group) if batch_invariant else library.all_reduce(x, block_group)
 
 
-def _gathered(normed: Tensor, gather_group: str, blocks: int, largest: int) -> Tensor:
-    """``(blocks * largest, H)``: the normed rows of all blocks, zeros where one has fewer."""
-    flat = normed.reshape(-1, normed.shape[-1])
-    if largest == 0:
-        return flat.new_empty((0, flat.shape[-1]))
-    flat = torch.nn.functional.pad(flat, (0, 0, 0, largest - len(flat))).contiguous()
-    whole = torch.ops._c10d_functional.all_gather_into_tensor(flat, blocks, gather_group)
-    return torch.ops._c10d_functional.wait_tensor(whole)
-
-
 def _cpu(*args: Any) -> tuple[Tensor, Tensor]:
     asked, block_group, gather_group, largest = _asked(*args)
     _rows(asked, largest)
@@ -105,7 +94,7 @@ def _cpu(*args: Any) -> tuple[Tensor, Tensor]:
         normed, residual_out = invariant.add_rms_norm(reduced, given)
     else:
         normed, residual_out = reference.add_rms_norm(reduced, *given.after_the_sum)
-    return _gathered(normed, gather_group, asked.blocks, largest), residual_out.clone(
+    return gathered(normed, largest, asked.blocks, gather_group), residual_out.clone(
         memory_format=torch.contiguous_format
     )
 
@@ -142,9 +131,8 @@ def _cuda(*args: Any) -> tuple[Tensor, Tensor]:
     else:
         normed = x.new_empty((rows, hidden), dtype=prepared.normed_dtype)
         if rows:
-            operands = (aligned(given.residual), aligned(given.weight), aligned(given.bias))
-            library.add_norm(aligned(reduced), *operands, normed, residual_out, given.eps, given.scale, c)  # type: ignore[arg-type]
-    return _gathered(normed, gather_group, asked.blocks, largest), residual_out.contiguous()
+            norm_rows(reduced, given, (normed, residual_out), c)
+    return gathered(normed, largest, asked.blocks, gather_group), residual_out.contiguous()
 
 
 registry.impl(NAME, _cpu, "CPU")

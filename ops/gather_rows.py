@@ -18,14 +18,12 @@ from tpfuse import compat
 from . import gather_schedule, paths, rows_schedule
 from .arguments import Operands, refuse_gradients, same_sizes
 from .flavour import LLAMA, Flavour
-from .gather_schedule import of_prepared
 from .op import empty_results
 from .op import library as registry
 from .plane import Plane
 from .prepare import Prepared
-from .rows_call import Rows, on_a_cpu
+from .rows_call import Rows, gathered, on_a_cpu
 from .rows_cuda import by_library, by_reference, launch, prepared_of
-from .schedule import Schedule
 
 NAME = "reduce_rows_add_rms_norm_gather"
 SCHEMA = (
@@ -53,13 +51,7 @@ def _asked(
 
 def _gathered(asked: Rows, normed: Tensor, block: int) -> Tensor:
     """The norms of all ranks in the shape of ``x``, from those of the rows that this rank keeps."""
-    flat = normed.reshape(-1, normed.shape[-1])
-    if block == 0:
-        return flat.new_empty(asked.x.shape)
-    if len(flat) < block:
-        flat = torch.nn.functional.pad(flat, (0, 0, 0, block - len(flat)))
-    whole = torch.ops._c10d_functional.all_gather_into_tensor(flat.contiguous(), asked.blocks, asked.group_name)
-    return torch.ops._c10d_functional.wait_tensor(whole).view(asked.x.shape)
+    return gathered(normed, block, asked.blocks, asked.group_name).view(asked.x.shape)
 
 
 def _cpu(*args: Any) -> tuple[Tensor, Tensor]:
@@ -95,23 +87,28 @@ def _cuda(*args: Any) -> tuple[Tensor, Tensor]:
     if p is not None:
         normed = x.new_empty(x.shape, dtype=dtype)
         outputs = normed.view(-1, c.hidden), residual_out
-        if launch(prepared, p, x, given, outputs, block, kept, partial(of_prepared, asked.blocks), gathers=True):
+        if launch(
+            prepared,
+            p,
+            x,
+            given,
+            outputs,
+            block,
+            kept,
+            partial(gather_schedule.of_prepared, asked.blocks),
+            gathers=True,
+        ):
             return normed, residual_out
     own = x.new_empty((block, c.hidden), dtype=dtype)
     outputs = own[:kept], residual_out
     # Blocks that are too large for a kernel that gathers may still be small enough for one that does the rest.
     if p is None or not launch(
-        *(prepared, p, x, given, outputs, block, kept, partial(_without_gather, asked.blocks)),
+        *(prepared, p, x, given, outputs, block, kept, partial(rows_schedule.of_prepared, asked.blocks)),
         schedules=prepared.without_gather,
     ):
         by_library(asked, prepared, given, outputs, block, kept)
     own[kept:].zero_()
     return _gathered(asked, own, block), residual_out
-
-
-def _without_gather(blocks: int, prepared: Prepared, p: Plane, dtype: torch.dtype, rows: int) -> Schedule:
-    assert prepared.constants is not None
-    return rows_schedule.schedule_of(p, prepared.path.settings, prepared.constants, dtype, rows, blocks)
 
 
 def _load(blocks: int, prepared: Prepared, p: Plane, dtype: torch.dtype) -> None:

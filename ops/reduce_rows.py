@@ -20,11 +20,8 @@ from .arguments import Operands, refuse_gradients, same_sizes
 from .flavour import LLAMA, Flavour
 from .op import empty_results
 from .op import library as registry
-from .plane import Plane
-from .prepare import Prepared
 from .rows_call import Rows, on_a_cpu
 from .rows_cuda import by_library, by_reference, launch, prepared_of
-from .schedule import Schedule
 
 NAME = "reduce_rows_add_rms_norm"
 SCHEMA = (
@@ -62,15 +59,11 @@ def _cuda(*args: Any) -> tuple[Tensor, Tensor]:
     if c is None:
         return by_reference(asked, given, block, kept)
     outputs = normed.view(kept, c.hidden), residual_out
-    if p is not None and launch(prepared, p, x, given, outputs, block, kept, partial(_schedule, asked.blocks)):
+    schedule_of = partial(rows_schedule.of_prepared, asked.blocks)
+    if p is not None and launch(prepared, p, x, given, outputs, block, kept, schedule_of):
         return normed, residual_out
     by_library(asked, prepared, given, outputs, block, kept)
     return normed, residual_out
-
-
-def _schedule(blocks: int, prepared: Prepared, p: Plane, dtype: torch.dtype, rows: int) -> Schedule:
-    assert prepared.constants is not None
-    return rows_schedule.schedule_of(p, prepared.path.settings, prepared.constants, dtype, rows, blocks)
 
 
 registry.impl(NAME, _cpu, "CPU")

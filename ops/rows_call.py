@@ -142,3 +142,14 @@ def on_a_cpu(asked: Rows) -> tuple[Tensor, Tensor]:
             return invariant.add_rms_norm(reduced, given)
     normed, residual_out = reference.add_rms_norm(reduced, *given.after_the_sum)
     return normed.contiguous(), residual_out.contiguous()
+
+
+def gathered(normed: Tensor, rows: int, blocks: int, group_name: str) -> Tensor:
+    """``(blocks * rows, H)``: the normed rows of every rank of a group, one a block, zeros where one has fewer than ``rows``."""
+    flat = normed.reshape(-1, normed.shape[-1])
+    if rows == 0:  # on every rank of the group
+        return flat
+    if len(flat) < rows:
+        flat = torch.nn.functional.pad(flat, (0, 0, 0, rows - len(flat)))
+    whole = torch.ops._c10d_functional.all_gather_into_tensor(flat.contiguous(), blocks, group_name)
+    return torch.ops._c10d_functional.wait_tensor(whole)

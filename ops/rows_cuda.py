@@ -12,6 +12,7 @@ from tpfuse import compat
 from . import library, paths, reference
 from .arguments import Operands, check
 from .cuda import aligned
+from .kernels.variant import Constants
 from .plane import Plane
 from .prepare import PREPARED, Prepared, prepare_once
 from .rows_call import Rows
@@ -55,8 +56,13 @@ def by_library(
     assert c is not None
     reduced = asked.summed(block, kept, prepared.path.settings.batch_invariant)
     if kept:
-        operands = (aligned(given.residual), aligned(given.weight), aligned(given.bias))
-        library.add_norm(aligned(reduced), *operands, *outputs, given.eps, given.scale, c)  # type: ignore[arg-type]
+        norm_rows(reduced, given, outputs, c)
+
+
+def norm_rows(reduced: Tensor, given: Operands, outputs: tuple[Tensor, Tensor], c: Constants) -> None:
+    """Add and norm of rows that a library has summed, in one kernel, into ``outputs``: normed and residual_out."""
+    operands = (aligned(given.residual), aligned(given.weight), aligned(given.bias))
+    library.add_norm(aligned(reduced), *operands, *outputs, given.eps, given.scale, c)  # type: ignore[arg-type]
 
 
 def launch(

@@ -80,6 +80,12 @@ def kernels_needed(p: Plane, settings: Settings, c: Constants, dtype: torch.dtyp
     return needed
 
 
+def of_prepared(blocks: int, prepared: Prepared, p: Plane, dtype: torch.dtype, rows: int) -> Schedule:
+    """:func:`schedule_of` for calls of a kind."""
+    assert prepared.constants is not None
+    return schedule_of(p, prepared.path.settings, prepared.constants, dtype, rows, blocks)
+
+
 def load(prepared: Prepared, p: Plane, dtype: torch.dtype, blocks: int) -> None:
     """Compile and load the kernels for every row count before any of them runs; see :mod:`.prepare`."""
     assert prepared.constants is not None

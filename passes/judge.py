@@ -40,17 +40,16 @@ def judge(
             outcome = Refusal(Reason.TRAINING, "the graph was compiled for training (some input requires grad)")
         elif isinstance(outcome, Candidate):
             layer = by_layer.get(spot.layer) if spot.layer is not None else None
+            cost = 1 if outcome.merged is None else 2  # sites, as reports count them
             admitted = _policy(item, layer, shared, refuted, options)
             if isinstance(admitted, Refusal):
                 outcome = admitted
-            elif left is not None and left < (
-                cost := 1 if outcome.merged is None else 2
-            ):  # sites, as reports count them
-                left = 0
-                outcome = Refusal(Reason.FUEL, f"tpfuse.fuel={options.fuel} was used up by earlier rewrites")
-            else:
+            elif left is None or left >= cost:
                 rule = admitted
                 left = None if left is None else left - cost
+            else:
+                left = 0
+                outcome = Refusal(Reason.FUEL, f"tpfuse.fuel={options.fuel} was used up by earlier rewrites")
         judged.append(replace(item, outcome=outcome, admitted=rule))
     return judged
 

@@ -98,8 +98,8 @@ def _wrong(way: str, kept: tuple[int, int]) -> list[str]:
     given = Operands(asked.like(kept[0]), *after_x)._replace(flavour=LLAMA)
     gather_rows._asked = lambda *_: asked  # type: ignore[assignment]
     gather_rows.prepared_of = lambda *_: (prepared, given)  # type: ignore[assignment]
-    gather_rows.of_prepared = schedule_of  # type: ignore[assignment]
-    gather_rows._without_gather = lambda *_: launches(received_rows_kernel, False)
+    gather_rows.gather_schedule = SimpleNamespace(of_prepared=schedule_of)  # type: ignore[assignment]
+    gather_rows.rows_schedule = SimpleNamespace(of_prepared=lambda *_: launches(received_rows_kernel, False))  # type: ignore[assignment]
     total = (everything.xs[0].float() + everything.xs[1].float()).to(call.dtype) + 0.0
     Rows.summed = lambda self, block, kept, invariant: total[:kept].clone()  # type: ignore[method-assign]
     library._kernel = lambda c: Interpreted(  # type: ignore[assignment]
@@ -203,7 +203,7 @@ def _wrong_blocks(way: str, kept: tuple[int, ...]) -> list[str]:
         add_norm.add_norm_kernel, (c, Variant(world=1, lanes=128, steps=c.groups, split=1, ptx=False))
     )
     filled = torch.zeros(rows, hidden, dtype=call.dtype)
-    gather_blocks._gathered = (
+    gather_blocks.gathered = (
         lambda own, *_: torch.cat(  # type: ignore[assignment]
             [wanted[0][:rows], torch.cat([own, filled[len(own) :]])]
         )

@@ -20,7 +20,7 @@ from .call import begin, end, failed, let_next_kernel_start, poison, wait_for_pr
 from .epilogue import accept, finish, prefetch
 from .gather import push_to_all, receive_normed
 from .memory import NAN_WORD
-from .received_rows import parts_of_blocks, push_to_receivers, receive
+from .received_rows import parts_of_blocks, push_blocks, receive
 from .reduction import sum_over_ranks
 from .rows import lane_elements, store_words
 
@@ -99,15 +99,7 @@ def gathered_rows_kernel(
     mine = normed + (rank * stride).to(tl.int64) * C.hidden
     io = (residual, weight, bias, mine, residual_out, to)
 
-    is_there = (first < items).to(tl.int32)
-    push_to_receivers(to_push, first, is_there, bases, offset, rank, 0, AT_ONCE, C, S)
-    for b in tl.static_range(AT_ONCE, WORLD, AT_ONCE):
-        more = parts_of_blocks(x, first, stride, is_there, b, AT_ONCE, C, S)
-        push_to_receivers(more, first, is_there, bases, offset, rank, b, AT_ONCE, C, S)
-    for item in range(first + tl.num_programs(0), items, tl.num_programs(0)):
-        for b in tl.static_range(0, WORLD, AT_ONCE):
-            more = parts_of_blocks(x, item, stride, 1, b, AT_ONCE, C, S)
-            push_to_receivers(more, item, 1, bases, offset, rank, b, AT_ONCE, C, S)
+    push_blocks(x, to_push, items, stride, bases, offset, rank, C, S)
 
     ok = tl.arange(0, S.lanes) * 0 + 1
     for item in range(first, items, tl.num_programs(0)):

@@ -64,6 +64,28 @@ def receive(x, row, source_row, part, i: tl.constexpr, own_plane, rank, phase, w
     return words
 
 
+@triton.jit
+def push_blocks(x, to_push, items, stride, bases, offset, rank, C: tl.constexpr, S: tl.constexpr):
+    """Push this program's rows of every block to the block's receivers.
+
+    Args:
+        to_push: what :func:`parts_of_blocks` returned for the first blocks of the first row.
+    """
+    BLOCKS: tl.constexpr = S.blocks
+    # The words of so many blocks at once fit into registers.
+    AT_ONCE: tl.constexpr = S.blocks_at_once
+    first = tl.program_id(0)
+    is_there = (first < items).to(tl.int32)
+    push_to_receivers(to_push, first, is_there, bases, offset, rank, 0, AT_ONCE, C, S)
+    for b in tl.static_range(AT_ONCE, BLOCKS, AT_ONCE):
+        more = parts_of_blocks(x, first, stride, is_there, b, AT_ONCE, C, S)
+        push_to_receivers(more, first, is_there, bases, offset, rank, b, AT_ONCE, C, S)
+    for item in range(first + tl.num_programs(0), items, tl.num_programs(0)):
+        for b in tl.static_range(0, BLOCKS, AT_ONCE):
+            more = parts_of_blocks(x, item, stride, 1, b, AT_ONCE, C, S)
+            push_to_receivers(more, item, 1, bases, offset, rank, b, AT_ONCE, C, S)
+
+
 @triton.jit(do_not_specialize=["rank", "rows", "kept", "stride", "phase_bytes", "limit"])
 def received_rows_kernel(
     x,
@@ -97,8 +119,6 @@ def received_rows_kernel(
     WORLD: tl.constexpr = S.world
     PDL: tl.constexpr = S.pdl  # Triton 3.6 passes no plain string on
     STEPS: tl.constexpr = S.steps
-    BLOCKS: tl.constexpr = S.blocks
-    # The words of so many blocks at once fit into registers.
     AT_ONCE: tl.constexpr = S.blocks_at_once
     bases = ()
     for r in tl.static_range(WORLD):
@@ -117,15 +137,7 @@ def received_rows_kernel(
     own_plane = own_base + offset
     watch = (state.to(tl.int64), peers.to(tl.int64), limit.to(tl.int64))
     # All pushes first: the later ones travel while the first rows are being reduced.
-    is_there = (first < items).to(tl.int32)
-    push_to_receivers(to_push, first, is_there, bases, offset, rank, 0, AT_ONCE, C, S)
-    for b in tl.static_range(AT_ONCE, BLOCKS, AT_ONCE):
-        more = parts_of_blocks(x, first, stride, is_there, b, AT_ONCE, C, S)
-        push_to_receivers(more, first, is_there, bases, offset, rank, b, AT_ONCE, C, S)
-    for item in range(first + tl.num_programs(0), items, tl.num_programs(0)):
-        for b in tl.static_range(0, BLOCKS, AT_ONCE):
-            more = parts_of_blocks(x, item, stride, 1, b, AT_ONCE, C, S)
-            push_to_receivers(more, item, 1, bases, offset, rank, b, AT_ONCE, C, S)
+    push_blocks(x, to_push, items, stride, bases, offset, rank, C, S)
     for item in range(first, items, tl.num_programs(0)):
         row = item // S.split
         part = item % S.split

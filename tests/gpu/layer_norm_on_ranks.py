@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from graphs_on_ranks import replays_equal_eager
 from interpreted_ranks import Call, digest, expected, inputs, same_bits, ulps_apart
 from tpfuse.ops import all_reduce_add_layer_norm, all_reduce_add_rms_norm, raise_if_failed
 from tpfuse.ops.layer_norm_flavour import NAMED
@@ -132,20 +133,4 @@ def replays(rank: int, world: int) -> list[str]:
             found += all_reduce_add_rms_norm(x[:rows], residual[:rows], weight)
         return found
 
-    step()
-    torch.cuda.synchronize()
-    dist.barrier()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = step()
-    complaints = []
-    for n in range(20):
-        x.copy_(torch.randn(40, 8192, generator=g, device="cuda"))
-        graph.replay()
-        found = [t.clone() for t in out]
-        for number, (a, b) in enumerate(zip(found, step(), strict=True)):
-            if not same_bits(a, b):
-                complaints.append(f"replay {n}: result {number} differs from an eager call")
-    torch.cuda.synchronize()
-    raise_if_failed()
-    return complaints[:10]
+    return replays_equal_eager(step, lambda: x.copy_(torch.randn(40, 8192, generator=g, device="cuda")))

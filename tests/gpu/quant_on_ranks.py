@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from graphs_on_ranks import replays_equal_eager
 from interpreted_ranks import Call, digest, inputs, same_bits
 from tpfuse.ops import all_reduce_add_rms_norm, all_reduce_add_rms_norm_quant, raise_if_failed
 from tpfuse.ops.flavour import NAMED as FLAVOURS
@@ -105,20 +106,4 @@ def replays(rank: int, world: int) -> list[str]:
             found += all_reduce_add_rms_norm(x[:4], residual[:4], weight)
         return found
 
-    step()
-    torch.cuda.synchronize()
-    dist.barrier()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = step()
-    complaints = []
-    for n in range(20):
-        x.copy_(torch.randn(40, 4096, generator=g, device="cuda"))
-        graph.replay()
-        found = [t.clone() for t in out]
-        for number, (a, b) in enumerate(zip(found, step(), strict=True)):
-            if not same_bits(a, b):
-                complaints.append(f"replay {n}: result {number} differs from an eager call")
-    torch.cuda.synchronize()
-    raise_if_failed()
-    return complaints[:10]
+    return replays_equal_eager(step, lambda: x.copy_(torch.randn(40, 4096, generator=g, device="cuda")))
