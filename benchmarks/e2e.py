@@ -12,7 +12,7 @@ that is full and constant, so every step costs the same; a prefill attends causa
 with the layers of Llama-3-8B and torchao's row-wise float8. ``deepseek``: see ``benchmarks/e2e_deepseek.py``.
 
 Contenders, all under ``torch.compile(mode="reduce-overhead", dynamic=False, fullgraph=True)``, or without the mode and one CUDA
-graph around the compiled step (``llama-float8``):
+graph around the compiled step (``llama-float8``, ``--captured``):
 
 - ``tpfuse``: ``backend="tpfuse"`` on the plain functional all-reduces of the model.
 - ``symm one-shot``, ``symm two-shot``: ``backend="inductor"``, and every all-reduce is torch's symmetric-memory one, behind an
@@ -25,8 +25,10 @@ graph around the compiled step (``llama-float8``):
 
 Method. Before each step all ranks meet; a step's time is the *minimum over ranks*, because the last rank to start waits for
 nobody; the figure is the median of the steps, launch from Python included. ``back to back`` is the time of a step among 20
-that were launched without waiting for one another, where the GPU sets the pace. Tokens of a decode step are the input of the
-next. Ratios of both times are printed, against each baseline and against the one that is fastest back to back.
+that were launched without waiting for one another, where the GPU sets the pace. Steps that are one CUDA graph are timed in
+turn, some of each contender at a time, from the first to the last and back; others one contender after the other. Tokens of
+a decode step are the input of the next. Ratios of both times are printed, against each baseline and against the one that is
+fastest back to back.
 
 Checks. The number of fused all-reduces must be what the model has (exit code 1 otherwise); every rank must choose the same
 tokens (likewise). Tokens of tpfuse and of each baseline are compared on equal inputs and reported as a fraction: baselines
@@ -97,6 +99,11 @@ def main() -> None:
     parser.add_argument(
         "--symmetric", action="store_true", help="deepseek: collectives left by tpfuse as on a shared GPU"
     )
+    parser.add_argument(
+        "--captured",
+        action="store_true",
+        help="one CUDA graph around the step, and contenders in turn (float8: always)",
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--inner", choices=("inductor", "aot_eager"), help="default: inductor, aot_eager on a CPU")
     parser.add_argument("--tiny", action="store_true", help="sizes for a rehearsal")
@@ -133,7 +140,10 @@ def main() -> None:
             sizes = replace(e2e_llama.TINY_FLOAT8 if args.tiny else e2e_llama.LLAMA_3_8B, float8=True)
         if args.layers:
             sizes = replace(sizes, layers=args.layers)
-        runs = [(world, e2e_llama.llama, replace(plan, sizes=sizes, captured=sizes.float8)) for world in args.worlds]
+        runs = [
+            (world, e2e_llama.llama, replace(plan, sizes=sizes, captured=sizes.float8 or args.captured))
+            for world in args.worlds
+        ]
     else:
         try:
             runs = [e2e_deepseek.run_of(args, plan)]

@@ -268,109 +268,144 @@ def measure_shape(model: str, phase: str, rows: int, case: Case, plan: Plan, say
     """Every contender at one shape. Collective."""
     world = dist.get_world_size()
     empty = Line(model, world, phase, rows, "")
-    chosen: dict[str, Tensor] = {}
     found: list[Line] = []
-    for contender in contenders_for(plan, phase, world):
-        line = replace(empty, contender=contender, problems=[])
-        error = ""
+    made: list[Contender] = []
+    for name in contenders_for(plan, phase, world):
+        line = replace(empty, contender=name, problems=[])
+        error, contender = "", Contender(line, case, plan)
         try:
-            with WITHOUT.get(contender, contextlib.nullcontext)():
-                chosen[contender] = measure_contender(line, case, plan, say)
+            with WITHOUT.get(name, contextlib.nullcontext)():
+                contender.compile(say)
+            if not contender.captured:  # what is compiled next may take its place
+                contender.take_turn(1)
         except Exception as raised:  # the other contenders keep their figures
             error = f"{type(raised).__name__}: {str(raised)[:600]}"
         errors: list[Any] = [None] * world
         dist.all_gather_object(errors, error)
         failed = next((f"rank {r}: {said}" for r, said in enumerate(errors) if said), "")
         if failed:
-            line = replace(empty, contender=contender, note=failed, problems=["failed"])
-            chosen.pop(contender, None)
+            line = replace(empty, contender=name, note=failed, problems=["failed"])
+        else:
+            made.append(contender)
         found.append(line)
+    # In turn, from the first to the last and back: a GPU's clock moves by more than what contenders differ by.
+    turns = plan.steps[-1]
+    for number in range(turns):
+        for contender in made[:: -1 if number % 2 else 1]:
+            if contender.captured:
+                contender.take_turn(turns)
+    for contender in made:
+        contender.finish()
+    ours = next((c.checked for c in made if c.line.contender == TPFUSE), None)
+    for contender in made:
+        if ours is not None:
+            contender.line.equal_to_tpfuse = (contender.checked == ours).float().mean().item()
+    for line in found:
         recorder.add(line)
         say(describe(line))
-    for line in found:
-        if line.contender in chosen and "tpfuse" in chosen:
-            line.equal_to_tpfuse = (chosen[line.contender] == chosen["tpfuse"]).float().mean().item()
-    recorder.save()
     say(summary(found))
 
 
-def measure_contender(line: Line, case: Case, plan: Plan, say: Say) -> Tensor:
-    """Fill in a line; returns the tokens chosen on the inputs that every contender gets, on the CPU."""
-    warm, checks, steps, chain, chains = plan.steps
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    tpfuse.clear_reports()
-    case.module.reduction = line.contender  # type: ignore[assignment]
-    case.start()
-    captured = plan.captured and plan.device == "cuda"
-    step = compiled_for(line.contender, case.module, plan.inner, plan.symmetric, captured)
-    call = lambda tokens: case.call(step, tokens)  # noqa: E731
+class Contender:
+    """One contender at one shape: compiled, checked, then timed once or in turns with others. Every method is collective."""
 
-    def once(tokens: Tensor) -> Tensor:
-        if plan.device == "cuda" and not captured:
+    def __init__(self, line: Line, case: Case, plan: Plan) -> None:
+        self.line, self.case, self.plan = line, case, plan
+        self.captured = plan.captured and plan.device == "cuda"
+        self.taken: list[float] = []
+        self.together: list[float] = []
+
+    def _once(self, tokens: Tensor) -> Tensor:
+        if self.plan.device == "cuda" and not self.captured:
             torch.compiler.cudagraph_mark_step_begin()
-        return call(tokens).clone()  # the next replay writes over what this one returned
+        return self.call(tokens).clone()  # the next replay writes over what this one returned
 
-    begin = time.monotonic()
-    with torch.no_grad():
+    @torch.no_grad()
+    def compile(self, say: Say) -> None:
+        """Compile, capture, count, and choose the tokens on the inputs that every contender gets."""
+        case, plan, line = self.case, self.plan, self.line
+        warm, checks, *_ = plan.steps
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        tpfuse.clear_reports()
+        case.module.reduction = line.contender  # type: ignore[assignment]
+        case.start()
+        step = compiled_for(line.contender, case.module, plan.inner, plan.symmetric, self.captured)
+        self.call: Callable[[Tensor], Tensor] = lambda tokens: case.call(step, tokens)
+        begin = time.monotonic()
         for number in range(warm):
             synchronize(plan.device)
             dist.barrier()
-            once(case.tokens(number))
+            self._once(case.tokens(number))
             if number == 0:
                 synchronize(plan.device)
                 line.compile_seconds = time.monotonic() - begin
-                say(
-                    f"{line.phase} {line.rows}, {line.contender}: compiled and run once in {line.compile_seconds:.0f} s"
-                )
-        if captured:
+                about = f"{line.phase} {line.rows}, {line.contender}"
+                say(f"{about}: compiled and run once in {line.compile_seconds:.0f} s")
+        if self.captured:
             synchronize(plan.device)
             dist.barrier()
-            call = Captured(call, case.tokens(0))
+            self.call = Captured(self.call, case.tokens(0))
         if line.contender in OURS:
-            expected, reports = case.expected_of(line.contender), tpfuse.reports()
-            line.fused, line.all_reduces = sum(len(r.fused) for r in reports), sum(len(r.sites) for r in reports)
-            line.quantized = sum(site.quantizer is not None for r in reports for site in r.fused)
-            quantized = 0 if line.contender == QUANT_OFF else case.expected_quantized
-            if line.quantized != quantized:
-                notes = sorted({site.note for r in reports for site in r.fused})
-                line.problems.append(f"{line.quantized} norms quantized in the op instead of {quantized}; {notes[:3]}")
-            if line.fused != expected:
-                kept = {f"{site.reason}: {site.detail}" for r in reports for site in r.kept}
-                line.problems.append(f"{line.fused} all-reduces fused instead of {expected}; {sorted(kept)[:3]}")
+            self._count()
         skips = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
         line.graphs_skipped = int(skips)
-        if skips and plan.device == "cuda" and not captured:
+        if skips and plan.device == "cuda" and not self.captured:
             line.problems.append(f"Inductor ran {skips} graph(s) without CUDA graphs")
-        checked = torch.stack([once(case.tokens(1000 + number)) for number in range(checks)]).cpu()
-        tokens = case.tokens(0)
-        taken: list[float] = []
-        for _ in range(steps):
-            synchronize(plan.device)
+        self.checked = torch.stack([self._once(case.tokens(1000 + number)) for number in range(checks)]).cpu()
+        self.tokens = case.tokens(0)
+
+    def _count(self) -> None:
+        line = self.line
+        expected, reports = self.case.expected_of(line.contender), tpfuse.reports()
+        line.fused, line.all_reduces = sum(len(r.fused) for r in reports), sum(len(r.sites) for r in reports)
+        line.quantized = sum(site.quantizer is not None for r in reports for site in r.fused)
+        quantized = 0 if line.contender == QUANT_OFF else self.case.expected_quantized
+        if line.quantized != quantized:
+            notes = sorted({site.note for r in reports for site in r.fused})
+            line.problems.append(f"{line.quantized} norms quantized in the op instead of {quantized}; {notes[:3]}")
+        if line.fused != expected:
+            kept = {f"{site.reason}: {site.detail}" for r in reports for site in r.kept}
+            line.problems.append(f"{line.fused} all-reduces fused instead of {expected}; {sorted(kept)[:3]}")
+
+    @torch.no_grad()
+    def take_turn(self, of: int) -> None:
+        """One of so many turns: its share of the single steps and of the chains."""
+        _, _, steps, chain, chains = self.plan.steps
+        device = self.plan.device
+        self.case.start()
+        self.tokens = self._once(self.tokens)  # not timed: another contender ran before
+        for _ in range(-(-steps // of)):
+            synchronize(device)
             dist.barrier()
-            with stopwatch(plan.device, taken):
-                tokens = once(tokens)
-        together: list[float] = []
-        for _ in range(chains):
-            synchronize(plan.device)
+            with stopwatch(device, self.taken):
+                self.tokens = self._once(self.tokens)
+        for _ in range(-(-chains // of)):
+            synchronize(device)
             dist.barrier()
-            with stopwatch(plan.device, together):
+            with stopwatch(device, self.together):
                 for _ in range(chain):
-                    tokens = once(tokens)
-    if plan.device == "cuda" and line.contender in OURS:
-        for name in case.group_names:
-            tpfuse.ops.raise_if_failed(name)
-    digest = hashlib.sha256(checked.numpy().tobytes() + tokens.cpu().numpy().tobytes()).hexdigest()
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (taken, together, digest, case.same_rows))
-    fastest = sorted(min(at) for at in zip(*(t for t, _, _, _ in everyone), strict=True))
-    line.step = statistics.median(fastest)
-    line.low, line.high = fastest[len(fastest) // 10], fastest[-1 - len(fastest) // 10]
-    line.back_to_back = statistics.median(min(at) for at in zip(*(t for _, t, _, _ in everyone), strict=True)) / chain
-    line.ranks_equal = all(everyone[r][2] == everyone[same[0]][2] for _, _, _, same in everyone for r in same)
-    if not line.ranks_equal:
-        line.problems.append("ranks chose different tokens")
-    return checked
+                    self.tokens = self._once(self.tokens)
+
+    def finish(self) -> None:
+        """Fill in the line's figures from what all ranks measured."""
+        line, plan, case = self.line, self.plan, self.case
+        chain = plan.steps[3]
+        if plan.device == "cuda" and line.contender in OURS:
+            for name in case.group_names:
+                tpfuse.ops.raise_if_failed(name)
+        digest = hashlib.sha256(self.checked.numpy().tobytes() + self.tokens.cpu().numpy().tobytes()).hexdigest()
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, (self.taken, self.together, digest, case.same_rows))
+        fastest = sorted(min(at) for at in zip(*(t for t, _, _, _ in everyone), strict=True))
+        line.step = statistics.median(fastest)
+        line.low, line.high = fastest[len(fastest) // 10], fastest[-1 - len(fastest) // 10]
+        line.back_to_back = (
+            statistics.median(min(at) for at in zip(*(t for _, t, _, _ in everyone), strict=True)) / chain
+        )
+        line.ranks_equal = all(everyone[r][2] == everyone[same[0]][2] for _, _, _, same in everyone for r in same)
+        if not line.ranks_equal:
+            line.problems.append("ranks chose different tokens")
 
 
 def describe(line: Line) -> str:
