@@ -29,6 +29,12 @@ from .split_rows import mean_of_squares, restore, restore_tops
 _NAN: tl.constexpr = tl.constexpr(NAN_WORD)
 
 
+@triton.constexpr_function
+def gain_ahead(c, s):
+    """Whether the weight, and the shift of a LayerNorm, are loaded before the poll: where registers are left."""
+    return s.steps <= 2 and (s.affine_ahead or not c.centered) and not (c.second and s.world > 4)
+
+
 @triton.jit
 def loaded(scale, C: tl.constexpr):
     """The scale of a call as a number. After the wait for the kernel before this one, which may have written it."""
@@ -156,10 +162,10 @@ def prefetch(row, part, i: tl.constexpr, io, C: tl.constexpr, S: tl.constexpr):
         b = added[0]
         a = added[1]
         v = added[2]
-    if C.has_weight and S.steps <= 2 and (S.affine_ahead or not C.centered):
+    if C.has_weight and gain_ahead(C, S):
         w = load_words(weight, element.to(tl.int64), active, C.weight_dtype, C.values, S.ptx)
     s = ()
-    if C.has_shift and S.affine_ahead:
+    if C.has_shift and gain_ahead(C, S):
         s = load_words(io[5], element.to(tl.int64), active, C.shift_dtype, C.values, S.ptx)
     return (r, b, w, s, a, v)
 
@@ -252,14 +258,14 @@ def finish(
         element, active = lane_elements(part, i, C, S)
         gain = ()
         if C.has_weight:
-            if S.steps <= 2 and (S.affine_ahead or not C.centered):
+            if gain_ahead(C, S):
                 gain = loads[i][2]
             else:
                 gain = load_words(weight, element.to(tl.int64), active, C.weight_dtype, C.values, S.ptx)
         if C.centered:
             shift = ()
             if C.has_shift:
-                if S.affine_ahead:
+                if gain_ahead(C, S):
                     shift = loads[i][3]
                 else:
                     shift = load_words(io[5], element.to(tl.int64), active, C.shift_dtype, C.values, S.ptx)

@@ -77,7 +77,8 @@ def reduce_for_all(x, item, peers, rank, offset, own_plane, gather, phase, watch
         place = gather + row.to(tl.int64) * C.row_bytes + element * C.item_bytes
         for r in tl.static_range(WORLD):
             # What a poll gave up is pushed to nobody: see memory.py.
-            push(tl.load(peers + r) + offset + place, total, active & words[4 * WORLD], S.ptx)
+            # Volatile, so that the addresses of all ranks are not kept in registers from one sum to the next.
+            push(tl.load(peers + r, volatile=C.second) + offset + place, total, active & words[4 * WORLD], S.ptx)
 
 
 @triton.jit
