@@ -53,16 +53,17 @@ def run(
         with torch.cuda.device(index):  # launches and the vote go to the current device
             more = (group_name, scale_tensor, scale_first, partial_bias, residual_first)
             return run(x, residual, weight, bias, eps, scale, flavour, post_norm, *more, out=out)
+    dims = x.dim()
     key: tuple[Any, ...] = (
         group_name,
         x.dtype,
-        x.shape[-1] if x.dim() else 0,
+        x.shape[-1] if dims else 0,
         flavour,
         scale != 1.0,
         residual is None,
         None if weight is None else weight.dtype,
         0 if bias is None else bias.dim(),
-        x.dim(),
+        dims,
         post_norm,
         index,
         paths.current_stream_class(),
