@@ -44,13 +44,20 @@ class Merged:
 
     Attributes:
         collective: the other reduction.
-        nodes: what leads from it to the value that is added.
+        nodes: what leads from it to ``operand``.
         factor: what one of ``nodes`` multiplies it by: one value a row, or a number; None where nothing does.
+        bias: the vector that one of ``nodes`` adds to it, or None.
+        order: of the additions: ``together``, the two sums first, then the residual; ``other_first``,
+            ``(residual + other) + own``; ``own_first``, ``(residual + own) + other``.
+        operand: what one of the candidate's terms adds.
     """
 
     collective: Collective
     nodes: tuple[Node, ...]
     factor: Node | float | None
+    bias: Node | None
+    order: str
+    operand: Node
 
 
 @dataclass(frozen=True)
@@ -121,6 +128,8 @@ class Candidate:
             factor = f"*{self.merged.factor!r}" if isinstance(self.merged.factor, float) else ""
             parts.append(self.merged.collective.kind + factor)
         before = []
+        if self.merged is not None and self.merged.bias is not None:
+            before.append("bias")
         if self.bias is not None:
             before.append("add" if any(t.kind == "full" and t.operand is self.bias for t in self.terms) else "bias")
         if self.addend is not None:
@@ -143,7 +152,7 @@ class Candidate:
     def operands(self) -> tuple[Node, ...]:
         """What the fused op reads besides the partial sum."""
         other = self.merged
-        theirs = () if other is None else (other.collective.x, other.factor)
+        theirs = () if other is None else (other.collective.x, other.factor, other.bias)
         static_scale = None if self.quantization is None else self.quantization.static_scale
         scales = self.scale_tensor, self.factor, static_scale
         operands = (

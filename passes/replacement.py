@@ -25,7 +25,7 @@ from ..ops.layer_norm_flavour import LayerNormFlavour
 from ..ops.quantizer import Quantizer
 from . import values
 from .candidate import Candidate
-from .legality import MUL
+from .legality import ADD, MUL
 from .quantization import Quantization
 from .reasons import Reason, Refusal
 
@@ -242,22 +242,24 @@ def _build(new: Replacement) -> None:
     c, norm, block = candidate.collective, candidate.norm, candidate.block
     post = candidate.post_add is not None
     bias: Node | Value | None = candidate.bias
-    full = next((n for n, t in enumerate(candidate.terms) if t.kind == "full" and t.operand is candidate.bias), None)
-    if bias is not None and full is not None:
-        bias = _followed(new, new.fit(bias, candidate.terms[full].node), full + 1)
+    if bias is not None and any(t.kind == "full" and t.operand is bias for t in candidate.terms):
+        bias = _added(new, bias)
     elif bias is not None and len(new.shape(bias)) != 1:
         bias = new.call(aten.view.default, bias, [values.width(candidate.h.root)])
     addend: Node | Value | None = candidate.addend
     if addend is not None:
-        place = next(n for n, t in enumerate(candidate.terms) if t.operand is addend)
-        addend = _followed(new, new.fit(addend, candidate.terms[place].node), place + 1)
-    if candidate.merged is not None:
-        x: Node | Value = _merged(new)
-    else:
-        given: Node | Value = c.x if candidate.factor is None else new.call(aten.mul.Tensor, c.x, candidate.factor)
-        x = given if block is not None else _followed(new, given, 0)
+        addend = _added(new, addend)
+    given: Node | Value = c.x if candidate.factor is None else new.call(aten.mul.Tensor, c.x, candidate.factor)
+    x = given if block is not None else _followed(new, given, 0)
+    merged = candidate.merged
+    if merged is not None:
+        x = new.call(aten.add.Tensor, x, _other(new))
+        if merged.bias is not None:
+            bias = merged.bias if bias is None else new.call(aten.add.Tensor, merged.bias, bias)
     residual: Node | Value | None = candidate.residual
-    if residual is not None:
+    if residual is not None and merged is not None and merged.order != "together":
+        residual = _first_residual(new)
+    elif residual is not None:
         residual = new.fit(residual, x if block is None else candidate.post_add or candidate.terms[-1].node)
     elif block is not None and block.nodes:
         raise Misfit("without a residual nothing says how many rows of the block are kept")
@@ -323,21 +325,46 @@ def _placed(new: Replacement, result: Value, nodes: tuple[Node, ...]) -> None:
     new.at = None
 
 
-def _merged(new: Replacement) -> Node | Value:
-    """The two partial sums of one reduction, added."""
+def _other(new: Replacement) -> Node | Value:
+    """The partial sum of the other reduction, in the shape of the own one."""
     candidate, merged = new.candidate, new.candidate.merged
     assert merged is not None
-    mine: Node | Value = candidate.collective.x
-    if candidate.block is None:  # in the shape in which the model adds the sums
-        mine = new.fit(new.repeat(candidate.terms[0].path, mine), candidate.terms[0].node)
-    other: Node | Value = new.fit(merged.collective.x, merged.collective.value) if merged.nodes else merged.collective.x
-    for node in merged.nodes:
+    c = merged.collective
+    if candidate.block is not None and not merged.nodes:  # all rows of it, of which the sum has some
+        return new.fit(c.x, candidate.collective.x)
+    other = _along(new, new.fit(c.x, c.value), merged.nodes)
+    return new.fit(other, candidate.collective.x) if candidate.block is not None else _added(new, other, merged.operand)
+
+
+def _first_residual(new: Replacement) -> Node | Value:
+    """The residual of ``(residual + one sum) + the other``, in the shape of the norm's input."""
+    candidate, merged = new.candidate, new.candidate.merged
+    assert merged is not None and candidate.residual is not None
+    residual: Node | Value = candidate.residual
+    if merged.order == "own_first":
+        return _added(new, residual)
+    add = next(n for n, node in enumerate(merged.nodes) if candidate.residual in node.all_input_nodes)
+    return _added(new, _along(new, residual, merged.nodes[add:]), merged.operand)
+
+
+def _along(new: Replacement, value: Node | Value, nodes: tuple[Node, ...]) -> Node | Value:
+    """``value`` through the changes of shape and the factor of what leads from the other sum to where the two meet."""
+    for node in nodes:
         if node.target in MUL:
-            other = new.call(aten.mul.Tensor, other, merged.factor)
+            assert new.candidate.merged is not None
+            value = new.call(aten.mul.Tensor, value, new.candidate.merged.factor)
+        elif node.target in ADD:  # what it adds is an operand of its own
+            value = new.fit(value, node)
         else:
-            other = new.repeat((node,), other)
-    total = new.call(aten.add.Tensor, mine, new.fit(other, mine))
-    return total if candidate.block is not None else _followed(new, total, 1)
+            value = new.repeat((node,), value)
+    return value
+
+
+def _added(new: Replacement, value: Node | Value, operand: Node | None = None) -> Node | Value:
+    """``value``, which a term adds or which stands for its ``operand``, in the shape that the sum has at the end."""
+    terms = new.candidate.terms
+    place = next(n for n, t in enumerate(terms) if t.operand is (operand or value))
+    return _followed(new, new.fit(value, terms[place].node), place + 1)
 
 
 def _followed(new: Replacement, value: Node | Value, start: int) -> Node | Value:
