@@ -31,6 +31,8 @@ class Operands(NamedTuple):
     group_name: str
     scale_tensor: Tensor | None = None
     scale_first: bool = False
+    partial_bias: bool = False
+    residual_first: bool = False
 
     @classmethod
     def of(cls, *args: Any, same: Callable[[Any, Any], bool] = operator.eq, **kwargs: Any) -> Operands:
@@ -47,13 +49,38 @@ class Operands(NamedTuple):
         refuse_gradients(given.x, given.residual, given.weight, given.bias, given.scale_tensor)
         check(given.x, given.residual, given.weight, given.bias, given.flavour, given.post_norm, same)
         check_scale(given.x, given.scale, given.scale_tensor)
+        if given.partial_bias or given.residual_first:
+            given.check_two_sums(same)
         return given
+
+    def check_two_sums(self, same: Callable[[Any, Any], bool] = operator.eq) -> None:
+        """Raise ``ValueError`` unless a bias that is a partial sum, and an order of additions, are such as the op takes."""
+        check_partial(NAME, "bias", "partial_bias", self.x, self.bias, self.partial_bias, same)
+        if self.residual_first:
+            scaled = self.scale != 1.0 or self.scale_tensor is not None or self.scale_first
+            check_order(NAME, "partial_bias", self.partial_bias, self.residual, scaled)
+            if self.post_norm or self.flavour.reads == "unrounded":
+                raise ValueError(
+                    f"{NAME}: residual_first=True adds both sums to the residual, each sum rounded, before the norm; got "
+                    f"post_norm={self.post_norm} and a flavour that reads {self.flavour.reads!r}; expected False and 'rounded'"
+                )
+
+    def reduced(self, summed: Callable[[Tensor, str], Tensor]) -> tuple[Tensor, Operands]:
+        """The sum of ``x``, and the operands with the sum of a bias that is a partial one.
+
+        Args:
+            summed: (partial sum, name of the group) -> the sum over its ranks.
+        """
+        total = summed(self.x.contiguous(), self.group_name)
+        if not self.partial_bias or self.bias is None:
+            return total, self
+        return total, self._replace(bias=summed(self.bias.contiguous(), self.group_name), partial_bias=False)
 
     @property
     def after_the_sum(self) -> tuple[Any, ...]:
         """What :func:`tpfuse.ops.reference.add_rms_norm` takes besides the sum."""
-        scales = self.scale_tensor, self.scale_first
-        return self.residual, self.weight, self.bias, self.eps, self.scale, self.flavour, self.post_norm, *scales
+        more = self.scale_tensor, self.scale_first, self.residual_first
+        return self.residual, self.weight, self.bias, self.eps, self.scale, self.flavour, self.post_norm, *more
 
 
 def check(
@@ -116,6 +143,43 @@ def check_wide(x: Tensor, residual: Tensor, flavour: Flavour, name: str) -> None
             f"{name}: residual is {residual.dtype} {tuple(residual.shape)}; expected the dtype and "
             f"shape of x, {x.dtype} {tuple(x.shape)}, or torch.float32 beside bf16 or fp16 with a flavour that has "
             "reads='unrounded'"
+        )
+
+
+def check_partial(
+    name: str,
+    argument: str,
+    flag: str,
+    x: Tensor,
+    partial: Tensor | None,
+    asked: bool,
+    same: Callable[[Any, Any], bool] = operator.eq,
+) -> None:
+    """Raise ``ValueError`` unless an addend that is a partial sum is there, with the shape and dtype of ``x``.
+
+    Args:
+        name, argument, flag: of the op, of the addend and of what says that it is a partial sum; for messages.
+    """
+    if not asked:
+        return
+    if partial is None:
+        raise ValueError(f"{name}: {flag}=True without {argument}: pass this rank's partial sum as {argument}")
+    if partial.dtype != x.dtype or not same(tuple(partial.shape), tuple(x.shape)):
+        raise ValueError(
+            f"{name}: {argument} is {partial.dtype} {tuple(partial.shape)} with {flag}=True; expected the dtype and shape of x, "
+            f"{x.dtype} {tuple(x.shape)}"
+        )
+
+
+def check_order(name: str, flag: str, asked: bool, residual: Tensor | None, scaled: bool) -> None:
+    """Raise ``ValueError`` unless two sums may be added to the residual one after the other."""
+    if not asked:
+        raise ValueError(f"{name}: residual_first=True is an order of two sums; it needs {flag}=True")
+    if residual is None or scaled:
+        what = "no residual" if residual is None else "a scale"
+        raise ValueError(
+            f"{name}: residual_first=True with {what}; it is (residual + sum) + other sum: pass a residual, and scale 1.0 "
+            "without scale_tensor and scale_first"
         )
 
 

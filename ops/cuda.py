@@ -40,14 +40,22 @@ def run(
     group_name: str,
     scale_tensor: Tensor | None = None,
     scale_first: bool = False,
+    partial_bias: bool = False,
+    residual_first: bool = False,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     refuse_gradients(x, residual, weight, bias, scale_tensor)
     index = x.device.index
     if compat.current_device() != index:
         with torch.cuda.device(index):  # launches and the vote go to the current device
-            rest = (group_name, scale_tensor, scale_first, out)
+            rest = (group_name, scale_tensor, scale_first, partial_bias, residual_first, out)
             return run(x, residual, weight, bias, eps, scale, flavour, post_norm, *rest)
+    two_sums = partial_bias or residual_first
+    if two_sums:
+        more = (group_name, scale_tensor, scale_first, partial_bias, residual_first)
+        operands = Operands.of(x, residual, weight, bias, eps, scale, flavour, post_norm, *more)
+        found = library.exact(operands)
+        return found if out is None else (out[0].copy_(found[0]), out[1].copy_(found[1]))
     key = (
         group_name,
         x.dtype,

@@ -17,7 +17,8 @@ from .op import library as registry
 
 SCHEMA = (
     f"{NAME}(Tensor x, Tensor? residual, Tensor? weight, Tensor? norm_bias, Tensor? bias, Tensor? addend, float eps, "
-    "float scale, str flavour, str group_name) -> (Tensor normed, Tensor residual_out)"
+    "float scale, str flavour, str group_name, bool partial_addend=False, Tensor? addend_bias=None, "
+    "bool residual_first=False) -> (Tensor normed, Tensor residual_out)"
 )
 registry.define(SCHEMA, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
 
@@ -29,7 +30,7 @@ def _cpu(*args: Any) -> tuple[Tensor, Tensor]:
         return _empty(given)
     if settings.batch_invariant():
         invariant.agree(given.group_name)
-        return invariant.row_by_row(invariant.sum_in_rank_order(given.x, given.group_name), given, add_layer_norm)
+        return invariant.row_by_row(*given.reduced(invariant.sum_in_rank_order), add_layer_norm)
     invariant.remember(given.group_name)
     return exact_layer_norm(given)
 
@@ -60,6 +61,9 @@ def all_reduce_add_layer_norm(
     addend: Tensor | None = None,
     scale: float = 1.0,
     flavour: LayerNormFlavour | str = LAYER_NORM,
+    partial_addend: bool = False,
+    addend_bias: Tensor | None = None,
+    residual_first: bool = False,
     group: torch.distributed.ProcessGroup | str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sum ``x`` over the ranks of ``group``, add the residual and take the LayerNorm, in one op.
@@ -73,6 +77,10 @@ def all_reduce_add_layer_norm(
         bias: ``(H,)`` or ``x``'s shape, added to the sum before scale and residual, or None.
         addend: ``x``'s shape and dtype, added behind the bias, or None: the sum of the other of two parallel sublayers.
         scale: multiplied into the sum after both.
+        partial_addend: the addend is this rank's partial sum as well: what is added is its sum over the ranks, rounded as that
+            of ``x`` is. The same as ``addend=`` with its all-reduce, in the same kernel.
+        addend_bias: with ``partial_addend``: ``(H,)``, added to that sum before it is added (a bias of the other sublayer).
+        residual_first: with ``partial_addend``: ``h = (residual + (sum + bias)) + addend``, without a scale (Cohere).
         flavour: how mean and variance are taken and where the norm rounds; see :class:`tpfuse.ops.LayerNormFlavour`.
         group: a process group or its name; None is the default group.
     Returns:
@@ -82,4 +90,4 @@ def all_reduce_add_layer_norm(
         RuntimeError: autograd would have to record the op, or no process group is initialised.
     """
     given = (x, residual, weight, norm_bias, bias, addend, eps, scale, str(flavour), paths.group_name_of(group))
-    return torch.ops.tpfuse.all_reduce_add_layer_norm(*given)
+    return torch.ops.tpfuse.all_reduce_add_layer_norm(*given, partial_addend, addend_bias, residual_first)

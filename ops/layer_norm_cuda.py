@@ -27,15 +27,22 @@ def run(
     scale: float,
     flavour: str,
     group_name: str,
+    partial_addend: bool = False,
+    addend_bias: Tensor | None = None,
+    residual_first: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """A call; arguments in the order of the schema."""
     index = x.device.index
     if compat.current_device() != index:
         with torch.cuda.device(index):  # launches and the vote go to the current device
-            return run(x, residual, weight, norm_bias, bias, addend, eps, scale, flavour, group_name)
+            more = (group_name, partial_addend, addend_bias, residual_first)
+            return run(x, residual, weight, norm_bias, bias, addend, eps, scale, flavour, *more)
     parsed = LayerNormFlavour.parse(flavour)
-    given = LayerNormOperands(x, residual, weight, norm_bias, bias, addend, eps, scale, parsed, group_name)
+    more = (group_name, partial_addend, addend_bias, residual_first)
+    given = LayerNormOperands(x, residual, weight, norm_bias, bias, addend, eps, scale, parsed, *more)
     given.check()
+    if partial_addend:
+        return library.exact_layer_norm(given)
     shift = None if norm_bias is None else norm_bias.dtype
     key = (
         *(group_name, "layer_norm", x.dtype, x.shape[-1], flavour, scale != 1.0, residual is None, x.dim(), index),

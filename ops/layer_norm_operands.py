@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .arguments import DTYPES, check, refuse_gradients
+from .arguments import DTYPES, check, check_order, check_partial, refuse_gradients
 from .layer_norm_flavour import LayerNormFlavour
 
 NAME = "all_reduce_add_layer_norm"
@@ -28,6 +28,9 @@ class LayerNormOperands(NamedTuple):
     scale: float
     flavour: LayerNormFlavour
     group_name: str
+    partial_addend: bool = False
+    addend_bias: Tensor | None = None
+    residual_first: bool = False
 
     @classmethod
     def of(cls, *args: Any, same: Callable[[Any, Any], bool] = operator.eq, **kwargs: Any) -> LayerNormOperands:
@@ -47,7 +50,8 @@ class LayerNormOperands(NamedTuple):
     def check(self, same: Callable[[Any, Any], bool] = operator.eq) -> None:
         """Raise as :meth:`of` does."""
         refuse_gradients(self.x, self.residual, self.weight, self.bias, name=NAME)
-        for name, tensor in (("norm_bias", self.norm_bias), ("addend", self.addend)):
+        behind = (("norm_bias", self.norm_bias), ("addend", self.addend), ("addend_bias", self.addend_bias))
+        for name, tensor in behind:
             if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
                 raise RuntimeError(
                     f"{NAME} is for inference only and has no gradient, but {name} requires grad; call it under "
@@ -57,6 +61,7 @@ class LayerNormOperands(NamedTuple):
         if added is not None and (added.dtype != self.x.dtype or not same(tuple(added.shape), tuple(self.x.shape))):
             raise ValueError(f"{NAME}: addend is {_text(added)}; expected the dtype and shape of x, {_text(self.x)}")
         check(self.x, self.residual, self.weight, self.bias, self.flavour.scaling, False, same, NAME)
+        self._check_two_sums(same)
         shift = self.norm_bias
         if (shift is None) != (self.flavour.shift == "none"):
             raise ValueError(
@@ -67,6 +72,29 @@ class LayerNormOperands(NamedTuple):
             raise ValueError(f"{NAME}: norm_bias is {_text(shift)}; expected a vector of shape ({self.x.shape[-1]},)")
         if self.flavour.moments == "native":
             self._check_native()
+
+    def _check_two_sums(self, same: Callable[[Any, Any], bool]) -> None:
+        check_partial(NAME, "addend", "partial_addend", self.x, self.addend, self.partial_addend, same)
+        if self.residual_first:
+            check_order(NAME, "partial_addend", self.partial_addend, self.residual, self.scale != 1.0)
+        vector, hidden = self.addend_bias, self.x.shape[-1]
+        if vector is None:
+            return
+        if not self.partial_addend:
+            raise ValueError(f"{NAME}: addend_bias is added to a sum over the ranks; it needs partial_addend=True")
+        if vector.dtype != self.x.dtype or not same(tuple(vector.shape), (hidden,)):
+            raise ValueError(f"{NAME}: addend_bias is {_text(vector)}; expected {self.x.dtype} of shape ({hidden},)")
+
+    def reduced(self, summed: Callable[[Tensor, str], Tensor]) -> tuple[Tensor, LayerNormOperands]:
+        """The sum of ``x``, and the operands with the sum of an addend that is a partial one.
+
+        Args:
+            summed: (partial sum, name of the group) -> the sum over its ranks.
+        """
+        total = summed(self.x.contiguous(), self.group_name)
+        if not self.partial_addend or self.addend is None:
+            return total, self
+        return total, self._replace(addend=summed(self.addend.contiguous(), self.group_name), partial_addend=False)
 
     def _check_native(self) -> None:
         """What torch's operator asks of weight and bias: one dtype, that of its operand or, of a 16-bit one, fp32."""
@@ -84,7 +112,8 @@ class LayerNormOperands(NamedTuple):
     @property
     def after_the_sum(self) -> tuple[Any, ...]:
         """What :func:`tpfuse.ops.layer_norm_reference.add_layer_norm` takes besides the sum."""
-        return self.residual, self.weight, self.norm_bias, self.bias, self.addend, self.eps, self.scale, self.flavour
+        operands = self.residual, self.weight, self.norm_bias, self.bias, self.addend
+        return *operands, self.eps, self.scale, self.flavour, self.addend_bias, self.residual_first
 
 
 def _text(tensor: Tensor | None) -> str:

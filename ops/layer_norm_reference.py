@@ -72,6 +72,8 @@ def add_layer_norm(
     eps: float,
     scale: float,
     flavour: LayerNormFlavour,
+    addend_bias: Tensor | None = None,
+    residual_first: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Everything after the all-reduce: bias, scale, residual add and norm, each rounded as eager mode does.
 
@@ -81,12 +83,18 @@ def add_layer_norm(
         bias: ``(H,)`` or the shape of ``reduced``, added to the sum before the scale; or None.
         addend: the shape of ``reduced``, added behind the bias; or None.
         weight, norm_bias, eps, flavour: of the norm, see :func:`layer_norm`.
+        addend_bias: ``(H,)``, added to the addend before anything else is; or None.
+        residual_first: ``h = (residual + (reduced + bias)) + addend``, the order of Cohere; with a residual, without a scale.
     Returns:
-        ``(norm(h), h)`` with ``h = residual + scale * (reduced + bias + addend)``.
+        ``(norm(h), h)`` with ``h = residual + scale * ((reduced + bias) + (addend + addend_bias))``.
     """
+    if addend is not None and addend_bias is not None:
+        addend = addend + addend_bias
     h = reduced
     if bias is not None:
         h = h + bias
+    if residual_first and residual is not None:
+        h, residual = residual + h, None
     if addend is not None:
         h = h + addend
     if scale != 1.0:

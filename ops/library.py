@@ -137,13 +137,13 @@ def _start(kernel: Kernel, rows: int, on: Tensor, args: tuple[Any, ...]) -> None
 
 def exact(given: Operands) -> tuple[Tensor, Tensor]:
     """The group's all-reduce and the exact reference: on a CPU, and for calls that no kernel takes."""
-    reduced = all_reduce(given.x.contiguous(), given.group_name)
+    reduced, given = given.reduced(all_reduce)
     normed, residual_out = reference.add_rms_norm(reduced, *given.after_the_sum)
     return normed.contiguous(), residual_out.contiguous()
 
 
 def exact_layer_norm(given: LayerNormOperands) -> tuple[Tensor, Tensor]:
     """:func:`exact` of the op whose norm is a LayerNorm."""
-    reduced = all_reduce(given.x.contiguous(), given.group_name)
+    reduced, given = given.reduced(all_reduce)
     normed, residual_out = layer_norm_reference.add_layer_norm(reduced, *given.after_the_sum)
     return normed.contiguous(), residual_out.contiguous()

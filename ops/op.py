@@ -18,7 +18,8 @@ from .library import exact
 
 SCHEMA = (
     "all_reduce_add_rms_norm(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, float scale, "
-    "str flavour, bool post_norm, str group_name, Tensor? scale_tensor=None, bool scale_first=False) -> "
+    "str flavour, bool post_norm, str group_name, Tensor? scale_tensor=None, bool scale_first=False, "
+    "bool partial_bias=False, bool residual_first=False) -> "
     "(Tensor normed, Tensor residual_out)"
 )
 
@@ -47,7 +48,7 @@ def on_a_cpu(given: Operands) -> tuple[Tensor, Tensor]:
         return normed.contiguous(), residual_out.contiguous()
     if settings.batch_invariant():
         invariant.agree(given.group_name)
-        return invariant.add_rms_norm(invariant.sum_in_rank_order(given.x, given.group_name), given)
+        return invariant.add_rms_norm(*given.reduced(invariant.sum_in_rank_order))
     invariant.remember(given.group_name)
     return exact(given)
 
@@ -117,6 +118,8 @@ def all_reduce_add_rms_norm(
     flavour: Flavour | str = LLAMA,
     post_norm: bool = False,
     scale_first: bool = False,
+    partial_bias: bool = False,
+    residual_first: bool = False,
     group: torch.distributed.ProcessGroup | str | None = None,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -134,6 +137,10 @@ def all_reduce_add_rms_norm(
         flavour: the rounding order of the norm; see :class:`tpfuse.ops.Flavour`.
         post_norm: normalise the sum and add the residual after it (Gemma2, OLMo2).
         scale_first: multiply by ``scale`` before the bias is added (Laguna).
+        partial_bias: ``bias``, of ``x``'s shape, is this rank's partial sum as well: what is added is its sum over the ranks,
+            rounded as that of ``x`` is. The same as ``bias=`` with its all-reduce, in the same kernel (a MoE layer and its
+            shared experts, attention and MLP side by side).
+        residual_first: with ``partial_bias``: ``h = (residual + sum) + sum of bias``, without a scale (Cohere).
         group: a process group or its name; None is the default group.
         out: ``(normed, residual_out)`` to write into, of the shape of ``x``, contiguous and 16-byte aligned. ``residual_out`` may
             be ``residual`` itself, and ``normed`` may be ``x`` itself; they share no other memory. None allocates both.
@@ -156,6 +163,6 @@ def all_reduce_add_rms_norm(
     number, tensor = (1.0, scale) if isinstance(scale, Tensor) else (scale, None)
     given = (x, residual, weight, bias, eps, number, str(flavour), post_norm, name)
     if out is None:
-        return torch.ops.tpfuse.all_reduce_add_rms_norm(*given, tensor, scale_first)
-    torch.ops.tpfuse.all_reduce_add_rms_norm_out(*given, *out, tensor, scale_first)
+        return torch.ops.tpfuse.all_reduce_add_rms_norm(*given, tensor, scale_first, partial_bias, residual_first)
+    torch.ops.tpfuse.all_reduce_add_rms_norm_out(*given, *out, tensor, scale_first, partial_bias, residual_first)
     return out

@@ -68,6 +68,7 @@ def add_rms_norm(
     post_norm: bool,
     scale_tensor: Tensor | None = None,
     scale_first: bool = False,
+    residual_first: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Everything after the all-reduce: bias, scale, residual add and norm. See ``docs/op.md`` for the contract.
 
@@ -82,10 +83,15 @@ def add_rms_norm(
         post_norm: False: ``h = residual + y``, returns ``(norm(h), h)``. True: returns ``(norm(y), residual + norm(y))``.
         scale_tensor: one value in the dtype of ``reduced``, in the place of ``scale``; or None.
         scale_first: the scale is multiplied in before the bias is added.
+        residual_first: ``h = (residual + reduced) + bias``: another order of the same additions (Cohere's). With a residual,
+            without a scale, post-norm or an unrounded sum.
 
     With a flavour that reads the unrounded sum the norm is that of ``residual + y`` in fp32; what is returned is rounded to the
     residual's dtype.
     """
+    if residual_first and residual is not None and bias is not None:
+        h = (residual + reduced) + bias
+        return rms_norm(h, weight, eps, flavour), h
     y = reduced
     if bias is not None and not scale_first:
         y = y + bias
