@@ -50,6 +50,7 @@ class Merged:
         order: of the additions: ``together``, the two sums first, then the residual; ``other_first``,
             ``(residual + other) + own``; ``own_first``, ``(residual + own) + other``.
         operand: what one of the candidate's terms adds.
+        exact: both sums are made and rounded each for itself. Else the partial sums are added and reduced once (relaxed).
     """
 
     collective: Collective
@@ -58,6 +59,7 @@ class Merged:
     bias: Node | None
     order: str
     operand: Node
+    exact: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class Candidate:
             None where ``h`` itself is the rounded value.
         block: the rows of the sum that this rank keeps, where it does not keep all.
         factor: a scalar tensor by which each rank multiplies what it gives to the sum, or None.
-        merged: the other sum whose partial sum is added to ``collective.x`` before the one reduction of both.
+        merged: the other sum that the op makes too.
         quantization: of the norm, where the fused op does that too.
         gather: of the norm, where the fused op does that too; then nothing reads the norm of the own rows.
         note: about a quantization or a gather of the norm that it does not do.
@@ -170,7 +172,7 @@ class Candidate:
     def exact(self) -> bool:
         """Whether the fused op gives the model's bits; False only with relaxed numerics."""
         quantized = self.quantization is None or self.quantization.exact
-        return self.norm.exact and self.factor is None and self.merged is None and quantized
+        return self.norm.exact and self.factor is None and (self.merged is None or self.merged.exact) and quantized
 
     @property
     def reshapes(self) -> tuple[Node, ...]:

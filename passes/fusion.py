@@ -101,7 +101,7 @@ def _rewrite(g: Graph, options: PassOptions, training: bool) -> tuple[list[Site]
     sites = [site_of(f, p, audits, absorbed.get(f.collective)) for f, p in zip(judged, places, strict=True)]
 
     decisions: list[rewrite.Decision] = []
-    for place, (item, site) in enumerate(zip(judged, sites, strict=True)):
+    for item, site in zip(judged, list(sites), strict=True):
         if isinstance(item.outcome, Candidate):
             point = legality.insertion_point(item.outcome)
             assert point is not None  # judged legal
@@ -109,7 +109,8 @@ def _rewrite(g: Graph, options: PassOptions, training: bool) -> tuple[list[Site]
             if options.verify:
                 _verify(decision, site)
             if lowering.is_lowered(item.outcome, options):
-                sites[place] = replace(site, lowered=True)
+                both = item.collective, item.outcome.merged and item.outcome.merged.collective
+                sites = [replace(s, lowered=True) if c in both else s for s, c in zip(sites, found, strict=True)]
             else:
                 decisions.append(decision)
     try:

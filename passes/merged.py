@@ -1,13 +1,15 @@
-"""Find: two sums over the same ranks that are added to each other, which one reduction can make.
+"""Judge: two sums over the same ranks that meet in one norm, which one op can make.
 
-``AR(a) + AR(b)`` is ``AR(a + b)``, and ``AR(a) * g + AR(b)`` is ``AR(a * g + b)`` where ``g`` is the same on all of the ranks.
-The bits differ, for a rank now rounds its own sum first: only with relaxed numerics. MoE layers with shared experts have such
-sums.
+The op reduces both, each rounded as by itself, and adds them in the model's order: the model's bits in one launch.
+
+With relaxed numerics one reduction is enough: ``AR(a) + AR(b)`` is ``AR(a + b)``, and ``AR(a) * g + AR(b)`` is
+``AR(a * g + b)`` where ``g`` is the same on all of the ranks. The bits differ, for a rank now rounds its own sum first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch.distributed as dist
 from torch.fx import Node
@@ -34,7 +36,7 @@ DEPTH = 64
 def merge(
     found: Sequence[Found], sums: Mapping[Node, Collective], legality: Legality, options: PassOptions
 ) -> list[Found]:
-    """Candidates with another sum made by their own reduction where that is right, and refusals of those that need that.
+    """Candidates with another sum made by their own op where that is right, and refusals of those that need that.
 
     An exception costs one merge only; with ``options.verify`` it is raised.
     """
@@ -53,7 +55,7 @@ def merge(
             theirs = next(n for n, f in enumerate(found) if f.collective is other)
             first = found[theirs].outcome
             explained = isinstance(first, Refusal) and first.reason in (Reason.SUM_OF_REDUCTIONS, Reason.ORDER)
-            if made is not None and (together.merged.order == "together" or explained):
+            if together.merged.order == "together" or explained:
                 detail = (
                     f"its sum is added to that of {item.collective.node.name}, and they stay two reductions: {made}"
                 )
@@ -77,17 +79,28 @@ def _meetings(
         return []
 
 
-def _made(together: Candidate, legality: Legality, options: PassOptions) -> Candidate | str | None:
-    """The candidate with both sums, why they must stay two reductions, or None where the options ask for two."""
-    if options.numerics != "relaxed":
-        return None
+def _made(together: Candidate, legality: Legality, options: PassOptions) -> Candidate | str:
+    """The candidate with both sums in its op, or why they stay two.
+
+    With relaxed numerics one reduction makes both where that is right, for it moves half of the bytes.
+    """
+    assert together.merged is not None
+    exact = replace(together, merged=replace(together.merged, exact=True))
+    ways = [(exact, _why_not_exact)]
+    if options.numerics == "relaxed":
+        ways.insert(0, (together, _why_not_one_reduction))
+    whys = []
     try:
-        why = _why_not(together) or _illegal(together, legality)
+        for candidate, why_not in ways:
+            why = _why_not(candidate) or why_not(candidate) or _illegal(candidate, legality)
+            if why is None:
+                return candidate
+            whys.append(why)
     except Exception as error:
         if options.verify:
             raise
-        why = internal(error).detail
-    return together if why is None else why
+        whys.append(internal(error).detail)
+    return "; ".join(dict.fromkeys(whys))
 
 
 def _illegal(together: Candidate, legality: Legality) -> str | None:
@@ -101,8 +114,6 @@ def _why_not(together: Candidate) -> str | None:
     c, merged = together.collective, together.merged
     assert merged is not None
     other = merged.collective
-    if together.scale_first:
-        return f"the sum of {c.node.name} alone is scaled"
     if other.ranks != c.ranks or other.kind != c.kind or other.reduce_op != c.reduce_op or other.error:
         return f"{other.node.name} is a {other.kind} over {list(other.ranks)}, {c.node.name} a {c.kind} over {list(c.ranks)}"
     if together.block is not None and together.block.nodes:
@@ -117,10 +128,39 @@ def _why_not(together: Candidate) -> str | None:
         reader = next((u for u in node.users if u not in inside and not values.is_dead(u)), None)
         if reader is not None:
             return f"{reader.name} reads {node.name} too"
+    return None
+
+
+def _why_not_one_reduction(together: Candidate) -> str | None:
+    """Why the partial sums must not be added before one reduction."""
+    c, merged = together.collective, together.merged
+    assert merged is not None
+    if together.scale_first:
+        return f"the sum of {c.node.name} alone is scaled"
     if isinstance(merged.factor, Node):
         unproved = unequal(merged.factor, c.ranks)
         if unproved is not None:
             return f"the factor {merged.factor.name} {unproved}, so it may differ between the ranks {list(c.ranks)}"
+    return None
+
+
+def _why_not_exact(together: Candidate) -> str | None:
+    """Why the op cannot make both sums, each for itself, with the model's bits."""
+    merged = together.merged
+    assert merged is not None
+    layer_norm = together.norm.kind == "layer_norm"
+    vectors = together.bias is not None or merged.bias is not None
+    scaled = together.scale != 1.0 or together.scale_tensor is not None
+    if together.block is not None:
+        return "the op for rows that a rank keeps makes one sum"
+    if together.quantization is not None:
+        return "the norm is quantized, and the op that does that makes one sum"
+    if vectors and not layer_norm:
+        return "a vector is added to one of them, and beside two sums the op for RMSNorm takes none"
+    if isinstance(merged.factor, Node):
+        return f"it is multiplied by {merged.factor.name} first, one value a row"
+    if merged.factor is not None and (layer_norm or scaled or vectors or merged.order != "together"):
+        return f"it alone is multiplied by {merged.factor!r}, and more follows"
     return None
 
 

@@ -34,6 +34,7 @@ ROWS = torch.ops.tpfuse.reduce_rows_add_rms_norm.default
 GATHER = torch.ops.tpfuse.reduce_rows_add_rms_norm_gather.default
 QUANT = torch.ops.tpfuse.all_reduce_add_rms_norm_quant.default
 LAYER_NORM = torch.ops.tpfuse.all_reduce_add_layer_norm.default
+OP_TAIL = (None, False, False, False)  # defaults of OP: scale_tensor, scale_first, partial_bias, residual_first
 aten = torch.ops.aten
 
 
@@ -173,13 +174,16 @@ class Replacement:
                 if self.candidate.block is not None:
                     x = self.candidate.block.of(x, kept_shape(self.candidate) if residual is None else residual.shape)
                 args = (x, residual, weight, bias, eps, scale, Flavour.parse(flavour), post)
-                normed, summed = reference.add_rms_norm(*args, *(more if step.target is OP else ()))
+                scale_tensor, scale_first, _, residual_first = (
+                    (*more, *OP_TAIL[len(more) :]) if step.target is OP else OP_TAIL
+                )
+                normed, summed = reference.add_rms_norm(*args, scale_tensor, scale_first, residual_first)
                 if step.target is GATHER:  # as if all ranks had the own rows
                     normed = repeated(normed, len(self.candidate.collective.ranks))
                 results.append((normed, summed))
             elif step.target is LAYER_NORM:
-                *given, flavour, _ = args
-                results.append(layer_norm_reference.add_layer_norm(*given, LayerNormFlavour.parse(flavour)))
+                given, (flavour, _, *more) = args[:8], args[8:]
+                results.append(layer_norm_reference.add_layer_norm(*given, LayerNormFlavour.parse(flavour), *more[1:]))
             elif step.target is QUANT:
                 x, residual, weight, bias, eps, scale, flavour, post, _, quantizer, static_scale, keep = args
                 args = (x, residual, weight, bias, eps, scale, Flavour.parse(flavour), post)
@@ -252,7 +256,7 @@ def _build(new: Replacement) -> None:
     given: Node | Value = c.x if candidate.factor is None else new.call(aten.mul.Tensor, c.x, candidate.factor)
     x = given if block is not None else _followed(new, given, 0)
     merged = candidate.merged
-    if merged is not None:
+    if merged is not None and not merged.exact:
         x = new.call(aten.add.Tensor, x, _other(new))
         if merged.bias is not None:
             bias = merged.bias if bias is None else new.call(aten.add.Tensor, merged.bias, bias)
@@ -269,6 +273,8 @@ def _build(new: Replacement) -> None:
         if quantization is not None:
             more = str(quantization.quantizer), quantization.static_scale, quantization.keep_normed
             new.fused = new.call(QUANT, x, residual, norm.weight, bias, *arguments, *more)
+        elif merged is not None and merged.exact:
+            new.fused = _two_sums(new, x, residual, bias)
         elif norm.kind == "layer_norm":
             given_last = norm.eps, candidate.scale, str(norm.flavour), c.group_name
             new.fused = new.call(LAYER_NORM, x, residual, norm.weight, norm.shift, bias, addend, *given_last)
@@ -325,6 +331,33 @@ def _placed(new: Replacement, result: Value, nodes: tuple[Node, ...]) -> None:
     new.at = None
 
 
+def _two_sums(new: Replacement, own: Node | Value, residual: Node | Value | None, vector: Node | Value | None) -> Value:
+    """The op that reduces both partial sums, each for itself.
+
+    Args:
+        own: the partial sum of the candidate's own reduction; residual: in its shape.
+        vector: what is added to the own sum.
+    """
+    candidate, merged, norm = new.candidate, new.candidate.merged, new.candidate.norm
+    assert merged is not None
+    pair: list[tuple[Any, Any]] = [(own, vector), (_other(new), merged.bias)]
+    scale, scale_first = candidate.scale, candidate.scale_first
+    if isinstance(merged.factor, float):  # of the other sum alone, which the op has as its first then
+        scale, scale_first = merged.factor, True
+    if merged.order == "other_first" or isinstance(merged.factor, float):
+        pair.reverse()
+    (x, first), (second, second_vector) = pair
+    residual_first = merged.order != "together"
+    group = candidate.collective.group_name
+    if norm.kind == "layer_norm":
+        operands = x, residual, norm.weight, norm.shift, first, second
+        arguments = norm.eps, scale, str(norm.flavour), group
+        return new.call(LAYER_NORM, *operands, *arguments, True, second_vector, residual_first)
+    post = candidate.post_add is not None
+    more = norm.eps, scale, str(norm.flavour), post, group, candidate.scale_tensor, scale_first
+    return new.call(OP, x, residual, norm.weight, second, *more, True, residual_first)
+
+
 def _other(new: Replacement) -> Node | Value:
     """The partial sum of the other reduction, in the shape of the own one."""
     candidate, merged = new.candidate, new.candidate.merged
@@ -351,8 +384,11 @@ def _along(new: Replacement, value: Node | Value, nodes: tuple[Node, ...]) -> No
     """``value`` through the changes of shape and the factor of what leads from the other sum to where the two meet."""
     for node in nodes:
         if node.target in MUL:
-            assert new.candidate.merged is not None
-            value = new.call(aten.mul.Tensor, value, new.candidate.merged.factor)
+            merged = new.candidate.merged
+            assert merged is not None
+            if merged.exact:  # the op scales the sum
+                continue
+            value = new.call(aten.mul.Tensor, value, merged.factor)
         elif node.target in ADD:  # what it adds is an operand of its own
             value = new.fit(value, node)
         else:

@@ -11,6 +11,7 @@ from tpfuse.passes import PassOptions
 
 H = 16
 LAYER_NORM = torch.ops.tpfuse.all_reduce_add_layer_norm.default
+EXACT = PassOptions(policy="all", verify=True)
 RELAXED = PassOptions(policy="all", numerics="relaxed", verify=True)
 
 ORDERS = {
@@ -80,6 +81,23 @@ def test_relaxed_reduces_the_two_sums_once(order, kind, vectors):
         assert torch.allclose(model, ours, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("vectors", VECTORS)
+@pytest.mark.parametrize("kind", NORMS)
+@pytest.mark.parametrize("order", ORDERS)
+def test_exact_makes_both_in_one_op_with_the_bits_of_the_model(order, kind, vectors):
+    """The op for RMSNorm takes no vector beside two sums."""
+    one = kind == "layer_norm" or not VECTORS[vectors]
+    for dtype in (torch.bfloat16, torch.float32):
+        args = inputs(dtype)
+        gm, new, report = fused(block(order, kind, VECTORS[vectors]), args, EXACT)
+        assert graphs.equal(graphs.run(gm, *args), graphs.run(new, *args))
+        assert [s.fused for s in report.sites] == [True, True] or not one
+        assert (graphs.all_reduces_left(new) == 0) == one
+        assert graphs.count(new, NORMS[kind]) <= 1
+        if not one:
+            assert {s.reason for s in report.kept} <= {"sum-of-reductions", "add-chain"}
+
+
 def on_ranks(rank, world_size, numerics, dtype):
     """Every block on real ranks: [order, norm, vectors, fused sites, distance of model and of fused from fp64, equal bits]."""
     import torch.distributed._functional_collectives as funcol
@@ -87,7 +105,7 @@ def on_ranks(rank, world_size, numerics, dtype):
     import tpfuse
 
     results = []
-    for order, kind, vectors in CASES:
+    for order, kind, vectors in CASES[numerics]:
         args = inputs(dtype, seed=rank)
         everywhere = [inputs(dtype, seed=n) for n in range(world_size)]
         args[2] = everywhere[0][2]  # the residual is the same on all ranks
@@ -114,12 +132,18 @@ def on_ranks(rank, world_size, numerics, dtype):
     return results
 
 
-CASES = [
-    *((order, kind, "ab") for order in ORDERS for kind in NORMS),
-    ("(a + b) + r: phi, gptj", "layer_norm", "a"),
-    ("(r + a) + b: cohere", "layer_norm", ""),
-    ("(r + a) + b: cohere", "rms_norm", ""),
-]
+CASES = {
+    "exact": [
+        *((order, "layer_norm", "ab") for order in list(ORDERS)[::2]),
+        ("(r + a) + b: cohere", "rms_norm", ""),
+        ("a + b: embeddings", "rms_norm", ""),
+    ],
+    "relaxed": [
+        ("(a + b) + r: phi, gptj", "layer_norm", "ab"),
+        ("(r + a) + b: cohere", "layer_norm", ""),
+        ("(b + r) + a", "rms_norm", "b"),
+    ],
+}
 
 
 @pytest.fixture(scope="module")
@@ -129,12 +153,15 @@ def pool():
 
 
 @pytest.mark.ranks
-def test_relaxed_on_two_ranks_is_as_close_to_fp64_as_the_model(pool):
-    results = pool.run(on_ranks, "relaxed", torch.bfloat16)
+@pytest.mark.parametrize("numerics", ["exact", "relaxed"])
+def test_two_ranks(pool, numerics):
+    """Exact numerics give the model's bits; relaxed ones are as close to fp64 as the model is."""
+    results = pool.run(on_ranks, numerics, torch.bfloat16)
     assert results[0] != [] and [r[0] for r in results[0]] == [r[0] for r in results[1]], "ranks disagree"
-    for case, (sites, model, ours, _) in zip(CASES, results[0], strict=True):
-        assert sites == [True, True], case
-        assert ours <= 2 * model, (case, model, ours)
+    for mine in results:
+        for case, (sites, model, ours, equal) in zip(CASES[numerics], mine, strict=True):
+            assert sites == [True, True], case
+            assert equal if numerics == "exact" else ours <= 2 * model, (case, model, ours)
 
 
 def refused(f, args=None, options=RELAXED):
