@@ -120,7 +120,9 @@ def _why_not(together: Candidate) -> str | None:
         return "each rank keeps some rows of them"
     if other.index is not None or storages.mutates(other.node):
         return f"{other.node.name} writes in place or is one of several in one call"
-    if values.dtype(other.x) != values.dtype(c.x) or not values.same_rows(other.x, c.x):
+    # Experts see rows without their batch dimension; what leads to the norm brings both into one shape, or build() refuses.
+    rows = together.block is None or values.same_rows(other.x, c.x)
+    if values.dtype(other.x) != values.dtype(c.x) or not rows:
         return "their partial sums differ in shape or dtype"
     term = next(t for t in together.terms if t.operand is merged.operand)
     inside = {other.node, *other.waits, *merged.nodes, term.node, *term.path, *term.casts}

@@ -230,6 +230,26 @@ def test_another_group_and_a_collective_between(group):
     assert "communicates on the same ranks" in first.detail and "stay two reductions" in first.detail
 
 
+@pytest.mark.parametrize("options", [EXACT, RELAXED], ids=["exact", "relaxed"])
+@pytest.mark.parametrize("flat", ["first", "second"])
+def test_one_of_the_two_is_reduced_without_its_batch_dimension(flat, options):
+    """Experts see rows, attention sees batches."""
+
+    def f(a, b, r, w):
+        first = graphs.all_reduce(a.view(6, H)).view(2, 3, H) if flat == "first" else graphs.all_reduce(a)
+        second = graphs.all_reduce(b.view(6, H)).view(2, 3, H) if flat == "second" else graphs.all_reduce(b)
+        h = (r + first) + second
+        return norm("layer_norm", h, w), h
+
+    g = torch.Generator().manual_seed(5)
+    args = [torch.randn(2, 3, H, generator=g).bfloat16() for _ in range(3)] + [torch.rand(H, generator=g).bfloat16()]
+    gm, new, report = fused(f, args, options)
+    assert [s.fused for s in report.sites] == [True, True]
+    for model, ours in zip(graphs.run(gm, *args), graphs.run(new, *args), strict=True):
+        assert model.shape == ours.shape
+        assert torch.equal(model, ours) if options is EXACT else torch.allclose(model, ours, rtol=0.02, atol=0.02)
+
+
 def test_the_rows_are_a_symbol():
     def f(a, b, r, w, va, vb):
         h = (r + (graphs.all_reduce(a) + va)) + (graphs.all_reduce(b) + vb)
