@@ -153,7 +153,8 @@ def test_fuel_and_policy_keep_both():
         assert not any(s.fused for s in report.sites) and graphs.all_reduces_left(new) == 2
 
 
-def test_fuel_counts_both_sites_of_a_merge():
+@pytest.mark.parametrize("numerics", ["exact", "relaxed"])
+def test_fuel_counts_both_sites_of_a_merge(numerics):
     """As reports count them: `tpfuse bisect` numbers rewrites by fused sites."""
 
     def two_merges(a, b, r, w):
@@ -163,7 +164,7 @@ def test_fuel_counts_both_sites_of_a_merge():
         return norm(h, w), h
 
     gm = graphs.trace(two_merges, inputs())
-    made = {fuel: graphs.fused_copy(gm, PassOptions("all", "relaxed", fuel=fuel))[1].fused for fuel in range(5)}
+    made = {fuel: graphs.fused_copy(gm, PassOptions("all", numerics, fuel=fuel))[1].fused for fuel in range(5)}
     assert {fuel: len(sites) for fuel, sites in made.items()} == {0: 0, 1: 0, 2: 2, 3: 2, 4: 4}
     assert {site.admitted for site in made[4]} == {"policy-all"}
 

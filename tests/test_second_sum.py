@@ -169,6 +169,15 @@ def refused(f, args=None, options=RELAXED):
     return new, report.sites
 
 
+def test_on_a_cpu_inductor_gets_the_nodes_of_both_sums():
+    """Lowered: nothing is lost where the op would make two all-reduces anyway. One for two is never lowered."""
+    f, args = block("(r + a) + b: cohere", "layer_norm", "ab"), inputs(torch.float32)
+    for numerics, lowered in (("exact", True), ("relaxed", False)):
+        _, new, report = fused(f, args, PassOptions(policy="all", numerics=numerics, lower=True))
+        assert [(s.fused, s.lowered) for s in report.sites] == [(True, lowered)] * 2
+        assert graphs.all_reduces_left(new) == (2 if lowered else 0)
+
+
 def test_the_residual_with_the_first_sum_is_read_elsewhere():
     def f(a, b, r, w, *_):
         middle = r + graphs.all_reduce(a)
