@@ -7,6 +7,8 @@ allocations and the launch.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,7 @@ from tpfuse import compat
 
 from . import invariant, library, paths
 from .arguments import Operands, check, check_memory, check_out, check_scale, refuse_gradients
+from .flavour import Flavour
 from .plane import Plane
 from .prepare import PREPARED, Prepared, prepare_once
 from .schedule import Launch, schedule_of
@@ -48,24 +51,19 @@ def run(
     index = x.device.index
     if compat.current_device() != index:
         with torch.cuda.device(index):  # launches and the vote go to the current device
-            rest = (group_name, scale_tensor, scale_first, partial_bias, residual_first, out)
-            return run(x, residual, weight, bias, eps, scale, flavour, post_norm, *rest)
-    two_sums = partial_bias or residual_first
-    if two_sums:
-        more = (group_name, scale_tensor, scale_first, partial_bias, residual_first)
-        operands = Operands.of(x, residual, weight, bias, eps, scale, flavour, post_norm, *more)
-        found = library.exact(operands)
-        return found if out is None else (out[0].copy_(found[0]), out[1].copy_(found[1]))
-    key = (
+            more = (group_name, scale_tensor, scale_first, partial_bias, residual_first)
+            return run(x, residual, weight, bias, eps, scale, flavour, post_norm, *more, out=out)
+    dims = x.dim()
+    key: tuple[Any, ...] = (
         group_name,
         x.dtype,
-        x.shape[-1] if x.dim() else 0,
+        x.shape[-1] if dims else 0,
         flavour,
         scale != 1.0,
         residual is None,
         None if weight is None else weight.dtype,
         0 if bias is None else bias.dim(),
-        x.dim(),
+        dims,
         post_norm,
         index,
         paths.current_stream_class(),
@@ -73,10 +71,15 @@ def run(
         scale_first,
         None if residual is None else residual.dtype,
     )
+    if partial_bias or residual_first:
+        more = (group_name, scale_tensor, scale_first, partial_bias, residual_first)
+        Operands(x, residual, weight, bias, eps, scale, Flavour.parse(flavour), post_norm, *more).check_two_sums()
+        key += (partial_bias, residual_first)
     prepared = PREPARED.get(key)
     if prepared is None or not paths.is_current(group_name, prepared.held):
-        scales = {"scale_tensor": scale_tensor, "scale_first": scale_first}
-        prepared = prepare_once(key, x, residual, weight, bias, scale, flavour, post_norm, group_name, **scales)
+        rest = {"scale_tensor": scale_tensor, "scale_first": scale_first}
+        rest.update(partial_bias=partial_bias, residual_first=residual_first)
+        prepared = prepare_once(key, x, residual, weight, bias, scale, flavour, post_norm, group_name, **rest)
     else:
         check(x, residual, weight, bias, prepared.flavour, post_norm)
         check_scale(x, scale, scale_tensor)
@@ -84,9 +87,8 @@ def run(
         normed = torch.empty_like(x, dtype=prepared.normed_dtype, memory_format=torch.contiguous_format)
         residual_out = torch.empty_like(x, dtype=prepared.residual_dtype, memory_format=torch.contiguous_format)
     else:
-        operands = Operands(
-            x, residual, weight, bias, eps, scale, prepared.flavour, post_norm, group_name, scale_tensor, scale_first
-        )
+        more = (group_name, scale_tensor, scale_first, partial_bias, residual_first)
+        operands = Operands(x, residual, weight, bias, eps, scale, prepared.flavour, post_norm, *more)
         check_out(operands, out, (prepared.normed_dtype, prepared.residual_dtype))
         check_memory(operands, out)
         normed, residual_out = out
@@ -95,9 +97,8 @@ def run(
         return normed, residual_out  # every rank of the group has zero rows: nothing to exchange
     c = prepared.constants
     if c is None:
-        operands = Operands(
-            x, residual, weight, bias, eps, scale, prepared.flavour, post_norm, group_name, scale_tensor, scale_first
-        )
+        more = (group_name, scale_tensor, scale_first, partial_bias, residual_first)
+        operands = Operands(x, residual, weight, bias, eps, scale, prepared.flavour, post_norm, *more)
         found = library.exact(operands)
         return found if out is None else (normed.copy_(found[0]), residual_out.copy_(found[1]))
     x, residual, weight, bias = aligned(x), aligned(residual), aligned(weight), aligned(bias)  # type: ignore[assignment]
@@ -130,7 +131,7 @@ def run(
                 )
             else:
                 flat = [None if t is None else t.view(rows, -1) for t in (x, residual, normed, residual_out)]
-                full_bias = bias is not None and c.bias == "full"
+                full_bias = c.bias in ("full", "partial")
                 for launch in schedule.launches:
                     part = slice(launch.start, launch.start + launch.rows)
                     xs, rs, ns, hs = (None if t is None else t[part] for t in flat)
@@ -140,6 +141,8 @@ def run(
     # The add and norm behind it take one program a row, with the sums of the other kernels: no row sees another.
     summed = invariant.sum_in_rank_order if prepared.path.settings.batch_invariant else library.all_reduce
     reduced = summed(x, group_name)
+    if partial_bias:
+        bias, c = summed(bias, group_name), c.sums_known  # type: ignore[arg-type]
     library.add_norm(reduced, residual, weight, bias, normed, residual_out, eps, factor, c)
     return normed, residual_out
 

@@ -12,7 +12,7 @@ from .cuda import aligned
 from .layer_norm_flavour import LayerNormFlavour
 from .layer_norm_operands import LayerNormOperands
 from .plane import Plane
-from .prepare import PREPARED, Prepared, prepare_once
+from .prepare import PREPARED, LayerNormKind, Prepared, prepare_once
 from .schedule import Launch, schedule_of
 
 
@@ -41,20 +41,17 @@ def run(
     more = (group_name, partial_addend, addend_bias, residual_first)
     given = LayerNormOperands(x, residual, weight, norm_bias, bias, addend, eps, scale, parsed, *more)
     given.check()
-    if partial_addend:
-        return library.exact_layer_norm(given)
     shift = None if norm_bias is None else norm_bias.dtype
     key = (
         *(group_name, "layer_norm", x.dtype, x.shape[-1], flavour, scale != 1.0, residual is None, x.dim(), index),
         *(None if weight is None else weight.dtype, shift, 0 if bias is None else bias.dim(), addend is None),
-        paths.current_stream_class(),
+        *(paths.current_stream_class(), partial_addend, addend_bias is None, residual_first),
     )
     prepared = PREPARED.get(key)
     if prepared is None or not paths.is_current(group_name, prepared.held):
-        scaling = str(parsed.scaling)
-        prepared = prepare_once(
-            key, x, residual, weight, bias, scale, scaling, False, group_name, None, (parsed, shift, addend is not None)
-        )
+        kind = LayerNormKind(parsed, shift, addend is not None, partial_addend, addend_bias is not None)
+        asked = (scale, str(parsed.scaling), False, group_name, None, kind)
+        prepared = prepare_once(key, x, residual, weight, bias, *asked, residual_first=residual_first)
     normed = torch.empty_like(x, dtype=prepared.normed_dtype, memory_format=torch.contiguous_format)
     residual_out = torch.empty_like(x, memory_format=torch.contiguous_format)
     c, rows = prepared.constants, x.numel() // x.shape[-1] if x.numel() else 0
@@ -69,6 +66,7 @@ def run(
         norm_bias=aligned(norm_bias),
         bias=aligned(bias),
         addend=aligned(addend),
+        addend_bias=aligned(addend_bias),
     )
     p, settings = prepared.path.plane, prepared.path.settings
     if p is not None:
@@ -81,7 +79,11 @@ def run(
             _launch(schedule.launches, p, prepared, given, normed, residual_out)
             return normed, residual_out
     summed = invariant.sum_in_rank_order if settings.batch_invariant else library.all_reduce
-    reduced = summed(given.x, group_name)
+    reduced, given = given.reduced(summed)
+    if partial_addend:
+        c = c.sums_known
+        if addend_bias is not None:
+            given = given._replace(addend=given.addend + addend_bias)  # type: ignore[operator]
     operands = given.residual, given.weight, given.bias
     library.add_norm(reduced, *operands, normed, residual_out, eps, scale, c, (given.norm_bias, given.addend))
     return normed, residual_out
@@ -111,7 +113,9 @@ def _launch(
             )
         bias = given.bias if c.bias != "full" else bias
         # Triton wants pointers of the right dtype also for what is neither read nor written.
-        operands = (x, residual, given.weight, bias, norms, sums, given.norm_bias, addend)
+        operands = [x, residual, given.weight, bias, norms, sums, given.norm_bias, addend]
+        if c.partial_addend:
+            operands.append(given.addend_bias)
         named = [x if t is None else t for t in operands]
         args = (
             *named,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,21 @@ from .quantizer import Quantizer
 from .schedule import Schedule, kernels_needed
 
 LOAD_AHEAD = True  # tests that load what they need by themselves switch it off
+
+
+class LayerNormKind(NamedTuple):
+    """What a call with a LayerNorm asks for besides what one with an RMSNorm does.
+
+    Attributes:
+        shift: the dtype of what is added behind the weight.
+        addend, partial, addend_bias: whether there is an addend, whether it is a partial sum, and whether that has a vector.
+    """
+
+    flavour: LayerNormFlavour
+    shift: torch.dtype | None
+    addend: bool
+    partial: bool = False
+    addend_bias: bool = False
 
 
 @dataclass
@@ -68,17 +83,18 @@ def prepare(
     post_norm: bool,
     group_name: str,
     load: Callable[[Prepared, Plane, torch.dtype], None] | None = None,
-    layer_norm: tuple[LayerNormFlavour, torch.dtype | None, bool] | None = None,
+    layer_norm: LayerNormKind | None = None,
     *,
     scale_tensor: Tensor | None = None,
     scale_first: bool = False,
+    partial_bias: bool = False,
+    residual_first: bool = False,
 ) -> Prepared:
     """Everything about calls like this one; votes on the group's path where nobody has.
 
     Args:
         load: compiles and loads the kernels of such calls; None is for the kernels of the all-reduce.
-        layer_norm: of calls with a LayerNorm its flavour, the dtype of what it adds behind its weight, and whether there is an
-            addend; ``flavour`` is then that of the same scaling.
+        layer_norm: of calls with a LayerNorm; ``flavour`` is then that of the same scaling.
     """
     parsed = Flavour.parse(flavour)
     check(x, residual, weight, bias, parsed, post_norm)
@@ -87,8 +103,8 @@ def prepare(
     hidden = x.shape[-1]
     path = paths.path_of(group_name, x.device)
     why_not = supports(x.dtype, weight_dtype, hidden, parsed)
-    if why_not is None and layer_norm is not None and layer_norm[1] not in (None, x.dtype, torch.float32):
-        why_not = f"a {layer_norm[1]} norm_bias with {x.dtype} activations"
+    if why_not is None and layer_norm is not None and layer_norm.shift not in (None, x.dtype, torch.float32):
+        why_not = f"a {layer_norm.shift} norm_bias with {x.dtype} activations"
     if why_not and path.settings.batch_invariant:
         raise RuntimeError(
             f"tpfuse: batch_invariant is on, and no kernel takes this call: {why_not}. The group's own all-reduce and torch's "
@@ -108,13 +124,14 @@ def prepare(
             weight_dtype,
             hidden,
             parsed,
-            bias="none" if bias is None else "full" if bias.shape == x.shape and x.dim() > 1 else "row",
+            bias=_bias_of(x, bias, partial_bias),
             scaled=scale != 1.0 or scale_tensor is not None,
             has_residual=residual is not None,
             post_norm=post_norm,
             scale_loaded=scale_tensor is not None,
             scale_first=scale_first,
             wide_residual=wide,
+            residual_first=residual_first,
         ),
         why_not=why_not,
         normed_dtype=normed_dtype,
@@ -125,14 +142,23 @@ def prepare(
         held=compat.group_reference(compat.resolve_group(group_name)),
     )
     if layer_norm is not None:
-        kind, shift, addend = layer_norm
+        kind, shift, *addend = layer_norm
         prepared.normed_dtype = layer_norm_reference.output_dtype(x.dtype, weight_dtype, shift, kind)
         if prepared.constants is not None:
-            prepared.constants = centered(prepared.constants, shift, prepared.normed_dtype, addend)
+            prepared.constants = centered(prepared.constants, shift, prepared.normed_dtype, *addend)
     if prepared.constants is not None and path.plane is not None:
         (load or _load_kernels)(prepared, path.plane, x.dtype)
     PREPARED[key] = prepared
     return prepared
+
+
+def _bias_of(x: Tensor, bias: Tensor | None, partial: bool) -> str:
+    """What the bias is to a kernel."""
+    if bias is None:
+        return "none"
+    if partial:
+        return "partial"
+    return "full" if bias.shape == x.shape and x.dim() > 1 else "row"
 
 
 def _load_kernels(prepared: Prepared, p: Plane, dtype: torch.dtype) -> None:
@@ -177,6 +203,7 @@ def samples(c: Constants, p: Plane, counts: int = 1, quantizer: Quantizer | None
     x, weight, normed, residual_out = (torch_dtype(d) for d in (c.dtype, c.weight_dtype, c.out_dtype, c.residual_dtype))
     tables = (torch.int64, torch.int32)
     more: tuple[Any, ...] = (torch_dtype(c.shift_dtype or c.dtype), x) if c.centered else ()
+    more += (x,) if c.partial_addend else ()
     if quantizer is not None:
         more = (torch.uint8, scales_like((1, c.hidden), quantizer)[2], torch.float32, 1)
     return (

@@ -49,10 +49,20 @@ def kernel_of(algorithm: str, c: Constants, variant: Variant, attribute: bool = 
     if found is None:
         from .kernels.gathered_blocks import gathered_blocks_kernel
         from .kernels.gathered_rows import gathered_rows_kernel
-        from .kernels.one_shot import one_shot_kernel, one_shot_layer_norm_kernel, one_shot_quant_kernel
+        from .kernels.one_shot import (
+            one_shot_kernel,
+            one_shot_layer_norm_kernel,
+            one_shot_layer_norm_of_two_kernel,
+            one_shot_quant_kernel,
+        )
         from .kernels.received_rows import received_rows_kernel
         from .kernels.received_two_shot import received_two_shot_kernel
-        from .kernels.two_shot import two_shot_kernel, two_shot_layer_norm_kernel, two_shot_quant_kernel
+        from .kernels.two_shot import (
+            two_shot_kernel,
+            two_shot_layer_norm_kernel,
+            two_shot_layer_norm_of_two_kernel,
+            two_shot_quant_kernel,
+        )
 
         function = {
             ("one_shot", "rms_norm"): one_shot_kernel,
@@ -61,6 +71,8 @@ def kernel_of(algorithm: str, c: Constants, variant: Variant, attribute: bool = 
             ("two_shot", "rms_norm"): two_shot_kernel,
             ("two_shot", "quant"): two_shot_quant_kernel,
             ("two_shot", "layer_norm"): two_shot_layer_norm_kernel,
+            ("one_shot", "layer_norm_of_two"): one_shot_layer_norm_of_two_kernel,
+            ("two_shot", "layer_norm_of_two"): two_shot_layer_norm_of_two_kernel,
             ("received_rows", "rms_norm"): received_rows_kernel,
             ("received_two_shot", "rms_norm"): received_two_shot_kernel,
             ("gathered_rows", "rms_norm"): gathered_rows_kernel,
@@ -100,6 +112,7 @@ def schedule_of(
         override=settings.algorithm,
         table=settings.table,
         batch_invariant=settings.batch_invariant,
+        sums=c.sums,
     )
     if chosen.algorithm == "library":
         return Schedule(chosen, ())
@@ -163,11 +176,17 @@ def variants_needed(room: Room, most: int, groups: int, pdl: str) -> set[tuple[V
 
 
 def largest_launches(
-    architecture: str, world: int, dtype: torch.dtype, hidden: int, settings: Settings, most: int = UNBOUNDED
+    architecture: str,
+    world: int,
+    dtype: torch.dtype,
+    hidden: int,
+    settings: Settings,
+    most: int = UNBOUNDED,
+    sums: int = 1,
 ) -> dict[str, int]:
-    """Algorithm -> most rows of one launch, over calls of up to ``most`` rows. Pure."""
+    """Algorithm -> most rows of one launch, over calls of up to ``most`` rows. Pure. Arguments as of :func:`.select.select`."""
     thresholds = entry(architecture, world, settings.table)
-    row_bytes = hidden * dtype.itemsize
+    row_bytes = sums * hidden * dtype.itemsize
     ends = {thresholds.one_shot_bytes // row_bytes, thresholds.two_shot_bytes // row_bytes}
     found: dict[str, int] = {}
     for rows in sorted({1, most, *(min(max(1, n + more), most) for n in ends for more in (0, 1))}):
@@ -180,6 +199,7 @@ def largest_launches(
             override=settings.algorithm,
             table=settings.table,
             batch_invariant=settings.batch_invariant,
+            sums=sums,
         )
         if chosen.algorithm != "library":
             found[chosen.algorithm] = max(found.get(chosen.algorithm, 0), chosen.rows_per_launch)
@@ -193,8 +213,9 @@ def kernels_needed(
     if rows < 1:
         return []
     pdl = dependent_launch_of(p, settings)
+    launches = largest_launches(p.architecture, p.world, dtype, c.hidden, settings, rows, c.sums)
     return [
         kernel_of(algorithm, c, variant, attribute)
-        for algorithm, most in largest_launches(p.architecture, p.world, dtype, c.hidden, settings, rows).items()
+        for algorithm, most in launches.items()
         for variant, attribute in variants_needed(room_of(p, settings, algorithm), most, c.groups, pdl)
     ]

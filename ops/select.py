@@ -132,6 +132,7 @@ def select(
     override: str = "auto",
     table: Sequence[Entry] = TABLE,
     batch_invariant: bool = False,
+    sums: int = 1,
 ) -> Selection:
     """The algorithm of one call.
 
@@ -141,9 +142,10 @@ def select(
         dtype, hidden, rows: of ``x``.
         override: ``"auto"``, or an algorithm to force (``TPFUSE_ALGORITHM``); equal on all ranks.
         batch_invariant: the kernels for every size, for the library sums in another order than they do.
+        sums: partial sums of each row that the call reduces: so many times the bytes.
     """
     thresholds = entry(architecture, world, table)
-    row_bytes = hidden * dtype.itemsize
+    row_bytes = sums * hidden * dtype.itemsize
     size = rows * row_bytes
     if override != "auto":
         algorithm = override
@@ -160,6 +162,8 @@ def select(
         return Selection(algorithm, rows)
     # What fits a phase bounds a launch whatever was asked for: the capacity is checked here, on every call.
     phase = phase_bytes(thresholds)
+    if algorithm == "two_shot" and two_shot_rows(phase, world, row_bytes) < 1:
+        algorithm = "one_shot"  # two sums of the widest rows, in a plane for tiny launches: one row fits in one-shot
     most = phase // (world * row_bytes) if algorithm == "one_shot" else two_shot_rows(phase, world, row_bytes)
     return Selection(algorithm, max(1, min(rows, most, thresholds.launch_bytes // row_bytes)))
 

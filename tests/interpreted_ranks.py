@@ -40,7 +40,7 @@ class Call:
     flavour: str = "llama"
     weight_dtype: torch.dtype | None = None  # None: the dtype of x
     residual: bool = True
-    bias: str = "none"
+    bias: str = "none"  # "partial": each rank's part of a second sum
     scale: float = 1.0
     scale_tensor: bool = False  # the scale is given as a tensor
     scale_first: bool = False
@@ -67,6 +67,13 @@ class Call:
     layer_norm: bool = False  # the flavour is one of tpfuse.ops.layer_norm_flavour.NAMED
     mean: float = 0.0  # added to every contribution
     addend: bool = False
+    partial_addend: bool = False  # the addend is each rank's part of a second sum
+    addend_bias: bool = False
+    residual_first: bool = False
+
+    @property
+    def two_sums(self) -> bool:
+        return self.bias == "partial" or self.partial_addend
 
 
 @dataclass
@@ -93,6 +100,8 @@ class Inputs:
     bias: torch.Tensor | None
     shift: torch.Tensor | None = None
     addend: torch.Tensor | None = None
+    seconds: list[torch.Tensor] = field(default_factory=list)  # what each rank contributes to a second sum
+    addend_bias: torch.Tensor | None = None
 
 
 def inputs(call: Call, world: int) -> Inputs:
@@ -106,6 +115,7 @@ def inputs(call: Call, world: int) -> Inputs:
             None if whole.residual is None else whole.residual[part].clone(),
             whole.weight,
             whole.bias[part].clone() if full else whole.bias,  # type: ignore[index]
+            seconds=[x[part].clone() for x in whole.seconds],
         )
     g = torch.Generator().manual_seed(call.seed)
     shape = (call.rows * call.blocks, call.hidden)
@@ -135,16 +145,22 @@ def inputs(call: Call, world: int) -> Inputs:
     weight = None
     if call.flavour not in ("weightless", "olmo"):
         weight = torch.randn(call.hidden, generator=g).to(call.weight_dtype or call.dtype)
-    bias = {"none": None, "row": (call.hidden,), "full": shape}[call.bias]
+    bias = {"none": None, "row": (call.hidden,), "full": shape, "partial": None}[call.bias]
     shift = None
     if call.layer_norm and call.flavour in ("layer_norm", "nemotron"):
         shift = torch.randn(call.hidden, generator=g).to(call.weight_dtype or call.dtype)
     residual = make(*shape) if call.residual else None
     if residual is not None and call.wide_residual:
         residual = residual.float() * 1.001  # no values of the narrow dtype
-    return Inputs(
+    given = Inputs(
         xs, residual, weight, None if bias is None else make(*bias), shift, make(*shape) if call.addend else None
     )
+    if not call.two_sums:
+        return given
+    seconds = [make(*shape) for _ in range(world)]
+    if call.special == "order":
+        seconds = [xs[(r + 1) % world] * 3 for r in range(world)]
+    return replace(given, seconds=seconds, addend_bias=make(call.hidden) if call.addend_bias else None)
 
 
 def of_rank(call: Call, given: Inputs, rank: int, world: int) -> Inputs:
@@ -188,12 +204,12 @@ def constants_of(call: Call, given: Inputs) -> Any:
         scale_loaded=call.scale_tensor,
         scale_first=call.scale_first,
         wide_residual=call.wide_residual,
+        residual_first=call.residual_first,
     )
     if not call.layer_norm:
         return c
-    return centered(
-        c, shift, layer_norm_reference.output_dtype(call.dtype, weight, shift, layer_norm_flavour(call)), call.addend
-    )
+    out = layer_norm_reference.output_dtype(call.dtype, weight, shift, layer_norm_flavour(call))
+    return centered(c, shift, out, call.addend or call.partial_addend, call.partial_addend, call.addend_bias)
 
 
 def expected(call: Call, given: Inputs, spelled_out: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
@@ -204,20 +220,28 @@ def expected(call: Call, given: Inputs, spelled_out: bool = False) -> tuple[torc
     from tpfuse.ops import layer_norm_reference, reference
     from tpfuse.ops.flavour import NAMED
 
-    total = torch.zeros(given.xs[0].shape)
-    for x in given.xs:
-        total = total + x.float()
-    reduced = total.to(call.dtype) + 0.0
+    def in_rank_order(xs: list[torch.Tensor]) -> torch.Tensor:
+        total = torch.zeros(xs[0].shape)
+        for x in xs:
+            total = total + x.float()
+        return total.to(call.dtype) + 0.0
+
+    reduced = in_rank_order(given.xs)
+    if call.two_sums:
+        second = in_rank_order(given.seconds)
+        given = replace(given, addend=second) if call.layer_norm else replace(given, bias=second)
     if call.layer_norm:
         flavour = layer_norm_flavour(call)
         if spelled_out:
             flavour = replace(flavour, moments="squares", compute="float32")
         affine = given.residual, given.weight, given.shift, given.bias, given.addend
-        return layer_norm_reference.add_layer_norm(reduced, *affine, call.eps, call.scale, flavour)
+        last = call.eps, call.scale, flavour, given.addend_bias, call.residual_first
+        return layer_norm_reference.add_layer_norm(reduced, *affine, *last)
     return reference.add_rms_norm(
         *(reduced, given.residual, given.weight, given.bias, call.eps, call.scale, NAMED[call.flavour], call.post_norm),
         scale_tensor=torch.tensor(call.scale, dtype=call.dtype) if call.scale_tensor else None,
         scale_first=call.scale_first,
+        residual_first=call.residual_first,
     )
 
 
@@ -473,12 +497,22 @@ def _worker(
         from tpfuse.ops.kernel import launch_plain
         from tpfuse.ops.kernels.gathered_blocks import gathered_blocks_kernel
         from tpfuse.ops.kernels.gathered_rows import gathered_rows_kernel
-        from tpfuse.ops.kernels.one_shot import one_shot_kernel, one_shot_layer_norm_kernel, one_shot_quant_kernel
+        from tpfuse.ops.kernels.one_shot import (
+            one_shot_kernel,
+            one_shot_layer_norm_kernel,
+            one_shot_layer_norm_of_two_kernel,
+            one_shot_quant_kernel,
+        )
         from tpfuse.ops.kernels.quant_constants import quantized
         from tpfuse.ops.kernels.received_rows import received_rows_kernel
         from tpfuse.ops.kernels.received_two_shot import received_two_shot_kernel
         from tpfuse.ops.kernels.state import MAX_PROGRAMS, PARTIALS, RECORD
-        from tpfuse.ops.kernels.two_shot import two_shot_kernel, two_shot_layer_norm_kernel, two_shot_quant_kernel
+        from tpfuse.ops.kernels.two_shot import (
+            two_shot_kernel,
+            two_shot_layer_norm_kernel,
+            two_shot_layer_norm_of_two_kernel,
+            two_shot_quant_kernel,
+        )
         from tpfuse.ops.kernels.variant import GROUP_LANES, Variant
         from tpfuse.ops.quant_reference import quantize, scales_like
         from tpfuse.ops.quantizer import NAMED as QUANTIZERS
@@ -561,16 +595,20 @@ def _worker(
                 if call.in_place:
                     assert residual is not None and program is None
                     x, residual = views[0].copy_(x), views[1].copy_(residual)
+                bias, addend = given.bias, given.addend
+                if call.two_sums:
+                    bias, addend = (bias, given.seconds[rank]) if call.layer_norm else (given.seconds[rank], addend)
                 args = (
                     x,
                     residual if residual is not None else none,
                     given.weight if given.weight is not None else none,
-                    given.bias if given.bias is not None else none,
+                    bias if bias is not None else none,
                     views[0],
                     views[1],
                     *extra,
                     *((STATIC_SCALE, extra[1].stride(-1)) if extra else ()),
-                    *([none if t is None else t for t in (given.shift, given.addend)] if call.layer_norm else ()),
+                    *([none if t is None else t for t in (given.shift, addend)] if call.layer_norm else ()),
+                    *([none if given.addend_bias is None else given.addend_bias] if call.partial_addend else ()),
                     peers,
                     state,
                     rank,
@@ -588,6 +626,8 @@ def _worker(
                     ("two_shot", "quant"): two_shot_quant_kernel,
                     ("one_shot", "layer_norm"): one_shot_layer_norm_kernel,
                     ("two_shot", "layer_norm"): two_shot_layer_norm_kernel,
+                    ("one_shot", "layer_norm_of_two"): one_shot_layer_norm_of_two_kernel,
+                    ("two_shot", "layer_norm_of_two"): two_shot_layer_norm_of_two_kernel,
                 }[call.algorithm, c.kind]
                 if call.blocks > 1:
                     function = received_rows_kernel if call.algorithm == "one_shot" else received_two_shot_kernel
@@ -688,7 +728,8 @@ def run(
     context = warm.context(interpret=True)
     biggest = max(c.rows * c.hidden * 4 * (world if c.gathers else 1) for c in calls)
     row = max(c.hidden * 4 for c in calls)
-    plane_bytes = 2 * (world * max(biggest, 4) + 2 * world * row)
+    sums = 1 + any(c.two_sums for c in calls)
+    plane_bytes = 2 * sums * (world * max(biggest, 4) + 2 * world * row)
     from tpfuse.ops.kernels.state import STATE_WORDS
 
     sizes = {"plane": plane_bytes, "state": STATE_WORDS * 4 + 64, "out": 2 * 4 * max(biggest, 4) + 8192, "done": 4096}

@@ -25,7 +25,8 @@ MULTIPROCESSORS = 132
     ids=["own GPUs", "one GPU", "PCIe", "PCIe, batch-invariant", "two-shot forced"],
 )
 @pytest.mark.parametrize("world", range(2, 9))
-def test_every_row_count_uses_only_kernels_that_were_loaded(world, links, settings):
+@pytest.mark.parametrize("sums", (1, 2))
+def test_every_row_count_uses_only_kernels_that_were_loaded(world, links, settings, sums):
     shared = links == "-shared"
     architecture = f"sm_90{links}"
     for hidden, dtype in (
@@ -38,7 +39,7 @@ def test_every_row_count_uses_only_kernels_that_were_loaded(world, links, settin
         rooms = {name: Room(name, world, MULTIPROCESSORS, world if shared else 1) for name in ("one_shot", "two_shot")}
         loaded = {
             (name, *variant)
-            for name, most in schedule.largest_launches(architecture, world, dtype, hidden, settings).items()
+            for name, most in schedule.largest_launches(architecture, world, dtype, hidden, settings, sums=sums).items()
             for variant in schedule.variants_needed(rooms[name], most, groups, "early")
         }
         assert len(loaded) <= 12, "each takes seconds to compile"
@@ -52,6 +53,7 @@ def test_every_row_count_uses_only_kernels_that_were_loaded(world, links, settin
                 rows,
                 override=settings.algorithm,
                 batch_invariant=settings.batch_invariant,
+                sums=sums,
             )
             if chosen.algorithm == "library":
                 continue

@@ -35,13 +35,24 @@ def made(
 
 def compiled(function: Any, c: Constants, variant: Variant, numbers: tuple[str, ...], **options: Any) -> str:
     x, weight, shift = (TYPES[torch_dtype(d)] for d in (c.dtype, c.weight_dtype, c.shift_dtype or c.dtype))
-    kinds = (x, x, weight, x, TYPES[torch_dtype(c.out_dtype)], x, shift, x, *numbers)
+    kinds = (
+        x,
+        x,
+        weight,
+        x,
+        TYPES[torch_dtype(c.out_dtype)],
+        x,
+        shift,
+        x,
+        *((x,) if c.partial_addend else ()),
+        *numbers,
+    )
     names = function.arg_names
     source = ASTSource(
         function,
         dict(zip(names, (*kinds, "constexpr", "constexpr"), strict=True)),
         dict(zip(names[len(kinds) :], (c, variant), strict=True)),
-        {(i,): [["tt.divisibility", 16]] for i in range(8 + numbers.count("*i64") + numbers.count("*i32"))},
+        {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(kinds) if kind.startswith("*")},
     )
     options = {"num_warps": variant.lanes // 32, "enable_fp_fusion": False, **options}
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]

@@ -68,19 +68,45 @@ def test_the_choice_depends_on_bytes_alone() -> None:
 
 @pytest.mark.parametrize("thresholds", TABLE, ids=lambda e: f"{e.architecture}-{e.world}")
 @pytest.mark.parametrize("row_bytes", (16, 128, 5760, 8192, 16384, 32768))
-def test_every_launch_fits_its_phase(thresholds: Entry, row_bytes: int) -> None:
+@pytest.mark.parametrize("sums", (1, 2))
+def test_every_launch_fits_its_phase(thresholds: Entry, row_bytes: int, sums: int) -> None:
     phase = phase_bytes(thresholds)
     hidden = row_bytes // 2
     for rows in (1, 2, 7, 64, 1000, 100_000):
         for override in ("auto", "one_shot", "two_shot"):
             chosen = select(
-                "sm_90" + thresholds.architecture[3:], thresholds.world, torch.bfloat16, hidden, rows, override=override
+                "sm_90" + thresholds.architecture[3:],
+                thresholds.world,
+                torch.bfloat16,
+                hidden,
+                rows,
+                override=override,
+                sums=sums,
             )
             n = min(rows, chosen.rows_per_launch)
             if chosen.algorithm == "one_shot":
-                assert n * thresholds.world * row_bytes <= phase
+                assert sums * n * thresholds.world * row_bytes <= phase
             elif chosen.algorithm == "two_shot":
-                assert (-(-n // thresholds.world) * thresholds.world + n) * row_bytes <= phase
+                assert sums * (-(-n // thresholds.world) * thresholds.world + n) * row_bytes <= phase
+
+
+def test_two_sums_of_a_row_count_as_twice_its_bytes() -> None:
+    def algorithms(**more: int) -> list[str]:
+        return [select("sm_90", 4, torch.bfloat16, 4096, rows, **more).algorithm for rows in (15, 16, 31, 32, 1025)]
+
+    assert algorithms() == ["one_shot", "one_shot", "one_shot", "two_shot", "two_shot"]
+    assert algorithms(sums=2) == ["one_shot", "two_shot", "two_shot", "two_shot", "library"]
+
+
+@pytest.mark.parametrize("world", range(2, 9))
+def test_two_sums_of_the_widest_row_fit_a_plane_for_the_smallest_launches(world: int) -> None:
+    tiny = Entry("sm_90", world, 0, 1 << 20, 1 << 10, "none")
+    chosen = select("sm_90", world, torch.float32, 8192, 3, table=[tiny], sums=2)
+    bytes_of_a_slot = 2 * chosen.rows_per_launch * 8192 * 4
+    if chosen.algorithm == "one_shot":
+        assert world * bytes_of_a_slot <= phase_bytes(tiny)
+    else:
+        assert two_shot_rows(phase_bytes(tiny), world, 2 * 8192 * 4) >= chosen.rows_per_launch
 
 
 def test_two_shot_rows_is_the_most_that_fits() -> None:

@@ -29,6 +29,12 @@ from .split_rows import mean_of_squares, restore, restore_tops
 _NAN: tl.constexpr = tl.constexpr(NAN_WORD)
 
 
+@triton.constexpr_function
+def gain_ahead(c, s):
+    """Whether the weight, and the shift of a LayerNorm, are loaded before the poll: where registers are left."""
+    return s.steps <= 2 and (s.affine_ahead or not c.centered) and not (c.second and s.world > 4)
+
+
 @triton.jit
 def loaded(scale, C: tl.constexpr):
     """The scale of a call as a number. After the wait for the kernel before this one, which may have written it."""
@@ -41,9 +47,9 @@ def loaded(scale, C: tl.constexpr):
 @triton.jit
 def affine(words, shift, addend, scale, C: tl.constexpr, PTX: tl.constexpr):
     """Words after bias (its words), addend and scale, in the order of the call, each rounded to the dtype as in eager mode."""
-    if C.bias != "none" and not C.scale_first:
+    if C.bias != "none" and not C.scale_first and (C.centered or not C.residual_first):
         words = plus_words(words, shift, C.dtype, PTX)
-    if C.has_addend:
+    if C.has_addend and not C.residual_first:
         words = plus_words(words, addend, C.dtype, PTX)
     if C.scaled:
         words = pack(times_scalar(unpack(words, C.dtype), scale), C.dtype, PTX)
@@ -101,17 +107,38 @@ def affine_of(out, weight, shift, C: tl.constexpr, PTX: tl.constexpr):
 
 @triton.jit
 def addends(row, element, active, io, C: tl.constexpr, S: tl.constexpr):
-    """Words of bias and addend of one step; none of what there is not."""
+    """Words of bias, addend and the vector behind it of one step; none of what there is not, or is still to be reduced."""
     row_start = row.to(tl.int64) * C.hidden
     b = ()
     a = ()
+    v = ()
     if C.bias == "row":
         b = load_words(io[2], element.to(tl.int64), active, C.dtype, C.values, S.ptx)
     if C.bias == "full":
         b = load_words(io[2], row_start + element, active, C.dtype, C.values, S.ptx)
-    if C.has_addend:
+    if C.has_addend and not C.partial_addend:
         a = load_words(io[6], row_start + element, active, C.dtype, C.values, S.ptx)
-    return (b, a)
+    if C.addend_bias:
+        v = load_words(io[7], element.to(tl.int64), active, C.dtype, C.values, S.ptx)
+    return (b, a, v)
+
+
+@triton.jit
+def second_of(io, C: tl.constexpr):
+    """The rows of the second partial sum: the addend of a LayerNorm, else the bias."""
+    if C.partial_addend:
+        return io[6]
+    else:
+        return io[2]
+
+
+@triton.jit
+def with_second(loads, words, C: tl.constexpr):
+    """What :func:`prefetch` returned, with the words of the second sum in their place."""
+    if C.partial_addend:
+        return (loads[0], loads[1], loads[2], loads[3], words, loads[5])
+    else:
+        return (loads[0], words, loads[2], loads[3], loads[4], loads[5])
 
 
 @triton.jit
@@ -129,16 +156,18 @@ def prefetch(row, part, i: tl.constexpr, io, C: tl.constexpr, S: tl.constexpr):
     if C.has_residual and (S.steps <= 2 or not C.post_norm):
         r = load_words(residual, row_start + element, active, C.residual_in, C.values, S.ptx)
     a = ()
+    v = ()
     if S.addends_ahead or not C.centered:
         added = addends(row, element, active, io, C, S)
         b = added[0]
         a = added[1]
-    if C.has_weight and S.steps <= 2 and (S.affine_ahead or not C.centered):
+        v = added[2]
+    if C.has_weight and gain_ahead(C, S):
         w = load_words(weight, element.to(tl.int64), active, C.weight_dtype, C.values, S.ptx)
     s = ()
-    if C.has_shift and S.affine_ahead:
+    if C.has_shift and gain_ahead(C, S):
         s = load_words(io[5], element.to(tl.int64), active, C.shift_dtype, C.values, S.ptx)
-    return (r, b, w, s, a)
+    return (r, b, w, s, a, v)
 
 
 @triton.jit
@@ -160,13 +189,18 @@ def accept(
 
     Args:
         reduced: words of the sum over ranks.
-        loads: what :func:`prefetch` returned for this step.
+        loads: what :func:`prefetch` returned for this step, with the second sum where there is one (:func:`with_second`).
     """
     element, active = lane_elements(part, i, C, S)
-    added = (loads[1], loads[4])
+    added = (loads[1], loads[4], loads[5])
     if C.centered and not S.addends_ahead:
         added = addends(row, element, active, io, C, S)
-    words = affine(reduced, added[0], added[1], scale, C, S.ptx)
+    bias, addend = added[0], added[1]
+    if C.partial_addend:
+        addend = loads[4]
+    if C.addend_bias:
+        addend = plus_words(addend, added[2], C.dtype, S.ptx)
+    words = affine(reduced, bias, addend, scale, C, S.ptx)
     if C.wide_residual:
         values = plus(values_of(loads[0], C.residual_in), unpack(words, C.dtype))
         start = row.to(tl.int64) * C.hidden + element
@@ -176,6 +210,8 @@ def accept(
         words = pack(values, C.dtype, S.ptx)
     elif C.has_residual and not C.post_norm:
         words = plus_words(loads[0], words, C.dtype, S.ptx)
+        if C.residual_first:
+            words = plus_words(words, addend if C.centered else bias, C.dtype, S.ptx)
     if not C.post_norm and not C.wide_residual:
         address = io[4].to(tl.int64) + (row.to(tl.int64) * C.hidden + element) * C.item_bytes
         store16(address, words, active, S.ptx)
@@ -222,14 +258,14 @@ def finish(
         element, active = lane_elements(part, i, C, S)
         gain = ()
         if C.has_weight:
-            if S.steps <= 2 and (S.affine_ahead or not C.centered):
+            if gain_ahead(C, S):
                 gain = loads[i][2]
             else:
                 gain = load_words(weight, element.to(tl.int64), active, C.weight_dtype, C.values, S.ptx)
         if C.centered:
             shift = ()
             if C.has_shift:
-                if S.affine_ahead:
+                if gain_ahead(C, S):
                     shift = loads[i][3]
                 else:
                     shift = load_words(io[5], element.to(tl.int64), active, C.shift_dtype, C.values, S.ptx)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .call import begin, end, failed, let_next_kernel_start, poison, wait_for_previous_kernel
-from .epilogue import accept, finish, loaded, prefetch
+from .epilogue import accept, finish, loaded, prefetch, second_of, with_second
 from .memory import marked, push
 from .reduction import sum_over_ranks
 from .rows import clear_ranks, lane_elements, own_part, poll_ranks
@@ -36,8 +36,11 @@ def push_to_peers(held, item, allowed, bases, offset, rank, C: tl.constexpr, S: 
 
 
 @triton.jit
-def begin_one_shot(x, peers, state, rank, rows, C: tl.constexpr, S: tl.constexpr):
-    """What comes before the first push: addresses of all planes, own plane, own first words, phase, two stamps."""
+def begin_one_shot(x, io, peers, state, rank, rows, C: tl.constexpr, S: tl.constexpr):
+    """What comes before the first push: addresses of all planes, own plane, own first words, phase, two stamps.
+
+    Behind them own first words of the second sum, where there is one.
+    """
     WORLD: tl.constexpr = S.world
     PDL: tl.constexpr = S.pdl  # Triton 3.6 passes no plain string on
     launched = now(S)
@@ -53,7 +56,10 @@ def begin_one_shot(x, peers, state, rank, rows, C: tl.constexpr, S: tl.constexpr
     has_first = (first < items).to(tl.int32)
     # Before the phase is asked for: both are on their way together.
     to_push = own_part(x, first, has_first, C, S)
-    return (bases, own_base, to_push, begin(state), launched, begun)
+    second = ()
+    if C.second:
+        second = own_part(second_of(io, C), first, has_first, C, S)
+    return (bases, own_base, to_push, begin(state), launched, begun, second)
 
 
 @triton.jit
@@ -79,8 +85,14 @@ def one_shot(x, io, begun, peers, state, rank, rows, phase_bytes, limit, eps, sc
     watch = (state.to(tl.int64), peers.to(tl.int64), limit.to(tl.int64))
     # All pushes first: the later ones travel while the first rows are being reduced.
     push_to_peers(to_push, first, (first < items).to(tl.int32), bases, offset, rank, C, S)
+    if C.second:
+        # Its slots lie behind those of the first sum, in the same order.
+        behind = rows.to(tl.int64) * (S.world * C.row_bytes)
+        push_to_peers(begun[6], first, (first < items).to(tl.int32), bases, offset + behind, rank, C, S)
     for item in range(first + tl.num_programs(0), items, tl.num_programs(0)):
         push_to_peers(own_part(x, item, 1, C, S), item, 1, bases, offset, rank, C, S)
+        if C.second:
+            push_to_peers(own_part(second_of(io, C), item, 1, C, S), item, 1, bases, offset + behind, rank, C, S)
     pushed = now(S)
     received = pushed
     for item in range(first, items, tl.num_programs(0)):
@@ -103,6 +115,12 @@ def one_shot(x, io, begun, peers, state, rank, rows, phase_bytes, limit, eps, sc
             received = now(S)
             clear_ranks(slots, rank, active, C, S)
             reduced = sum_over_ranks(words, C, S)
+            if C.second:
+                more = source - x.to(tl.int64) + second_of(io, C).to(tl.int64)
+                words = poll_ranks(slots + behind, more, rank, active, row, phase, watch, C, S)
+                received = now(S)
+                clear_ranks(slots + behind, rank, active, C, S)
+                load = with_second(load, sum_over_ranks(words, C, S), C)
             held = held + (accept(reduced, row, part, i, io, scale, load, C, S),)
         finish(held, row, part, io, state, phase, watch, eps, loads, C, S)
     end(state, phase)
@@ -132,10 +150,11 @@ def one_shot_kernel(
     C: tl.constexpr,
     S: tl.constexpr,
 ):
-    """Slot of (row, rank) in a phase: ``(row * W + rank) * row_bytes``.
+    """Slot of (row, rank) in a phase: ``(row * W + rank) * row_bytes``; of the second sum ``rows * W * row_bytes`` behind it.
 
     Args:
-        x, residual, weight, bias, normed, residual_out: contiguous, 16-byte aligned; unused ones are any pointer.
+        x, residual, weight, bias, normed, residual_out: contiguous, 16-byte aligned; unused ones are any pointer. With
+            ``C.bias == "partial"`` the bias is this rank's part of a second sum.
         peers: int64 ``(W + 1,)``: the address of each rank's plane, then the address of the host's failure record.
         state: the plane's local int32 state, see ``epilogue.py``.
         phase_bytes: size of one of the two phases.
@@ -143,7 +162,7 @@ def one_shot_kernel(
         scale: a number, or with ``C.scale_loaded`` a pointer to one value of the dtype of ``x``.
     """
     io = (residual, weight, bias, normed, residual_out)
-    begun = begin_one_shot(x, peers, state, rank, rows, C, S)
+    begun = begin_one_shot(x, io, peers, state, rank, rows, C, S)
     if S.world > 4:  # the words of so many ranks leave no register for a second count
         if failed(state):
             poison(rows, io, C, S)
@@ -176,7 +195,7 @@ def one_shot_quant_kernel(
 ):
     """:func:`one_shot_kernel` that quantizes; ``quantized`` to ``scale_stride`` as in :func:`.quantize.quantize_kernel`."""
     io = (residual, weight, bias, normed, residual_out, quantized, scales, static_scale, scale_stride)
-    begun = begin_one_shot(x, peers, state, rank, rows, C, S)
+    begun = begin_one_shot(x, io, peers, state, rank, rows, C, S)
     if S.world > 4:  # the words of so many ranks leave no register for a second count
         if failed(state):
             poison(rows, io, C, S)
@@ -210,7 +229,42 @@ def one_shot_layer_norm_kernel(
     ``addend``, rows as of ``x``, is added behind the bias. Unused ones are any pointer.
     """
     io = (residual, weight, bias, normed, residual_out, shift, addend)
-    begun = begin_one_shot(x, peers, state, rank, rows, C, S)
+    begun = begin_one_shot(x, io, peers, state, rank, rows, C, S)
+    if S.world > 4:  # the words of so many ranks leave no register for a second count
+        if failed(state):
+            poison(rows, io, C, S)
+            return
+    one_shot(x, io, begun, peers, state, rank, rows, phase_bytes, limit, eps, scale, C, S)
+
+
+@triton.jit(do_not_specialize=["rank", "rows", "phase_bytes", "limit"])
+def one_shot_layer_norm_of_two_kernel(
+    x,
+    residual,
+    weight,
+    bias,
+    normed,
+    residual_out,
+    shift,
+    addend,
+    addend_bias,
+    peers,
+    state,
+    rank,
+    rows,
+    phase_bytes,
+    limit,
+    eps,
+    scale,
+    C: tl.constexpr,
+    S: tl.constexpr,
+):
+    """:func:`one_shot_layer_norm_kernel` of two sums: ``addend`` is this rank's part of the second.
+
+    ``addend_bias``, ``(H,)``, is added to its sum.
+    """
+    io = (residual, weight, bias, normed, residual_out, shift, addend, addend_bias)
+    begun = begin_one_shot(x, io, peers, state, rank, rows, C, S)
     if S.world > 4:  # the words of so many ranks leave no register for a second count
         if failed(state):
             poison(rows, io, C, S)

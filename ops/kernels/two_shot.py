@@ -14,7 +14,7 @@ import triton.language as tl
 
 from . import state as at
 from .call import begin, end, failed, let_next_kernel_start, poison, wait_for_previous_kernel
-from .epilogue import accept, finish, loaded, prefetch
+from .epilogue import accept, finish, loaded, prefetch, second_of, with_second
 from .memory import clear, marked, poll, push
 from .packing import positive_zeros
 from .reduction import sum_over_ranks
@@ -57,9 +57,60 @@ def push_to_owner(held, item, allowed, peers, offset, rank, C: tl.constexpr, S: 
 
 
 @triton.jit
+def reduce_for_all(x, item, peers, rank, offset, own_plane, gather, phase, watch, C: tl.constexpr, S: tl.constexpr):
+    """Reduce what the ranks pushed of an item whose row this rank owns, and push the sum to all of them.
+
+    Args:
+        x: this rank's own rows.
+        gather: bytes from the start of an area to the sums of its rows.
+    """
+    WORLD: tl.constexpr = S.world
+    STEPS: tl.constexpr = S.steps
+    row = item // S.split
+    for i in tl.static_range(STEPS):
+        element, active = lane_elements(item % S.split, i, C, S)
+        source = x.to(tl.int64) + (row.to(tl.int64) * C.hidden + element) * C.item_bytes
+        slots = own_plane + (row // S.world * S.world).to(tl.int64) * C.row_bytes + element * C.item_bytes
+        words = poll_ranks(slots, source, rank, active, row, phase, watch, C, S)
+        clear_ranks(slots, rank, active, C, S)
+        total = marked(sum_over_ranks(words, C, S), C.zero_mark)
+        place = gather + row.to(tl.int64) * C.row_bytes + element * C.item_bytes
+        for r in tl.static_range(WORLD):
+            # What a poll gave up is pushed to nobody: see memory.py.
+            # Volatile, so that the addresses of all ranks are not kept in registers from one sum to the next.
+            push(tl.load(peers + r, volatile=C.second) + offset + place, total, active & words[4 * WORLD], S.ptx)
+
+
+@triton.jit
+def poll_sum(place, active, row, phase, watch, C: tl.constexpr, S: tl.constexpr):
+    """Wait for the words of a sum that its owner pushes."""
+    return poll(
+        place,
+        place,
+        -1,
+        active,
+        row,
+        phase + 4,
+        watch,
+        SLOTS=1,
+        STRIDE=16,
+        WORDS=4,
+        WAIT=S.wait,
+        PTX=S.ptx,
+        RECORD_AT=RECORD_BYTES,
+        HOST_AT=8 * S.world,
+    )
+
+
+@triton.jit
+def received_sum(words, C: tl.constexpr, S: tl.constexpr):
+    """The sum from what :func:`poll_sum` returned: + 0.0 takes the mark's sign away again."""
+    return positive_zeros((words[0], words[1], words[2], words[3]), C.dtype, S.ptx)
+
+
+@triton.jit
 def two_shot(x, io, peers, state, rank, rows, phase_bytes, limit, eps, scale, C: tl.constexpr, S: tl.constexpr):
     """All of a call. ``io``: see :func:`.epilogue.finish`; the rest as in :func:`two_shot_kernel`."""
-    WORLD: tl.constexpr = S.world
     PDL: tl.constexpr = S.pdl  # Triton 3.6 passes no plain string on
     STEPS: tl.constexpr = S.steps
     launched = now(S)
@@ -71,6 +122,8 @@ def two_shot(x, io, peers, state, rank, rows, phase_bytes, limit, eps, scale, C:
     first = item_of(0, S)
     # Before the phase is asked for: both are on their way together.
     to_push = own_part(x, first, for_others(first, items, rank, S), C, S)
+    if C.second:
+        second = own_part(second_of(io, C), first, for_others(first, items, rank, S), C, S)
     phase = begin(state)
     items = tl.where(failed(state), 0, items)  # no push and no poll on a failed plane; see one_shot_kernel
     turns = (items + tl.num_programs(0) - 1) // tl.num_programs(0)
@@ -80,27 +133,27 @@ def two_shot(x, io, peers, state, rank, rows, phase_bytes, limit, eps, scale, C:
     gather = ((rows + S.world - 1) // S.world * S.world).to(tl.int64) * C.row_bytes
 
     push_to_owner(to_push, first, for_others(first, items, rank, S), peers, offset, rank, C, S)
+    if C.second:
+        # Its two areas lie behind those of the first sum.
+        behind = gather + rows.to(tl.int64) * C.row_bytes
+        push_to_owner(second, first, for_others(first, items, rank, S), peers, offset + behind, rank, C, S)
     for turn in range(1, turns):
         item = item_of(turn, S)
         inside = for_others(item, items, rank, S)
         push_to_owner(own_part(x, item, inside, C, S), item, inside, peers, offset, rank, C, S)
+        if C.second:
+            more = own_part(second_of(io, C), item, inside, C, S)
+            push_to_owner(more, item, inside, peers, offset + behind, rank, C, S)
 
     pushed = now(S)
     for turn in range(0, turns):
         item = item_of(turn, S)
         row = item // S.split
         if (item < items) & (row % S.world == rank):
-            for i in tl.static_range(STEPS):
-                element, active = lane_elements(item % S.split, i, C, S)
-                source = x.to(tl.int64) + (row.to(tl.int64) * C.hidden + element) * C.item_bytes
-                slots = own_plane + (row // S.world * S.world).to(tl.int64) * C.row_bytes + element * C.item_bytes
-                words = poll_ranks(slots, source, rank, active, row, phase, watch, C, S)
-                clear_ranks(slots, rank, active, C, S)
-                total = marked(sum_over_ranks(words, C, S), C.zero_mark)
-                place = gather + row.to(tl.int64) * C.row_bytes + element * C.item_bytes
-                for r in tl.static_range(WORLD):
-                    # What a poll gave up is pushed to nobody: see memory.py.
-                    push(tl.load(peers + r) + offset + place, total, active & words[4 * WORLD], S.ptx)
+            reduce_for_all(x, item, peers, rank, offset, own_plane, gather, phase, watch, C, S)
+            if C.second:
+                more, plane = second_of(io, C), own_plane + behind
+                reduce_for_all(more, item, peers, rank, offset + behind, plane, gather, phase, watch, C, S)
 
     reduced_all = now(S)
     received = reduced_all
@@ -121,26 +174,15 @@ def two_shot(x, io, peers, state, rank, rows, phase_bytes, limit, eps, scale, C:
                     load = prefetch(row, part, i, io, C, S)
                 else:
                     load = loads[i]
-                words = poll(
-                    place,
-                    place,
-                    -1,
-                    active,
-                    row,
-                    phase + 4,
-                    watch,
-                    SLOTS=1,
-                    STRIDE=16,
-                    WORDS=4,
-                    WAIT=S.wait,
-                    PTX=S.ptx,
-                    RECORD_AT=RECORD_BYTES,
-                    HOST_AT=8 * S.world,
-                )
+                words = poll_sum(place, active, row, phase, watch, C, S)
                 received = now(S)
                 clear(place, active, S.ptx)
-                # + 0.0 takes the mark's sign away again.
-                reduced = positive_zeros((words[0], words[1], words[2], words[3]), C.dtype, S.ptx)
+                reduced = received_sum(words, C, S)
+                if C.second:
+                    words = poll_sum(place + behind, active, row, phase, watch, C, S)
+                    received = now(S)
+                    clear(place + behind, active, S.ptx)
+                    load = with_second(load, received_sum(words, C, S), C)
                 held = held + (accept(reduced, row, part, i, io, scale, load, C, S),)
             finish(held, row, part, io, state, phase, watch, eps, loads, C, S)
     end(state, phase)
@@ -173,7 +215,7 @@ def two_shot_kernel(
 
     A phase holds two areas: scatter, where the slot of (row, rank) at the row's owner is
     ``((row // W) * W + rank) * row_bytes``, and behind its ``ceil(rows / W) * W`` rows gather, where row ``t`` is at
-    ``t * row_bytes``.
+    ``t * row_bytes``. Those of a second sum follow, laid out alike.
     """
     io = (residual, weight, bias, normed, residual_out)
     two_shot(x, io, peers, state, rank, rows, phase_bytes, limit, eps, scale, C, S)
@@ -233,4 +275,31 @@ def two_shot_layer_norm_kernel(
     ``addend``, rows as of ``x``, is added behind the bias. Unused ones are any pointer.
     """
     io = (residual, weight, bias, normed, residual_out, shift, addend)
+    two_shot(x, io, peers, state, rank, rows, phase_bytes, limit, eps, scale, C, S)
+
+
+@triton.jit(do_not_specialize=["rank", "rows", "phase_bytes", "limit"])
+def two_shot_layer_norm_of_two_kernel(
+    x,
+    residual,
+    weight,
+    bias,
+    normed,
+    residual_out,
+    shift,
+    addend,
+    addend_bias,
+    peers,
+    state,
+    rank,
+    rows,
+    phase_bytes,
+    limit,
+    eps,
+    scale,
+    C: tl.constexpr,
+    S: tl.constexpr,
+):
+    """:func:`two_shot_kernel` of two sums with a LayerNorm; see :func:`.one_shot.one_shot_layer_norm_of_two_kernel`."""
+    io = (residual, weight, bias, normed, residual_out, shift, addend, addend_bias)
     two_shot(x, io, peers, state, rank, rows, phase_bytes, limit, eps, scale, C, S)

@@ -39,7 +39,7 @@ class Constants:
     product_dtype: tl.dtype
     out_dtype: tl.dtype
     residual_dtype: tl.dtype
-    bias: str  # "none", "row" ((H,)) or "full" ((rows, H))
+    bias: str  # "none", "row" ((H,)), "full" ((rows, H)) or "partial": rows that are this rank's part of a second sum
     scaled: bool
     has_residual: bool
     has_weight: bool
@@ -56,6 +56,9 @@ class Constants:
     centered: bool = False  # the mean is subtracted: LayerNorm
     shift_dtype: tl.dtype | None = None  # of the bias behind its weight, where there is one
     has_addend: bool = False  # another tensor of rows is added behind the bias
+    partial_addend: bool = False  # which is this rank's part of a second sum
+    addend_bias: bool = False  # to which a vector is added
+    residual_first: bool = False  # the second sum is added to the sum of the residual and the first
     scale_loaded: bool = False  # the scale is a pointer to one value of the dtype of x, not a number
     scale_first: bool = False  # it is multiplied in before the bias is added
     wide_residual: bool = False  # the residual is fp32 beside a 16-bit sum, and stays so; ``unrounded`` then
@@ -95,8 +98,26 @@ class Constants:
         return self.quant is not None and self.quant.granularity == "token"
 
     @property
+    def second(self) -> bool:
+        """Whether the kernel reduces two partial sums of each row."""
+        return self.bias == "partial" or self.partial_addend
+
+    @property
+    def sums(self) -> int:
+        """Partial sums of each row that travel."""
+        return 2 if self.second else 1
+
+    @property
+    def sums_known(self) -> Constants:
+        """The same where both sums are rows in memory, and what is added to the second has been added."""
+        bias = "full" if self.bias == "partial" else self.bias
+        return replace(self, bias=bias, partial_addend=False, addend_bias=False)
+
+    @property
     def kind(self) -> str:
         """Which of the kernels of an algorithm: they differ in their arguments."""
+        if self.partial_addend:
+            return "layer_norm_of_two"
         return "quant" if self.quantized else "layer_norm" if self.centered else "rms_norm"
 
     @property
@@ -197,6 +218,7 @@ def constants(
     scale_loaded: bool = False,
     scale_first: bool = False,
     wide_residual: bool = False,
+    residual_first: bool = False,
 ) -> Constants:
     """Constants of a supported call (:func:`supports` returned None)."""
     normed = torch.float32 if flavour.normed == "float32" else dtype
@@ -229,16 +251,34 @@ def constants(
         scale_loaded=scale_loaded,
         scale_first=scale_first and bias != "none",
         wide_residual=wide_residual,
+        residual_first=residual_first,
     )
 
 
-def centered(c: Constants, shift_dtype: torch.dtype | None, out_dtype: torch.dtype, addend: bool = False) -> Constants:
+def centered(
+    c: Constants,
+    shift_dtype: torch.dtype | None,
+    out_dtype: torch.dtype,
+    addend: bool = False,
+    partial: bool = False,
+    addend_bias: bool = False,
+) -> Constants:
     """The constants of a LayerNorm from those of the RMSNorm that casts and rounds alike.
 
     Args:
         shift_dtype: of the vector that is added behind the weight, None without one: the dtype of ``x``, or fp32.
         out_dtype: of the normed output.
         addend: whether another tensor of rows is added behind the bias.
+        partial: whether that is this rank's part of a second sum.
+        addend_bias: whether a vector is added to the second sum.
     """
     shift = None if shift_dtype is None else _TL[shift_dtype]
-    return replace(c, centered=True, shift_dtype=shift, out_dtype=_TL[out_dtype], has_addend=addend)
+    return replace(
+        c,
+        centered=True,
+        shift_dtype=shift,
+        out_dtype=_TL[out_dtype],
+        has_addend=addend,
+        partial_addend=partial,
+        addend_bias=addend_bias,
+    )
