@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,11 @@ from tpfuse.passes import PassOptions, fuse
 from tpfuse.inspect.fake import fake_world
 
 EPS, SCALE = 1e-6, 45.25  # the scale is Gemma's for a hidden size of 2048, in bf16
+TWO_SUMS = (
+    "routed and shared experts",
+    "attention and MLP with biases",
+    "attention and MLP, added to the residual in turn",
+)
 
 
 @dataclass(frozen=True)
@@ -101,6 +107,36 @@ def of_scale(contributors: int, x: Tensor, w: Tensor, ranks: int = 4) -> Line:
     return _line(f"scale before the reduction: {which}", model, relaxed, want)
 
 
+def of_two_sums(order: str, r: Tensor, w: Tensor, ranks: int = 4) -> Line:
+    """Two sums that meet in one norm; relaxed adds what each rank gives to the two, and sums once."""
+    generator = torch.Generator().manual_seed(8)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(r.dtype)
+
+    first, second = ([random(*r.shape) for _ in range(ranks)] for _ in range(2))
+    a, b = random(r.shape[-1]), random(r.shape[-1])
+
+    def reduced(given: list[Tensor]) -> Tensor:
+        return torch.stack(given).float().sum(0).to(r.dtype)
+
+    together = reduced([x + y for x, y in zip(first, second, strict=True)])
+    one, other = reduced(first), reduced(second)
+    exact = torch.stack(first).double().sum(0) + torch.stack(second).double().sum(0) + r.double()
+    if order == "routed and shared experts":
+        return _line(
+            f"one reduction for two: {order}", llama(r + (one + other), w), llama(r + together, w), llama_fp64(exact, w)
+        )
+    if order == "attention and MLP with biases":
+        model, relaxed = (one + a) + (other + b) + r, (together + (a + b)) + r
+        exact = exact + a.double() + b.double()
+    else:
+        model, relaxed = (r + one) + other, r + together
+    norm = partial(torch.nn.functional.layer_norm, normalized_shape=(r.shape[-1],))
+    want = norm(exact, weight=w.double())
+    return _line(f"one reduction for two: {order}", norm(model, weight=w), norm(relaxed, weight=w), want)
+
+
 def llama_fp64(h: Tensor, w: Tensor) -> Tensor:
     f = h.double()
     return w.double() * f * torch.rsqrt(f.pow(2).mean(-1, keepdim=True) + EPS)
@@ -127,7 +163,9 @@ def lines(hidden: int, rows: int, dtype: torch.dtype) -> list[Line]:
     w = (torch.rand(hidden, generator=generator) + 0.5).to(dtype)
     with fake_world(4):
         found = [of_norm(name, norm, x, r, w) for name, norm in NORMS.items()]
-    return [line for line in found if line is not None] + [of_scale(n, x, w) for n in (1, 4)]
+    found += [of_scale(n, x, w) for n in (1, 4)]
+    found += [of_two_sums(order, r, w) for order in TWO_SUMS]
+    return [line for line in found if line is not None]
 
 
 def main() -> None:

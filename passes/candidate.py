@@ -44,13 +44,22 @@ class Merged:
 
     Attributes:
         collective: the other reduction.
-        nodes: what leads from it to the value that is added.
+        nodes: what leads from it to ``operand``.
         factor: what one of ``nodes`` multiplies it by: one value a row, or a number; None where nothing does.
+        bias: the vector that one of ``nodes`` adds to it, or None.
+        order: of the additions: ``together``, the two sums first, then the residual; ``other_first``,
+            ``(residual + other) + own``; ``own_first``, ``(residual + own) + other``.
+        operand: what one of the candidate's terms adds.
+        exact: both sums are made and rounded each for itself. Else the partial sums are added and reduced once (relaxed).
     """
 
     collective: Collective
     nodes: tuple[Node, ...]
     factor: Node | float | None
+    bias: Node | None
+    order: str
+    operand: Node
+    exact: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,7 +81,7 @@ class Candidate:
             None where ``h`` itself is the rounded value.
         block: the rows of the sum that this rank keeps, where it does not keep all.
         factor: a scalar tensor by which each rank multiplies what it gives to the sum, or None.
-        merged: the other sum whose partial sum is added to ``collective.x`` before the one reduction of both.
+        merged: the other sum that the op makes too.
         quantization: of the norm, where the fused op does that too.
         gather: of the norm, where the fused op does that too; then nothing reads the norm of the own rows.
         note: about a quantization or a gather of the norm that it does not do.
@@ -121,6 +130,8 @@ class Candidate:
             factor = f"*{self.merged.factor!r}" if isinstance(self.merged.factor, float) else ""
             parts.append(self.merged.collective.kind + factor)
         before = []
+        if self.merged is not None and self.merged.bias is not None:
+            before.append("bias")
         if self.bias is not None:
             before.append("add" if any(t.kind == "full" and t.operand is self.bias for t in self.terms) else "bias")
         if self.addend is not None:
@@ -143,7 +154,7 @@ class Candidate:
     def operands(self) -> tuple[Node, ...]:
         """What the fused op reads besides the partial sum."""
         other = self.merged
-        theirs = () if other is None else (other.collective.x, other.factor)
+        theirs = () if other is None else (other.collective.x, other.factor, other.bias)
         static_scale = None if self.quantization is None else self.quantization.static_scale
         scales = self.scale_tensor, self.factor, static_scale
         operands = (
@@ -161,7 +172,7 @@ class Candidate:
     def exact(self) -> bool:
         """Whether the fused op gives the model's bits; False only with relaxed numerics."""
         quantized = self.quantization is None or self.quantization.exact
-        return self.norm.exact and self.factor is None and self.merged is None and quantized
+        return self.norm.exact and self.factor is None and (self.merged is None or self.merged.exact) and quantized
 
     @property
     def reshapes(self) -> tuple[Node, ...]:

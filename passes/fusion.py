@@ -13,7 +13,7 @@ from functools import partial
 import torch.distributed as dist
 from torch.fx import Graph, GraphModule, Node
 
-from . import collectives, gathers, lowering, quantization, region, rewrite, sharing
+from . import collectives, gathers, lowering, quantization, region, rewrite, second_sum, sharing
 from .candidate import Candidate, Found
 from .failure import guarded, internal, kept
 from .judge import judge
@@ -84,9 +84,9 @@ def _rewrite(g: Graph, options: PassOptions, training: bool) -> tuple[list[Site]
     """Find, judge and build everything; only then edit. An exception leaves the graph as it was."""
     found = collectives.find(g)
     legality = Legality(g)
-    looked = settle([guarded(c, options, partial(_look, legality, options)) for c in found]) if found else []
-    if options.numerics == "relaxed":
-        looked = merge(looked, legality, options)
+    sums = second_sum.by_node(found)
+    looked = settle([guarded(c, options, partial(_look, legality, options, sums)) for c in found]) if found else []
+    looked = merge(looked, sums, legality, options)
     built: dict[Node, Replacement] = {}
     for position, item in enumerate(looked):
         if isinstance(item.outcome, Candidate):
@@ -101,7 +101,7 @@ def _rewrite(g: Graph, options: PassOptions, training: bool) -> tuple[list[Site]
     sites = [site_of(f, p, audits, absorbed.get(f.collective)) for f, p in zip(judged, places, strict=True)]
 
     decisions: list[rewrite.Decision] = []
-    for place, (item, site) in enumerate(zip(judged, sites, strict=True)):
+    for item, site in zip(judged, list(sites), strict=True):
         if isinstance(item.outcome, Candidate):
             point = legality.insertion_point(item.outcome)
             assert point is not None  # judged legal
@@ -109,7 +109,8 @@ def _rewrite(g: Graph, options: PassOptions, training: bool) -> tuple[list[Site]
             if options.verify:
                 _verify(decision, site)
             if lowering.is_lowered(item.outcome, options):
-                sites[place] = replace(site, lowered=True)
+                both = item.collective, item.outcome.merged and item.outcome.merged.collective
+                sites = [replace(s, lowered=True) if c in both else s for s, c in zip(sites, found, strict=True)]
             else:
                 decisions.append(decision)
     try:
@@ -135,14 +136,16 @@ def _receivers(looked: list[Found]) -> dict[collectives.Collective, tuple[int, .
     return {c: block.receivers for c, block in blocks if block is not None and block.nodes}
 
 
-def _look(legality: Legality, options: PassOptions, c: collectives.Collective) -> Found:
+def _look(
+    legality: Legality, options: PassOptions, sums: dict[Node, collectives.Collective], c: collectives.Collective
+) -> Found:
     """One reduction: can it be fused at all, what follows it, may that be rewritten?"""
     refusal = reduction(c)
     if refusal is not None:
         return Found(c, refusal, c.kind)
     found = region.follow(c, legality.order, options.numerics == "relaxed")
     if isinstance(found.outcome, Candidate):
-        refusal = legality.refusal(found.outcome)
+        refusal = second_sum.lonely(found.outcome, sums) or legality.refusal(found.outcome)
         if refusal is None:
             return replace(found, outcome=_quantized(_gathered(found.outcome, legality, options), legality, options))
     return found if refusal is None else Found(c, refusal, found.pattern)

@@ -109,6 +109,16 @@ def no_norm(current: values.Aliases, terms: list[Term]) -> Refusal:
     return Refusal(Reason.NO_NORM, f"the {what} is read by {readers}; no norm follows")
 
 
+def add_chain(kinds: Sequence[str]) -> Refusal:
+    """More is added between the sum and its norm than the op takes."""
+    return Refusal(
+        Reason.ADD_CHAIN,
+        f"the sum goes through {' then '.join(kinds)} before the norm; the fused op takes at most one addend and one scale, then "
+        "one residual",
+        tuple(kinds),
+    )
+
+
 class Legality:
     """Judges the candidates of one graph. Holds what all of them share: order, mutations, communication."""
 
@@ -138,11 +148,15 @@ class Legality:
             return Refusal(
                 Reason.SUM_OF_REDUCTIONS, f"its sum is added to that of {other.name}, which takes it as an addend"
             )
-        start, end = self.order[candidate.collective.node], self.order[point]
         gathers = candidate.gather.starts if candidate.gather else ()
-        end = max([end, *(self.order[node] for node in gathers)])
+        reductions = [candidate.collective.node]
+        if candidate.merged is not None:
+            reductions.append(candidate.merged.collective.node)
+        moved = {*gathers, *reductions}
+        start = min(self.order[node] for node in reductions)
+        end = max(self.order[node] for node in (point, *gathers))
         for node in self.communication:
-            if node not in gathers and start < self.order[node] < end and _same_group(node, candidate.collective):
+            if node not in moved and start < self.order[node] < end and _same_group(node, candidate.collective):
                 return Refusal(
                     Reason.ORDER, f"{node.name} communicates on the same ranks between the all-reduce and its norm"
                 )

@@ -29,7 +29,8 @@ def is_lowered(candidate: Candidate, options: PassOptions) -> bool:
     if not options.lower or any(tensor is None or tensor.device.type != "cpu" for tensor in tensors):
         # On a GPU the ranks vote on a path when they first run, and a compile cache may serve some of them: no compile can know.
         return False
-    if candidate.merged is not None or candidate.quantization is not None:
+    one_for_two = candidate.merged is not None and not candidate.merged.exact
+    if one_for_two or candidate.quantization is not None:
         return False  # two reductions again; several quantizations again, whose bf16 steps nothing would round
     # Between operators that it fuses, Inductor keeps bf16 and fp16 values in fp32, and rounds other elements than the model does.
     return options.numerics == "relaxed" or all(tensor.dtype not in LOW for tensor in tensors if tensor is not None)

@@ -1,26 +1,28 @@
-"""Find: two sums over the same ranks that are added to each other, which one reduction can make.
+"""Judge: two sums over the same ranks that meet in one norm, which one op can make.
 
-``AR(a) + AR(b)`` is ``AR(a + b)``, and ``AR(a) * g + AR(b)`` is ``AR(a * g + b)`` where ``g`` is the same on all of the ranks.
-The bits differ, for a rank now rounds its own sum first: only with relaxed numerics. MoE layers with shared experts have such
-sums.
+The op reduces both, each rounded as by itself, and adds them in the model's order: the model's bits in one launch.
+
+With relaxed numerics one reduction is enough: ``AR(a) + AR(b)`` is ``AR(a + b)``, and ``AR(a) * g + AR(b)`` is
+``AR(a * g + b)`` where ``g`` is the same on all of the ranks. The bits differ, for a rank now rounds its own sum first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch.distributed as dist
 from torch.fx import Node
 
 from . import collectives, storages, values
-from .candidate import Candidate, Found, Merged
+from .candidate import Candidate, Found
 from .collectives import Collective
 from .failure import internal
 from .legality import ADD, MUL, Legality
 from .options import PassOptions
 from .reasons import Reason, Refusal
 from .replacement import build
+from .second_sum import lonely, meetings
 
 GATHERED = frozenset({"all_reduce", "all_reduce_", "all_gather_into_tensor", "broadcast"})
 POINTWISE = values.RESHAPES | values.IDENTITIES | values.CASTS | ADD | MUL
@@ -31,108 +33,136 @@ POINTWISE |= values.overloads(
 DEPTH = 64
 
 
-@dataclass(frozen=True)
-class _Addend:
-    """The way from a sum to what is added: ``nodes`` in order behind the sum, one of which may multiply by ``factor``."""
-
-    other: Collective
-    nodes: tuple[Node, ...]
-    factor: Node | float | None
-
-
-def merge(found: Sequence[Found], legality: Legality, options: PassOptions) -> list[Found]:
-    """Candidates that take another sum as their addend, with that sum made by their own reduction where that is right.
+def merge(
+    found: Sequence[Found], sums: Mapping[Node, Collective], legality: Legality, options: PassOptions
+) -> list[Found]:
+    """Candidates with another sum made by their own op where that is right, and refusals of those that need that.
 
     An exception costs one merge only; with ``options.verify`` it is raised.
     """
-    sums = {name: f.collective for f in found for name in (f.collective.value, *f.collective.waits)}
     claimed = {f.collective for f in found if isinstance(f.outcome, Candidate)}
     merged = list(found)
     for position, item in enumerate(found):
-        if not isinstance(item.outcome, Candidate) or item.outcome.bias is None or item.outcome.factor is not None:
-            continue
-        addend = _addend(item.outcome.bias, sums)
-        if addend is None or addend.other in claimed:
-            continue
-        try:
-            outcome = _together(item.outcome, addend, legality)
-        except Exception as error:
-            if options.verify:
-                raise
-            outcome = internal(error).detail
-        if isinstance(outcome, Candidate):
-            merged[position] = Found(item.collective, outcome, outcome.pattern)
-            continue
-        theirs = next(n for n, f in enumerate(found) if f.collective is addend.other)
-        detail = f"its sum is added to that of {item.collective.node.name}, and they stay two reductions: {outcome}"
-        merged[theirs] = Found(addend.other, Refusal(Reason.SUM_OF_REDUCTIONS, detail), found[theirs].pattern)
+        for together in _meetings(item.outcome, sums, legality, options):
+            assert together.merged is not None
+            other = together.merged.collective
+            if other in claimed:
+                continue
+            made = _made(together, legality, options)
+            if isinstance(made, Candidate):
+                merged[position] = Found(item.collective, made, made.pattern)
+                break
+            theirs = next(n for n, f in enumerate(found) if f.collective is other)
+            first = found[theirs].outcome
+            explained = isinstance(first, Refusal) and first.reason in (Reason.SUM_OF_REDUCTIONS, Reason.ORDER)
+            if together.merged.order == "together" or explained:
+                detail = (
+                    f"its sum is added to that of {item.collective.node.name}, and they stay two reductions: {made}"
+                )
+                merged[theirs] = Found(other, Refusal(Reason.SUM_OF_REDUCTIONS, detail), found[theirs].pattern)
+    for position, item in enumerate(merged):
+        refusal = lonely(item.outcome, {}) if isinstance(item.outcome, Candidate) else None
+        if refusal is not None:
+            merged[position] = Found(item.collective, refusal, item.pattern)
     return merged
 
 
-def _together(candidate: Candidate, addend: _Addend, legality: Legality) -> Candidate | str:
-    """The candidate with both sums in one reduction, or why they must stay two."""
-    why = _why_not(candidate, addend)
-    if why is not None:
-        return why
-    together = replace(candidate, bias=None, merged=Merged(addend.other, addend.nodes, addend.factor))
+def _meetings(
+    outcome: Candidate | Refusal, sums: Mapping[Node, Collective], legality: Legality, options: PassOptions
+) -> list[Candidate]:
+    try:
+        return list(meetings(outcome, sums, legality.order)) if isinstance(outcome, Candidate) else []
+    except Exception as error:
+        if options.verify:
+            raise
+        internal(error)  # warns
+        return []
+
+
+def _made(together: Candidate, legality: Legality, options: PassOptions) -> Candidate | str:
+    """The candidate with both sums in its op, or why they stay two.
+
+    With relaxed numerics one reduction makes both where that is right, for it moves half of the bytes.
+    """
+    assert together.merged is not None
+    exact = replace(together, merged=replace(together.merged, exact=True))
+    ways = [(exact, _why_not_exact)]
+    if options.numerics == "relaxed":
+        ways.insert(0, (together, _why_not_one_reduction))
+    whys = []
+    try:
+        for candidate, why_not in ways:
+            why = _why_not(candidate) or why_not(candidate) or _illegal(candidate, legality)
+            if why is None:
+                return candidate
+            whys.append(why)
+    except Exception as error:
+        if options.verify:
+            raise
+        whys.append(internal(error).detail)
+    return "; ".join(dict.fromkeys(whys))
+
+
+def _illegal(together: Candidate, legality: Legality) -> str | None:
+    """What legality, or the fused op, has against both sums in one reduction."""
     refusal = legality.refusal(together) or build(together)
-    return refusal.detail if isinstance(refusal, Refusal) else together
+    return refusal.detail if isinstance(refusal, Refusal) else None
 
 
-def _addend(node: Node, sums: dict[Node, Collective]) -> _Addend | None:
-    """The sum behind an addend, or None when it is something else."""
-    path: list[Node] = []
-    factor: Node | float | None = None
-    while node not in sums:
-        source = next((a for a in node.all_input_nodes if values.is_alias(node, a)), None)
-        if source is None and node.target in MUL and factor is None:
-            source, factor = _scaled(node, sums)
-        if source is None:
-            return None
-        path.append(node)
-        node = source
-    return _Addend(sums[node], tuple(reversed(path)), factor)
-
-
-def _scaled(node: Node, sums: dict[Node, Collective]) -> tuple[Node | None, Node | float | None]:
-    """(the sum, the factor) of a product of a sum and a number or a value a row."""
-    for mine, factor in (node.args[:2], tuple(reversed(node.args[:2]))):
-        if not isinstance(mine, Node) or not values.same_rows(node, mine) or values.dtype(node) != values.dtype(mine):
-            continue
-        source: Node | None = mine
-        while source is not None and source not in sums:
-            source = next((a for a in source.all_input_nodes if values.is_alias(source, a)), None)
-        if source is None:
-            continue
-        if isinstance(factor, int | float):
-            return mine, float(factor)
-        if isinstance(factor, Node) and values.width(factor) == 1 and values.width(mine) != 1:
-            return mine, factor
-    return None, None
-
-
-def _why_not(candidate: Candidate, addend: _Addend) -> str | None:
+def _why_not(together: Candidate) -> str | None:
     """Why two sums must stay two reductions; None when one is right."""
-    c, other = candidate.collective, addend.other
-    if candidate.scale_first:
-        return f"the sum of {c.node.name} alone is scaled"
+    c, merged = together.collective, together.merged
+    assert merged is not None
+    other = merged.collective
     if other.ranks != c.ranks or other.kind != c.kind or other.reduce_op != c.reduce_op or other.error:
         return f"{other.node.name} is a {other.kind} over {list(other.ranks)}, {c.node.name} a {c.kind} over {list(c.ranks)}"
-    if candidate.block is not None and candidate.block.nodes:
+    if together.block is not None and together.block.nodes:
         return "each rank keeps some rows of them"
     if other.index is not None or storages.mutates(other.node):
         return f"{other.node.name} writes in place or is one of several in one call"
-    if values.dtype(other.x) != values.dtype(c.x) or not values.same_rows(other.x, c.x):
+    # Experts see rows without their batch dimension; what leads to the norm brings both into one shape, or build() refuses.
+    rows = together.block is None or values.same_rows(other.x, c.x)
+    if values.dtype(other.x) != values.dtype(c.x) or not rows:
         return "their partial sums differ in shape or dtype"
-    inside = {other.node, *other.waits, *addend.nodes, candidate.terms[0].node}
-    for node in (other.node, *other.waits, *addend.nodes):
+    term = next(t for t in together.terms if t.operand is merged.operand)
+    inside = {other.node, *other.waits, *merged.nodes, term.node, *term.path, *term.casts}
+    for node in (other.node, *other.waits, *merged.nodes, *term.casts):
         reader = next((u for u in node.users if u not in inside and not values.is_dead(u)), None)
         if reader is not None:
             return f"{reader.name} reads {node.name} too"
-    if isinstance(addend.factor, Node):
-        unproved = unequal(addend.factor, c.ranks)
+    return None
+
+
+def _why_not_one_reduction(together: Candidate) -> str | None:
+    """Why the partial sums must not be added before one reduction."""
+    c, merged = together.collective, together.merged
+    assert merged is not None
+    if together.scale_first:
+        return f"the sum of {c.node.name} alone is scaled"
+    if isinstance(merged.factor, Node):
+        unproved = unequal(merged.factor, c.ranks)
         if unproved is not None:
-            return f"the factor {addend.factor.name} {unproved}, so it may differ between the ranks {list(c.ranks)}"
+            return f"the factor {merged.factor.name} {unproved}, so it may differ between the ranks {list(c.ranks)}"
+    return None
+
+
+def _why_not_exact(together: Candidate) -> str | None:
+    """Why the op cannot make both sums, each for itself, with the model's bits."""
+    merged = together.merged
+    assert merged is not None
+    layer_norm = together.norm.kind == "layer_norm"
+    vectors = together.bias is not None or merged.bias is not None
+    scaled = together.scale != 1.0 or together.scale_tensor is not None
+    if together.block is not None:
+        return "the op for rows that a rank keeps makes one sum"
+    if together.quantization is not None:
+        return "the norm is quantized, and the op that does that makes one sum"
+    if vectors and not layer_norm:
+        return "a vector is added to one of them, and beside two sums the op for RMSNorm takes none"
+    if isinstance(merged.factor, Node):
+        return f"it is multiplied by {merged.factor.name} first, one value a row"
+    if merged.factor is not None and (layer_norm or scaled or vectors or merged.order != "together"):
+        return f"it alone is multiplied by {merged.factor!r}, and more follows"
     return None
 
 

@@ -72,7 +72,7 @@ REMEDIES: dict[Reason, str] = {
     "compute it from the normed value.",
     Reason.ROWS_MOVE: "Rows are selected, gathered or re-ordered between the all-reduce and the norm. Move the selection "
     "after the norm.",
-    Reason.SUM_OF_REDUCTIONS: "Two reductions are added and the other one fuses with the norm. Add the partial sums first "
+    Reason.SUM_OF_REDUCTIONS: "Two reductions meet in one norm, and one op cannot make both. Add the partial sums first "
     "and reduce once, where their groups are equal; numerics='relaxed' does that.",
     Reason.ADD_CHAIN: "Several tensors are added between the sum and the norm. Add them to each other first, so that one addend "
     "and one residual are left.",

@@ -241,14 +241,9 @@ def _candidate(
     before = terms[:-1] if residual is not None else terms
     before_kinds = kinds[:-1] if residual is not None else kinds
     addends = [kind for kind in before_kinds if kind != "scale"]
-    two = norm.kind == "layer_norm" and before_kinds[:2] == ["bias", "full"]
+    two = before_kinds[:2] == ["bias", "full"]  # for an RMSNorm second_sum.lonely asks what the second is
     if len(addends) > 1 + two or len(before_kinds) - len(addends) > 1:
-        return Refusal(
-            Reason.ADD_CHAIN,
-            f"the sum goes through {' then '.join(kinds)} before the norm; the fused op takes at most one addend "
-            "and one scale, then one residual",
-            tuple(kinds),
-        )
+        return legality.add_chain(kinds)
     bias = next((t.operand for t in before if t.kind in ("bias", "full")), None)
     addend = next(t.operand for t in before if t.kind == "full") if two else None
     scale = next((t for t in before if t.kind == "scale"), None)
@@ -277,10 +272,10 @@ def _candidate(
         addend=addend,
     )
     # An add behind a LayerNorm stays outside: no model that we know adds its residual there.
-    return candidate if residual is not None or norm.kind == "layer_norm" else _post(candidate, order)
+    return candidate if residual is not None or norm.kind == "layer_norm" else post(candidate, order)
 
 
-def _post(candidate: Candidate, order: dict[Node, int]) -> Candidate:
+def post(candidate: Candidate, order: dict[Node, int]) -> Candidate:
     """Extend ``norm -> add`` (Gemma2, OLMo2) when the sum itself has no reader but the norm."""
     region = set(candidate.norm.steps) | {candidate.norm.out}
     if any(reader not in region for reader in candidate.h.readers):

@@ -25,7 +25,7 @@ from ..ops.layer_norm_flavour import LayerNormFlavour
 from ..ops.quantizer import Quantizer
 from . import values
 from .candidate import Candidate
-from .legality import MUL
+from .legality import ADD, MUL
 from .quantization import Quantization
 from .reasons import Reason, Refusal
 
@@ -34,6 +34,7 @@ ROWS = torch.ops.tpfuse.reduce_rows_add_rms_norm.default
 GATHER = torch.ops.tpfuse.reduce_rows_add_rms_norm_gather.default
 QUANT = torch.ops.tpfuse.all_reduce_add_rms_norm_quant.default
 LAYER_NORM = torch.ops.tpfuse.all_reduce_add_layer_norm.default
+OP_TAIL = (None, False, False, False)  # defaults of OP: scale_tensor, scale_first, partial_bias, residual_first
 aten = torch.ops.aten
 
 
@@ -173,13 +174,16 @@ class Replacement:
                 if self.candidate.block is not None:
                     x = self.candidate.block.of(x, kept_shape(self.candidate) if residual is None else residual.shape)
                 args = (x, residual, weight, bias, eps, scale, Flavour.parse(flavour), post)
-                normed, summed = reference.add_rms_norm(*args, *(more if step.target is OP else ()))
+                scale_tensor, scale_first, _, residual_first = (
+                    (*more, *OP_TAIL[len(more) :]) if step.target is OP else OP_TAIL
+                )
+                normed, summed = reference.add_rms_norm(*args, scale_tensor, scale_first, residual_first)
                 if step.target is GATHER:  # as if all ranks had the own rows
                     normed = repeated(normed, len(self.candidate.collective.ranks))
                 results.append((normed, summed))
             elif step.target is LAYER_NORM:
-                *given, flavour, _ = args
-                results.append(layer_norm_reference.add_layer_norm(*given, LayerNormFlavour.parse(flavour)))
+                given, (flavour, _, *more) = args[:8], args[8:]
+                results.append(layer_norm_reference.add_layer_norm(*given, LayerNormFlavour.parse(flavour), *more[1:]))
             elif step.target is QUANT:
                 x, residual, weight, bias, eps, scale, flavour, post, _, quantizer, static_scale, keep = args
                 args = (x, residual, weight, bias, eps, scale, Flavour.parse(flavour), post)
@@ -242,22 +246,24 @@ def _build(new: Replacement) -> None:
     c, norm, block = candidate.collective, candidate.norm, candidate.block
     post = candidate.post_add is not None
     bias: Node | Value | None = candidate.bias
-    full = next((n for n, t in enumerate(candidate.terms) if t.kind == "full" and t.operand is candidate.bias), None)
-    if bias is not None and full is not None:
-        bias = _followed(new, new.fit(bias, candidate.terms[full].node), full + 1)
+    if bias is not None and any(t.kind == "full" and t.operand is bias for t in candidate.terms):
+        bias = _added(new, bias)
     elif bias is not None and len(new.shape(bias)) != 1:
         bias = new.call(aten.view.default, bias, [values.width(candidate.h.root)])
     addend: Node | Value | None = candidate.addend
     if addend is not None:
-        place = next(n for n, t in enumerate(candidate.terms) if t.operand is addend)
-        addend = _followed(new, new.fit(addend, candidate.terms[place].node), place + 1)
-    if candidate.merged is not None:
-        x: Node | Value = _merged(new)
-    else:
-        given: Node | Value = c.x if candidate.factor is None else new.call(aten.mul.Tensor, c.x, candidate.factor)
-        x = given if block is not None else _followed(new, given, 0)
+        addend = _added(new, addend)
+    given: Node | Value = c.x if candidate.factor is None else new.call(aten.mul.Tensor, c.x, candidate.factor)
+    x = given if block is not None else _followed(new, given, 0)
+    merged = candidate.merged
+    if merged is not None and not merged.exact:
+        x = new.call(aten.add.Tensor, x, _other(new))
+        if merged.bias is not None:
+            bias = merged.bias if bias is None else new.call(aten.add.Tensor, merged.bias, bias)
     residual: Node | Value | None = candidate.residual
-    if residual is not None:
+    if residual is not None and merged is not None and merged.order != "together":
+        residual = _first_residual(new)
+    elif residual is not None:
         residual = new.fit(residual, x if block is None else candidate.post_add or candidate.terms[-1].node)
     elif block is not None and block.nodes:
         raise Misfit("without a residual nothing says how many rows of the block are kept")
@@ -267,6 +273,8 @@ def _build(new: Replacement) -> None:
         if quantization is not None:
             more = str(quantization.quantizer), quantization.static_scale, quantization.keep_normed
             new.fused = new.call(QUANT, x, residual, norm.weight, bias, *arguments, *more)
+        elif merged is not None and merged.exact:
+            new.fused = _two_sums(new, x, residual, bias)
         elif norm.kind == "layer_norm":
             given_last = norm.eps, candidate.scale, str(norm.flavour), c.group_name
             new.fused = new.call(LAYER_NORM, x, residual, norm.weight, norm.shift, bias, addend, *given_last)
@@ -323,21 +331,76 @@ def _placed(new: Replacement, result: Value, nodes: tuple[Node, ...]) -> None:
     new.at = None
 
 
-def _merged(new: Replacement) -> Node | Value:
-    """The two partial sums of one reduction, added."""
+def _two_sums(new: Replacement, own: Node | Value, residual: Node | Value | None, vector: Node | Value | None) -> Value:
+    """The op that reduces both partial sums, each for itself.
+
+    Args:
+        own: the partial sum of the candidate's own reduction; residual: in its shape.
+        vector: what is added to the own sum.
+    """
+    candidate, merged, norm = new.candidate, new.candidate.merged, new.candidate.norm
+    assert merged is not None
+    pair: list[tuple[Any, Any]] = [(own, vector), (_other(new), merged.bias)]
+    scale, scale_first = candidate.scale, candidate.scale_first
+    if isinstance(merged.factor, float):  # of the other sum alone, which the op has as its first then
+        scale, scale_first = merged.factor, True
+    if merged.order == "other_first" or isinstance(merged.factor, float):
+        pair.reverse()
+    (x, first), (second, second_vector) = pair
+    residual_first = merged.order != "together"
+    group = candidate.collective.group_name
+    if norm.kind == "layer_norm":
+        operands = x, residual, norm.weight, norm.shift, first, second
+        arguments = norm.eps, scale, str(norm.flavour), group
+        return new.call(LAYER_NORM, *operands, *arguments, True, second_vector, residual_first)
+    post = candidate.post_add is not None
+    more = norm.eps, scale, str(norm.flavour), post, group, candidate.scale_tensor, scale_first
+    return new.call(OP, x, residual, norm.weight, second, *more, True, residual_first)
+
+
+def _other(new: Replacement) -> Node | Value:
+    """The partial sum of the other reduction, in the shape of the own one."""
     candidate, merged = new.candidate, new.candidate.merged
     assert merged is not None
-    mine: Node | Value = candidate.collective.x
-    if candidate.block is None:  # in the shape in which the model adds the sums
-        mine = new.fit(new.repeat(candidate.terms[0].path, mine), candidate.terms[0].node)
-    other: Node | Value = new.fit(merged.collective.x, merged.collective.value) if merged.nodes else merged.collective.x
-    for node in merged.nodes:
+    c = merged.collective
+    if candidate.block is not None and not merged.nodes:  # all rows of it, of which the sum has some
+        return new.fit(c.x, candidate.collective.x)
+    other = _along(new, new.fit(c.x, c.value), merged.nodes)
+    return new.fit(other, candidate.collective.x) if candidate.block is not None else _added(new, other, merged.operand)
+
+
+def _first_residual(new: Replacement) -> Node | Value:
+    """The residual of ``(residual + one sum) + the other``, in the shape of the norm's input."""
+    candidate, merged = new.candidate, new.candidate.merged
+    assert merged is not None and candidate.residual is not None
+    residual: Node | Value = candidate.residual
+    if merged.order == "own_first":
+        return _added(new, residual)
+    add = next(n for n, node in enumerate(merged.nodes) if candidate.residual in node.all_input_nodes)
+    return _added(new, _along(new, residual, merged.nodes[add:]), merged.operand)
+
+
+def _along(new: Replacement, value: Node | Value, nodes: tuple[Node, ...]) -> Node | Value:
+    """``value`` through the changes of shape and the factor of what leads from the other sum to where the two meet."""
+    for node in nodes:
         if node.target in MUL:
-            other = new.call(aten.mul.Tensor, other, merged.factor)
+            merged = new.candidate.merged
+            assert merged is not None
+            if merged.exact:  # the op scales the sum
+                continue
+            value = new.call(aten.mul.Tensor, value, merged.factor)
+        elif node.target in ADD:  # what it adds is an operand of its own
+            value = new.fit(value, node)
         else:
-            other = new.repeat((node,), other)
-    total = new.call(aten.add.Tensor, mine, new.fit(other, mine))
-    return total if candidate.block is not None else _followed(new, total, 1)
+            value = new.repeat((node,), value)
+    return value
+
+
+def _added(new: Replacement, value: Node | Value, operand: Node | None = None) -> Node | Value:
+    """``value``, which a term adds or which stands for its ``operand``, in the shape that the sum has at the end."""
+    terms = new.candidate.terms
+    place = next(n for n, t in enumerate(terms) if t.operand is (operand or value))
+    return _followed(new, new.fit(value, terms[place].node), place + 1)
 
 
 def _followed(new: Replacement, value: Node | Value, start: int) -> Node | Value:

@@ -29,7 +29,7 @@ def site_of(item: Found, spot: sharing.Place, audits: list[LayerAudit], within: 
         norm = outcome.norm
         exact = (
             ""
-            if norm.exact and outcome.factor is None and outcome.merged is None
+            if norm.exact and outcome.factor is None and (outcome.merged is None or outcome.merged.exact)
             else " (relaxed: other bits than the model's)"
         )
         quantization = outcome.quantization
@@ -40,6 +40,8 @@ def site_of(item: Found, spot: sharing.Place, audits: list[LayerAudit], within: 
             quantized += "; the normed rows of all ranks: it replaces " + ", ".join(
                 n.name for n in outcome.gather.starts
             )
+        if outcome.merged is not None:
+            quantized += f"; one op with {outcome.merged.collective.node.name}"
         note = f"; {outcome.note}" if outcome.note else ""
         return Site(
             fused=True,
@@ -56,11 +58,18 @@ def site_of(item: Found, spot: sharing.Place, audits: list[LayerAudit], within: 
         )
     if within is not None:
         bytes_a_row = 0 if tensor is None else tensor.shape[-1] * tensor.dtype.itemsize
+        assert isinstance(within.outcome, Candidate) and within.outcome.merged is not None
+        if within.outcome.merged.exact:
+            detail = f"one op with {within.collective.node.name}, which reduces both, each rounded as by itself"
+        else:
+            detail = (
+                f"its partial sum is added to that of {within.collective.node.name}, and one reduction makes both (relaxed: "
+                f"other bits than the model's); saves one {c.kind} of {bytes_a_row} bytes a row"
+            )
         return Site(
             fused=True,
             reason=None,
-            detail=f"its partial sum is added to that of {within.collective.node.name}, and one reduction makes both (relaxed: "
-            f"other bits than the model's); saves one {c.kind} of {bytes_a_row} bytes a row",
+            detail=detail,
             pattern=within.pattern,
             nodes=[n.name for n in dict.fromkeys([c.node, *c.waits])],
             admitted=within.admitted,

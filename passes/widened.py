@@ -87,7 +87,8 @@ def find(current: values.Aliases, order: dict[Node, int]) -> WideAdd | Refusal |
             Reason.DTYPE,
             f"the sum is {dtype}, what is added to it, {other.name}, is torch.float32 and was never {dtype}; their sum is "
             f"read only where it is cast to {dtype}, by {rounded[0].name if rounded else 'nothing'}: an addend in fp32, such as "
-            "an adapter's",
+            f"an adapter's. Add it to the partial sum before the reduction (tpfuse.hf.parallelize cuts LoRA so), or cast "
+            f"{other.name} to {dtype} before the add",
         )
     if values.dtype(other) not in (dtype, torch.float32):
         return Refusal(Reason.DTYPE, f"the sum is {dtype}, what is added to it, {other.name}, is {values.dtype(other)}")

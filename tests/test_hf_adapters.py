@@ -89,6 +89,23 @@ def test_an_adapter_is_cut_with_its_layers(pool, merge):
         assert without > 0.05, "the adapter must matter for this test"
 
 
+def lora_in_fp32(rank, world_size):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(7)
+    chosen = LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, target_modules=["o_proj", "down_proj"])
+    whole = get_peft_model(unsharded("llama", torch.bfloat16, **LAYERS), chosen).eval()
+    dtypes = {str(p.dtype) for name, p in whole.named_parameters() if "lora" in name}
+    counts, equal, _ = fused_and_equal(hf.parallelize(whole, ParallelConfig(2)))
+    return dtypes, counts, equal
+
+
+@needs_peft
+def test_adapters_in_fp32_beside_a_bf16_base_join_the_partial_sum(pool):
+    """peft keeps adapters in fp32. The sum over both is rounded before it is reduced: nothing in fp32 meets the reduced sum."""
+    assert pool.run(lora_in_fp32) == [({"torch.float32"}, [(5, 5)], True)] * 2
+
+
 def lora_from_folder(rank, world_size, folder, config):
     from transformers import AutoModelForCausalLM
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from tpfuse.passes import PassOptions
 
 H = 16
+EXACT = PassOptions(policy="all", verify=True)
 RELAXED = PassOptions(policy="all", numerics="relaxed", verify=True)
 ROWS = torch.ops.tpfuse.reduce_rows_add_rms_norm.default
 c10d = torch.ops._c10d_functional
@@ -62,11 +63,14 @@ def test_two_sums_become_one_reduction_and_the_report_says_what_it_saves(dtype):
     assert "relaxed" in first.detail and second.nodes[0] in first.detail
 
 
-def test_exact_numerics_keep_both():
-    new, report = fused(routed_and_shared, inputs(), PassOptions(policy="all", verify=True))
+def test_exact_numerics_reduce_both_in_one_op():
+    new, report = fused(routed_and_shared, inputs(), EXACT)
     first, second = report.sites
-    assert (first.fused, first.reason, second.fused) == (False, "sum-of-reductions", True)
-    assert (graphs.count(new), graphs.all_reduces_left(new)) == (1, 1)
+    assert (first.fused, second.fused, graphs.count(new), graphs.all_reduces_left(new)) == (True, True, 1, 0)
+    assert first.replaced_by == second.replaced_by is not None
+    assert first.detail == f"one op with {second.nodes[0]}, which reduces both, each rounded as by itself"
+    assert second.detail.endswith(f"one op with {first.nodes[0]}")
+    assert "relaxed" not in first.detail + second.detail
 
 
 def test_shapes_that_differ_by_views_and_a_scale_behind_the_sums():
@@ -149,7 +153,8 @@ def test_fuel_and_policy_keep_both():
         assert not any(s.fused for s in report.sites) and graphs.all_reduces_left(new) == 2
 
 
-def test_fuel_counts_both_sites_of_a_merge():
+@pytest.mark.parametrize("numerics", ["exact", "relaxed"])
+def test_fuel_counts_both_sites_of_a_merge(numerics):
     """As reports count them: `tpfuse bisect` numbers rewrites by fused sites."""
 
     def two_merges(a, b, r, w):
@@ -159,7 +164,7 @@ def test_fuel_counts_both_sites_of_a_merge():
         return norm(h, w), h
 
     gm = graphs.trace(two_merges, inputs())
-    made = {fuel: graphs.fused_copy(gm, PassOptions("all", "relaxed", fuel=fuel))[1].fused for fuel in range(5)}
+    made = {fuel: graphs.fused_copy(gm, PassOptions("all", numerics, fuel=fuel))[1].fused for fuel in range(5)}
     assert {fuel: len(sites) for fuel, sites in made.items()} == {0: 0, 1: 0, 2: 2, 3: 2, 4: 4}
     assert {site.admitted for site in made[4]} == {"policy-all"}
 
@@ -182,16 +187,64 @@ def test_an_exception_costs_the_merge_alone(monkeypatch):
         graphs.fused_copy(gm, RELAXED)
 
 
-def test_a_sum_that_alone_is_scaled_stays_a_reduction_of_its_own():
+@pytest.mark.parametrize("options", [EXACT, RELAXED], ids=["exact", "relaxed"])
+@pytest.mark.parametrize("which", ["first", "second"])
+def test_a_sum_that_alone_is_scaled(which, options):
+    """Laguna. The number stays behind its own sum, whichever of the two the graph has first."""
+
     def laguna(a, b, r, w):
-        shared = graphs.all_reduce(b)
-        h = r + (graphs.all_reduce(a) * 2.5 + shared)
+        first = graphs.all_reduce(b)
+        second = graphs.all_reduce(a)
+        h = r + (first * 2.5 + second if which == "first" else second * 2.5 + first)
         return norm(h, w), h
 
-    _, report = fused(laguna, inputs())
+    new, report = fused(laguna, inputs(), options)
+    assert [s.fused for s in report.sites] == [True, True]
+    assert (graphs.count(new), graphs.all_reduces_left(new)) == (1, 0)
+    # One reduction can make both only where the number is known to be the one of the sum that comes with it.
+    assert ("relaxed" in report.sites[0].detail) == (which == "first" and options is RELAXED)
+
+
+def test_two_sums_that_one_op_cannot_make_say_why():
+    def gated(a, b, r, w):
+        h = r + (graphs.all_reduce(a) * r[:, :1] + graphs.all_reduce(b))
+        return norm(h, w), h
+
+    def quantized(a, b, r, w):
+        h = r + (graphs.all_reduce(a) + graphs.all_reduce(b))
+        n = norm(h, w)
+        scale = n.abs().amax(-1, keepdim=True).float() / 448.0
+        return (n.float() / scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn).float(), scale, h
+
+    def scaled_and_more(a, b, r, w):
+        h = r + (graphs.all_reduce(a) * 2.5 + graphs.all_reduce(b)) * 0.5
+        return norm(h, w), h
+
+    for f, why in (
+        (gated, "one value a row"),
+        (quantized, "makes one sum"),
+        (scaled_and_more, "multiplied by 2.5, and more"),
+    ):
+        new, report = fused(f, inputs(), EXACT)
+        first, second = report.sites
+        assert (first.fused, first.reason, second.fused) == (False, "sum-of-reductions", True)
+        assert "they stay two reductions: " in first.detail and why in first.detail, first.detail
+        assert graphs.all_reduces_left(new) == 1
+
+
+def test_two_reduce_scatters_stay_two_with_exact_numerics():
+    def scatter(x):
+        return c10d.wait_tensor(c10d.reduce_scatter_tensor(x, "sum", 4, graphs.world()))
+
+    def f(a, b, r, w):
+        h = r + (scatter(a) + scatter(b))
+        return norm(h, w), h
+
+    args = random(8, H), random(8, H, seed=1), random(2, H, seed=2), random(H, seed=3)
+    _, report = graphs.fused_copy(graphs.trace(f, args), EXACT)
     first, second = report.sites
-    assert sorted((first.fused, second.fused)) == [False, True]
-    assert "alone is scaled" in next(s.detail for s in report.kept)
+    assert (first.fused, second.fused) == (False, True)
+    assert "the op for rows that a rank keeps makes one sum" in first.detail
 
 
 def test_a_scalar_of_the_rows_that_a_rank_keeps_is_not_multiplied_in_before_the_sum():

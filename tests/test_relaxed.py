@@ -28,7 +28,7 @@ def test_the_table_of_the_page_is_what_the_command_measures(monkeypatch):
         assert float(model) == pytest.approx(line.model, rel=0.01)
         assert float(other) == pytest.approx(line.relaxed, rel=0.01)
         assert float(changed.rstrip("%")) / 100 == pytest.approx(line.changed, abs=0.005)
-        assert line.relaxed <= 1.01 * line.model
+        assert line.relaxed <= 1.01 * line.model, line
 
 
 def test_nothing_else_is_relaxed():
