@@ -62,7 +62,8 @@ def wrong_filling(pad: Node) -> str:
     rows: Any = amounts[3] if len(amounts) > 3 else 0
     if isinstance(rows, Node):
         rows = rows.meta.get("val")
-    if rows is None or not compat.follows_from_guards(rows >= 0):
+    # Without a proof it becomes a guard, so that it does not matter whether the sizes of this rank's graph are symbols.
+    if rows is None or not compat.guarded(rows >= 0):
         return f"{pad.name} is not proved to keep all rows"
     return ""
 
@@ -87,7 +88,8 @@ def proved(
     if tensor is None:
         return "what it gathers has no shape"
     rows = math.prod(tensor.shape[:-1])
-    largest = rows if isinstance(rows, int) else _holder(rows, order)
+    number = compat.number_of(rows)
+    largest = _holder(rows, order) if number is None else number
     if largest is None and filled_up:
         return "no node of the graph holds the number of rows of the largest replica"
     return Replicas(ranks, min(names), name, len(across), largest)
