@@ -1,6 +1,7 @@
 """Contenders that are tpfuse without one of its parts, and collectives for ranks that share a GPU.
 
 ``tpfuse rows off`` is tpfuse as it was before it fused reduce-scatters and all-reduces of which a rank keeps its replica's rows,
+``tpfuse gathers off`` as it was before it gathered normed rows (which ``tpfuse rows off`` does not do either),
 ``tpfuse quant off`` leaves the fp8 quantization behind a norm to Inductor.
 Ranks that share a GPU have gloo, which no CUDA graph holds. There the collectives that a pass has left in the graph become
 torch's one-shot all-reduce over symmetric memory: a gather is the sum of the ranks' rows, each at its place among zeros.
@@ -16,13 +17,14 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 from torch.fx import Graph
-from tpfuse.passes import fusion, quantization, rows
+from tpfuse.passes import fusion, gathers, quantization, rows
 from tpfuse.passes.reasons import Reason, Refusal
 
 from tpfuse import compat
 from tpfuse.measure import other_libraries
 
 ROWS_OFF = "tpfuse rows off"
+GATHERS_OFF = "tpfuse gathers off"
 QUANT_OFF = "tpfuse quant off"
 c10d = torch.ops._c10d_functional
 
@@ -33,7 +35,8 @@ library.define("symm_gather(Tensor x, int size, str group_name) -> Tensor")
 
 @contextlib.contextmanager
 def rows_off() -> Iterator[None]:
-    """Within, the pass keeps every reduction of which a rank keeps some rows. No compile cache may know the difference."""
+    """Within, the pass keeps every reduction of which a rank keeps some rows, and every gather. No compile cache may know the
+    difference."""
     kept, reduction = rows.kept, fusion.reduction
     left = Refusal(Reason.ROWS_MOVE, f"the contender is {ROWS_OFF!r}")
 
@@ -47,6 +50,16 @@ def rows_off() -> Iterator[None]:
     with (
         patch.object(rows, "kept", no_block),
         patch.object(fusion, "reduction", no_scatter),
+        gathers_off(),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def gathers_off() -> Iterator[None]:
+    """Within, the pass leaves every gather behind a norm outside. No compile cache may know the difference."""
+    with (
+        patch.object(gathers, "find", lambda *args: (None, f"the contender is {GATHERS_OFF!r}")),
         compat.without_compile_caches(),
     ):
         yield
@@ -62,7 +75,7 @@ def quant_off() -> Iterator[None]:
         yield
 
 
-WITHOUT = {ROWS_OFF: rows_off, QUANT_OFF: quant_off}
+WITHOUT = {ROWS_OFF: rows_off, GATHERS_OFF: gathers_off, QUANT_OFF: quant_off}
 
 
 def _sum(x: Tensor, group_name: str) -> Tensor:
