@@ -21,7 +21,7 @@ graph around the compiled step (``llama-float8``, ``--captured``):
 - ``nccl`` (``gloo`` on a CPU): ``backend="inductor"`` on the functional all-reduces. NCCL needs a GPU for each rank.
 - ``tpfuse quant off``, llama-float8 only: ``tpfuse`` with the quantization behind a norm left to Inductor.
 - ``tpfuse rows off``, deepseek only, where it is named or ranks share a GPU: ``tpfuse`` without rows with destinations; see
-  ``benchmarks/e2e_rows.py``.
+  ``benchmarks/e2e_rows.py``. ``tpfuse gathers off``, where it is named: without the gathers behind norms.
 
 Method. Before each step all ranks meet; a step's time is the *minimum over ranks*, because the last rank to start waits for
 nobody; the figure is the median of the steps, launch from Python included. ``back to back`` is the time of a step among 20

@@ -200,6 +200,10 @@ def deepseek(rank: int, world: int, plan: Plan) -> list[Line]:
     fusing = sorted({r.group for r in reductions if r.fuses})
     expected = sum(r.fuses for r in reductions)
     with_rows = sum(b.fuses in ("yes", "first part") and _selects_rows(b) for b in parallelized.plan.boundaries)
+    # The op has one gather: with fuses "first part" it would have to be two.
+    gathered = sum(
+        b.fuses == "yes" and any(s.op is Op.GATHER_BLOCKS for s in b.after_norm) for b in parallelized.plan.boundaries
+    )
     if plan.device == "cuda":
         # Planes are built here and not by the first compiled step, whose allocations belong to the CUDA graphs' pool.
         for group in fusing:
@@ -228,13 +232,33 @@ def deepseek(rank: int, world: int, plan: Plan) -> list[Line]:
 
         if phase == "decode":
             decode = Decode(step, rows, context, tokens)
-            case = Case(step, decode, decode.start, tokens, expected, same, names, expected - with_rows)
+            case = Case(
+                step,
+                decode,
+                decode.start,
+                tokens,
+                expected,
+                same,
+                names,
+                expected - with_rows,
+                expected_gathered=gathered,
+            )
         else:
             positions = torch.arange(rows, device=device).unsqueeze(0)
 
             def prefill(compiled: Any, given: Tensor, positions: Tensor = positions, rows: int = rows) -> Tensor:
                 return compiled(given, positions, None, rows)
 
-            case = Case(step, prefill, lambda: None, tokens, expected, same, names, expected - with_rows)
+            case = Case(
+                step,
+                prefill,
+                lambda: None,
+                tokens,
+                expected,
+                same,
+                names,
+                expected - with_rows,
+                expected_gathered=gathered,
+            )
         measure_shape("deepseek", phase, rows, case, plan, say, recorder)
     return recorder.lines

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from e2e_rows import QUANT_OFF, ROWS_OFF, WITHOUT, SymmetricCollectives
+from e2e_rows import GATHERS_OFF, QUANT_OFF, ROWS_OFF, WITHOUT, SymmetricCollectives
 from torch import Tensor, nn
 
 import tpfuse
@@ -62,6 +62,7 @@ class Line:
     compile_seconds: float | None = None
     fused: int | None = None
     quantized: int | None = None  # fused sites whose norm is quantized in the op
+    gathered: int | None = None  # fused sites whose normed rows are gathered in the op
     all_reduces: int | None = None
     ranks_equal: bool | None = None
     equal_to_tpfuse: float | None = None  # fraction of the tokens
@@ -84,6 +85,7 @@ class Case:
         group_names: groups whose kernels tpfuse runs, to ask whether a poll gave up.
         expected_rows_off: fused reductions of ``tpfuse rows off``.
         expected_quantized: of the fused ones, whose norm the op quantizes.
+        expected_gathered: of the fused ones, whose normed rows the op gathers; none with rows or gathers off.
     """
 
     module: nn.Module
@@ -95,6 +97,7 @@ class Case:
     group_names: tuple[str, ...]
     expected_rows_off: int = 0
     expected_quantized: int = 0
+    expected_gathered: int = 0
 
     def expected_of(self, contender: str) -> int:
         return self.expected_rows_off if contender == ROWS_OFF else self.expected
@@ -213,6 +216,7 @@ def contenders_for(plan: Plan, phase: str, world: int) -> tuple[str, ...]:
             *(("symm two-shot",) if symmetric and phase == "prefill" else ()),
             *(() if shared else ("nccl",)),
             *((ROWS_OFF,) if plan.parallel[0] and (shared or ROWS_OFF in (plan.contenders or ())) else ()),
+            *((GATHERS_OFF,) if plan.parallel[0] and GATHERS_OFF in (plan.contenders or ()) else ()),
             *((QUANT_OFF,) if getattr(plan.sizes, "float8", False) else ()),
             "tpfuse",
         )
@@ -364,6 +368,11 @@ class Contender:
         if line.quantized != quantized:
             notes = sorted({site.note for r in reports for site in r.fused})
             line.problems.append(f"{line.quantized} norms quantized in the op instead of {quantized}; {notes[:3]}")
+        line.gathered = sum(site.pattern.endswith("all_gather") for r in reports for site in r.fused)
+        gathered = 0 if line.contender in (ROWS_OFF, GATHERS_OFF) else self.case.expected_gathered
+        if line.gathered != gathered:
+            notes = sorted({site.note for r in reports for site in r.fused})
+            line.problems.append(f"{line.gathered} gathers in the op instead of {gathered}; {notes[:3]}")
         if line.fused != expected:
             kept = {f"{site.reason}: {site.detail}" for r in reports for site in r.kept}
             line.problems.append(f"{line.fused} all-reduces fused instead of {expected}; {sorted(kept)[:3]}")

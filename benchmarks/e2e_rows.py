@@ -1,6 +1,7 @@
 """Contenders that are tpfuse without one of its parts, and collectives for ranks that share a GPU.
 
 ``tpfuse rows off`` is tpfuse as it was before it fused reduce-scatters and all-reduces of which a rank keeps its replica's rows,
+``tpfuse gathers off`` as it was before it gathered normed rows (which ``tpfuse rows off`` does not do either),
 ``tpfuse quant off`` leaves the fp8 quantization behind a norm to Inductor.
 Ranks that share a GPU have gloo, which no CUDA graph holds. There the collectives that a pass has left in the graph become
 torch's one-shot all-reduce over symmetric memory: a gather is the sum of the ranks' rows, each at its place among zeros.
@@ -17,7 +18,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 from torch.fx import Graph
-from tpfuse.passes import fusion, quantization, rows
+from tpfuse.passes import fusion, gathers, quantization, rows
 from tpfuse.passes.reasons import Reason, Refusal
 
 from tpfuse import compat
@@ -25,6 +26,7 @@ from tpfuse.inner import inductor as tpfuse_inductor
 from tpfuse.measure import other_libraries
 
 ROWS_OFF = "tpfuse rows off"
+GATHERS_OFF = "tpfuse gathers off"
 QUANT_OFF = "tpfuse quant off"
 c10d = torch.ops._c10d_functional
 
@@ -41,7 +43,7 @@ def another_pass(name: str) -> AbstractContextManager[Any]:
 
 @contextlib.contextmanager
 def rows_off() -> Iterator[None]:
-    """Within, the pass keeps every reduction of which a rank keeps some rows."""
+    """Within, the pass keeps every reduction of which a rank keeps some rows, and every gather."""
     kept, reduction = rows.kept, fusion.reduction
     left = Refusal(Reason.ROWS_MOVE, f"the contender is {ROWS_OFF!r}")
 
@@ -55,7 +57,18 @@ def rows_off() -> Iterator[None]:
     with (
         patch.object(rows, "kept", no_block),
         patch.object(fusion, "reduction", no_scatter),
+        gathers_off(),
         another_pass(ROWS_OFF),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def gathers_off() -> Iterator[None]:
+    """Within, the pass leaves every gather behind a norm outside."""
+    with (
+        patch.object(gathers, "find", lambda *args: (None, f"the contender is {GATHERS_OFF!r}")),
+        another_pass(GATHERS_OFF),
     ):
         yield
 
@@ -70,7 +83,7 @@ def quant_off() -> Iterator[None]:
         yield
 
 
-WITHOUT = {ROWS_OFF: rows_off, QUANT_OFF: quant_off}
+WITHOUT = {ROWS_OFF: rows_off, GATHERS_OFF: gathers_off, QUANT_OFF: quant_off}
 
 
 def _sum(x: Tensor, group_name: str) -> Tensor:

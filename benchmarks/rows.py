@@ -11,6 +11,11 @@ microseconds a call of both, and their ratio.
 
 With ``--gather`` the op that also gathers the normed rows, with a block for each rank, against NCCL's reduce-scatter, Inductor's
 add and norm, NCCL's all-gather; and against the op without the gather, NCCL's all-gather behind it (``op + gather``).
+
+    python benchmarks/rows.py --ranks 4 --replicas --out results/
+
+With ``--replicas`` attention replicas of at least two ranks that gather the normed rows of all: see ``rows_replicas.py``. This
+runs on one GPU that all ranks share as well.
 """
 
 from __future__ import annotations
@@ -26,6 +31,14 @@ import turns
 ROUNDS = 15
 
 
+def _add_norm(y: Any, r: Any, w: Any) -> Any:
+    import torch
+
+    h = r + y
+    f = h.float()
+    return w * (f * torch.rsqrt(f.pow(2).mean(-1, keepdim=True) + 1e-6)).to(h.dtype), h
+
+
 def _contenders(x: Any, residual: Any, weight: Any, blocks: int, rank: int, world: int, gather: bool) -> dict[str, Any]:
     import torch
     import torch.distributed as dist
@@ -35,12 +48,7 @@ def _contenders(x: Any, residual: Any, weight: Any, blocks: int, rank: int, worl
     start = rank * blocks // world * rows
     own = torch.empty_like(residual)
     whole = torch.empty_like(x)
-
-    @torch.compile
-    def add_norm(y: Any, r: Any, w: Any) -> Any:
-        h = r + y
-        f = h.float()
-        return w * (f * torch.rsqrt(f.pow(2).mean(-1, keepdim=True) + 1e-6)).to(h.dtype), h
+    add_norm = torch.compile(_add_norm)
 
     def nccl() -> Any:
         if blocks == world:
@@ -92,27 +100,62 @@ def measure(
     return lines
 
 
+def measure_replicas(
+    rank: int, world: int, rows: tuple[int, ...], widths: tuple[int, ...], shared: bool
+) -> list[dict[str, Any]]:
+    """One line for each (blocks, H, rows of each replica); the slowest rank's time."""
+    import rows_replicas
+    import torch
+
+    lines = []
+    for blocks in rows_replicas.block_counts(world):
+        groups = rows_replicas.groups_of(world, blocks, blocks * max(rows) * max(widths), shared)
+        for hidden in widths:
+            for count in rows:
+                x, residual = (torch.randn(count, hidden, device="cuda").bfloat16() for _ in range(2))
+                weight = torch.rand(hidden, device="cuda").bfloat16()
+                calls = rows_replicas.contenders(x, residual, weight, groups, torch.compile(_add_norm), shared)
+                with torch.no_grad():
+                    times = turns.microseconds(calls, ROUNDS)
+                lines.append({"ranks": world, "blocks": blocks, "rows": count, "hidden": hidden, **times})
+                if rank == 0:
+                    baseline = times.get("symm" if shared else "nccl")
+                    ratio = "no baseline fits on the GPU" if baseline is None else f"{times['tpfuse'] / baseline:.2f}"
+                    said = ", ".join(f"{name} {time:7.2f} us" for name, time in times.items())
+                    print(f"W={world} replicas={blocks} H={hidden} rows={count}: {said}; {ratio}", flush=True)
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rows", default="1,8,32,128,256", help="rows of a block")
     parser.add_argument("--hidden", default="4096,7168")
     parser.add_argument("--gather", action="store_true", help="measure the op that also gathers the normed rows")
+    parser.add_argument("--replicas", action="store_true", help="attention replicas that gather the rows of all")
     parser.add_argument("--out", type=Path, help="folder for rows.json")
     args = parser.parse_args()
     from tpfuse.measure import tables
-    from tpfuse.measure.ranks import gpu_count, run_ranks
+    from tpfuse.measure.ranks import gpu_count, run_ranks, why_not
 
-    if gpu_count() < args.ranks:
+    shared = gpu_count() < args.ranks
+    if args.replicas and (args.gather or args.ranks < 4 or args.ranks % 2):
+        parser.exit(2, f"rows.py: --replicas wants 4, 6 or 8 ranks and no --gather, not {args.ranks} ranks\n")
+    if args.replicas and (missing := why_not(args.ranks)):
+        parser.exit(2, f"rows.py: cannot run {args.ranks} ranks here: {missing}\n")
+    if shared and not args.replicas:
         parser.exit(2, f"rows.py: {gpu_count()} GPUs are visible, {args.ranks} are needed: NCCL wants one a rank\n")
     numbers = [tuple(int(n) for n in text.split(",")) for text in (args.rows, args.hidden)]
-    (lines, *_) = run_ranks(measure, args.ranks, *numbers, args.gather, timeout=600)
-    ratios = [line["tpfuse"] / line["nccl"] for line in lines]
-    print(f"geometric mean {statistics.geometric_mean(ratios):.2f}, worst {max(ratios):.2f}")
+    function, last = (measure_replicas, shared) if args.replicas else (measure, args.gather)
+    (lines, *_) = run_ranks(function, args.ranks, *numbers, last, timeout=600)
+    baseline = "symm" if shared else "nccl"
+    ratios = [line["tpfuse"] / line[baseline] for line in lines if baseline in line]
+    if ratios:
+        print(f"geometric mean {statistics.geometric_mean(ratios):.2f}, worst {max(ratios):.2f}")
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         stored = {"facts": tables.facts(), "rows": lines}
-        name = "rows-gather" if args.gather else "rows"
+        name = "rows-gather" if args.gather else "rows-replicas" if args.replicas else "rows"
         (args.out / f"{name}-{args.ranks}.json").write_text(json.dumps(stored, indent=1) + "\n")
 
 

@@ -118,6 +118,11 @@ class Candidate:
         return (self.norm.out, *((self.h.root,) if self.rounded is None else self.rounded))
 
     @property
+    def over(self) -> tuple[int, ...]:
+        """Global ranks of the fused op where they are more than those of the sum: its gather is over replicas."""
+        return self.gather.replicas.ranks if self.gather is not None and self.gather.replicas is not None else ()
+
+    @property
     def kept(self) -> Node:
         """The node that holds the rows of the sum that this rank keeps."""
         return self.block.nodes[-1] if self.block is not None and self.block.nodes else self.collective.value

@@ -83,7 +83,7 @@ def fuse(
 def _rewrite(g: Graph, options: PassOptions, training: bool) -> tuple[list[Site], list[LayerAudit]]:
     """Find, judge and build everything; only then edit. An exception leaves the graph as it was."""
     found = collectives.find(g)
-    legality = Legality(g)
+    legality = Legality(g, found)
     sums = second_sum.by_node(found)
     looked = settle([guarded(c, options, partial(_look, legality, options, sums)) for c in found]) if found else []
     looked = merge(looked, sums, legality, options)
@@ -154,7 +154,7 @@ def _look(
 def _gathered(candidate: Candidate, legality: Legality, options: PassOptions) -> Candidate:
     """The candidate with the gather of its norm, where there is one that the fused op can do."""
     try:
-        found, note = gathers.find(candidate, legality.order)
+        found, note = gathers.find(candidate, legality.order, legality.reductions)
         more = replace(candidate, gather=found, note=note)
         refusal = None if found is None else legality.refusal(more)
         return more if refusal is None else _ungathered(candidate, refusal)
@@ -171,7 +171,7 @@ def _ungathered(candidate: Candidate, refusal: Refusal) -> Candidate:
 
 def _quantized(candidate: Candidate, legality: Legality, options: PassOptions) -> Candidate:
     """The candidate with the quantization of its norm, where there is one that the fused op can do."""
-    if not legality.quantizes:
+    if not legality.quantizes or candidate.gather is not None:
         return candidate
     try:
         found, note = quantization.find(candidate.norm.out, legality.order, options.numerics == "relaxed")

@@ -65,10 +65,11 @@ def _policy(
     ranks = item.collective.ranks
     if options.policy == "all":
         return POLICY
-    block = item.outcome.block if isinstance(item.outcome, Candidate) else None
+    outcome = item.outcome if isinstance(item.outcome, Candidate) else None
     if options.policy == "off":
         return Refusal(Reason.POLICY, "tpfuse.policy='off' rewrites nothing; 'all' would fuse it")
-    if block is not None:
+    # Of replicas, each would ask about ranks of its own, and all of them must decide alike.
+    if outcome is not None and (outcome.block is not None or outcome.over):
         return ROWS
     if ranks in shared:
         return SHARED_LAYER

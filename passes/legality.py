@@ -122,7 +122,8 @@ def add_chain(kinds: Sequence[str]) -> Refusal:
 class Legality:
     """Judges the candidates of one graph. Holds what all of them share: order, mutations, communication."""
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, reductions: Sequence[Collective] = ()) -> None:
+        self.reductions = reductions
         self.nodes = list(graph.nodes)
         self.order = {node: index for index, node in enumerate(self.nodes)}
         self.mutations = [n for n in graph.nodes if storages.mutates(n)]
@@ -156,7 +157,11 @@ class Legality:
         start = min(self.order[node] for node in reductions)
         end = max(self.order[node] for node in (point, *gathers))
         for node in self.communication:
-            if node not in moved and start < self.order[node] < end and _same_group(node, candidate.collective):
+            if node in moved or not start < self.order[node] < end:
+                continue
+            if candidate.over:  # three groups take part, and some of their ranks are in any other
+                return Refusal(Reason.ORDER, f"{node.name} communicates between the all-reduce and the gather")
+            if _same_group(node, candidate.collective):
                 return Refusal(
                     Reason.ORDER, f"{node.name} communicates on the same ranks between the all-reduce and its norm"
                 )
@@ -167,6 +172,9 @@ class Legality:
         produced = {candidate.h.root, *candidate.outputs}
         ready = max(self.order[n] for n in (candidate.collective.x, *candidate.operands))
         ready = max(ready, self.order[candidate.collective.node])
+        replicas = candidate.gather.replicas if candidate.gather else None
+        if replicas is not None and isinstance(replicas.largest, Node):
+            ready = max(ready, self.order[replicas.largest])
         if self.order[candidate.h.root] > ready:
             return candidate.h.root
         # An operand (usually the weight) is computed after the residual sum: go right behind it, before the first use.
@@ -177,7 +185,7 @@ class Legality:
         readers += _names_that_stay(candidate.h, inside)
         if candidate.quantization is not None:  # what stands for these goes where they are
             readers += [*candidate.quantization.quantized, *candidate.quantization.scales]
-        readers += candidate.gather.results if candidate.gather else ()
+        readers += candidate.gather.starts if candidate.gather else ()
         if any(self.order[reader] <= ready for reader in readers):
             return None
         return self.nodes[ready + 1]

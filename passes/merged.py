@@ -157,6 +157,8 @@ def _why_not_exact(together: Candidate) -> str | None:
         return "the op for rows that a rank keeps makes one sum"
     if together.quantization is not None:
         return "the norm is quantized, and the op that does that makes one sum"
+    if together.gather is not None:
+        return "the norm is gathered, and the op that does that makes one sum"
     if vectors and not layer_norm:
         return "a vector is added to one of them, and beside two sums the op for RMSNorm takes none"
     if isinstance(merged.factor, Node):

@@ -32,6 +32,7 @@ from .reasons import Reason, Refusal
 OP = torch.ops.tpfuse.all_reduce_add_rms_norm.default
 ROWS = torch.ops.tpfuse.reduce_rows_add_rms_norm.default
 GATHER = torch.ops.tpfuse.reduce_rows_add_rms_norm_gather.default
+REPLICAS = torch.ops.tpfuse.all_reduce_add_rms_norm_gather.default
 QUANT = torch.ops.tpfuse.all_reduce_add_rms_norm_quant.default
 LAYER_NORM = torch.ops.tpfuse.all_reduce_add_layer_norm.default
 OP_TAIL = (None, False, False, False)  # defaults of OP: scale_tensor, scale_first, partial_bias, residual_first
@@ -178,9 +179,14 @@ class Replacement:
                     (*more, *OP_TAIL[len(more) :]) if step.target is OP else OP_TAIL
                 )
                 normed, summed = reference.add_rms_norm(*args, scale_tensor, scale_first, residual_first)
-                if step.target is GATHER:  # as if all ranks had the own rows
-                    normed = repeated(normed, len(self.candidate.collective.ranks))
+                if step.target is GATHER:
+                    normed = self.gathered(normed)
                 results.append((normed, summed))
+            elif step.target is REPLICAS:
+                x, residual, weight, bias, eps, scale, flavour, post, *_, largest = args
+                args = (x, residual, weight, bias, eps, scale, Flavour.parse(flavour), post)
+                normed, summed = reference.add_rms_norm(*args)
+                results.append((self.gathered(normed, largest), summed))
             elif step.target is LAYER_NORM:
                 given, (flavour, _, *more) = args[:8], args[8:]
                 results.append(layer_norm_reference.add_layer_norm(*given, LayerNormFlavour.parse(flavour), *more[1:]))
@@ -194,10 +200,15 @@ class Replacement:
                 results.append(step.target(*args, **kwargs))
         return results
 
-
-def repeated(rows: torch.Tensor, ranks: int) -> torch.Tensor:
-    """What a gather over so many ranks gives that all have these rows."""
-    return torch.cat([rows] * ranks)
+    def gathered(self, rows: torch.Tensor, largest: int | None = None) -> torch.Tensor:
+        """What the gather gives as if every rank had these rows, filled up with zeros to the largest replica's number."""
+        gather = self.candidate.gather
+        assert gather is not None
+        if gather.replicas is None:
+            return torch.cat([rows] * len(self.candidate.collective.ranks))
+        flat = rows.reshape(-1, rows.shape[-1])
+        missing = 0 if largest is None else largest - len(flat)
+        return torch.cat([torch.nn.functional.pad(flat, (0, 0, 0, missing))] * gather.replicas.blocks)
 
 
 def kept_shape(candidate: Candidate) -> tuple[int, ...]:
@@ -278,6 +289,8 @@ def _build(new: Replacement) -> None:
         elif norm.kind == "layer_norm":
             given_last = norm.eps, candidate.scale, str(norm.flavour), c.group_name
             new.fused = new.call(LAYER_NORM, x, residual, norm.weight, norm.shift, bias, addend, *given_last)
+        elif candidate.over:
+            new.fused = new.call(REPLICAS, x, residual, norm.weight, bias, *arguments[:-1], *_replicas(new, x))
         elif block is None:
             scaled = candidate.scale_tensor is not None or candidate.scale_first
             scales = (candidate.scale_tensor, candidate.scale_first) if scaled else ()
@@ -301,7 +314,8 @@ def _build(new: Replacement) -> None:
             if want is None or not compat.statically_true(math.prod(have.shape) == math.prod(want.shape)):
                 # A view would add a guard, which may make a number of rows a constant of the graph.
                 raise Misfit(f"{node.name} is {_text(want)}, which is not proved to hold the rows of {_text(have)}")
-        _placed(new, result, candidate.gather.results)
+        # The nodes that start it too, which may be asked for their size.
+        _placed(new, result, (*candidate.gather.starts, *candidate.gather.results))
     elif quantization is None or quantization.keep_normed:
         out = normed if post else new.repeat(candidate.reshapes, normed)
         new.outputs.append((norm.out, cast(Value, new.fit(out, norm.out))))
@@ -310,6 +324,20 @@ def _build(new: Replacement) -> None:
         new.outputs.append((node, cast(Value, new.repeat(tuple(path), summed))))
     if quantization is not None:
         _quantized(new, quantization)
+
+
+def _replicas(new: Replacement, x: Node | Value) -> tuple[Any, ...]:
+    """The last arguments of the op that gathers the rows of replicas: its groups, and the rows of the largest one."""
+    candidate = new.candidate
+    assert candidate.gather is not None and candidate.gather.replicas is not None
+    replicas = candidate.gather.replicas
+    largest: Any = replicas.largest
+    if largest is None:
+        largest = 1
+        for dim, size in enumerate(new.shape(x)[:-1]):
+            factor = size if isinstance(size, int) else new.call(aten.sym_size.int, x, dim)
+            largest = factor if largest == 1 else new.call(operator.mul, largest, factor)
+    return replicas.group_name, candidate.collective.group_name, replicas.gather_group, largest
 
 
 def _quantized(new: Replacement, quantization: Quantization) -> None:

@@ -51,6 +51,8 @@ class Site:
         lowered: fused, and runs as :data:`LOWERED`: the graph keeps the model's own nodes.
         quantizer: how the fused op quantizes the norm, as ``str(tpfuse.ops.Quantizer)``, or None where it does not.
         note: what else is to know about a fused site: why a quantization or a gather behind its norm stays outside; or ``""``.
+        over: global ranks of the fused op where they are more than ``group``: it gathers the normed rows of all replicas, block
+            by block. Empty for every other site.
     """
 
     fused: bool
@@ -73,6 +75,7 @@ class Site:
     lowered: bool = False
     quantizer: str | None = None
     note: str = ""
+    over: tuple[int, ...] = ()
 
     @property
     def remedy(self) -> str:
@@ -204,7 +207,11 @@ class GraphReport:
 
 def _site(data: dict[str, Any]) -> Site:
     return Site(
-        **{**data, "group": tuple(data["group"]), "shape": tuple(data["shape"]), "matched": tuple(data["matched"])}
+        **{
+            **data,
+            **{name: tuple(data[name]) for name in ("group", "shape", "matched")},
+            "over": tuple(data.get("over", ())),
+        }
     )
 
 

@@ -20,7 +20,8 @@ from .operators import KINDS
 from .quant_expression import FULL, RUN_AGAIN
 from .quant_scheme import same_bytes
 from .quantizers import is_call
-from .replacement import Replacement, kept_shape, repeated
+from .replacement import Replacement, kept_shape
+from .replicas import PADS
 
 
 @dataclass(frozen=True)
@@ -207,9 +208,10 @@ def verify(decision: Decision) -> str | None:
             other, whole = candidate.merged.collective, known[candidate.merged.collective.x]
             total = whole if candidate.block is None else candidate.block.of(whole, kept_shape(candidate))
             theirs.update(dict.fromkeys((other.node, other.value, *other.waits), total))
-        for start in candidate.gather.starts if candidate.gather else ():
-            own = _run(cast(Node, start.args[0]), theirs)
-            theirs.update(dict.fromkeys(start.users, repeated(own, len(c.ranks))))
+        gather = candidate.gather
+        if gather is not None:
+            whole = new.gathered(_run(cast(Node, gather.starts[0].args[0]), theirs))
+            theirs.update(dict.fromkeys((*gather.starts, *gather.results), whole))
         for node, value in new.outputs:
             name, got = _name_of(node, candidate), ours[value.index]
             if (
@@ -244,7 +246,7 @@ def _name_of(node: Node, candidate: Candidate) -> str:
         return "quantized"
     if found is not None and node in found.scales:
         return "scales"
-    gathered = candidate.gather.results if candidate.gather else ()
+    gathered = (*candidate.gather.starts, *candidate.gather.results) if candidate.gather else ()
     return "normed" if node is candidate.norm.out or node in gathered else "residual_out"
 
 
@@ -283,4 +285,4 @@ def _reaches(node: Node, known: dict[Node, Any]) -> bool:
     return any(_reaches(source, known) for source in node.all_input_nodes)
 
 
-_ARITHMETIC = frozenset(KINDS) | values.COPIES | values.RESHAPES | RUN_AGAIN
+_ARITHMETIC = frozenset(KINDS) | PADS | values.COPIES | values.RESHAPES | RUN_AGAIN

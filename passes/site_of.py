@@ -37,9 +37,9 @@ def site_of(item: Found, spot: sharing.Place, audits: list[LayerAudit], within: 
         if quantization is not None and not quantization.exact:
             quantized += " (relaxed: for some inputs other bits than the model's)"
         if outcome.gather is not None:
-            quantized += "; the normed rows of all ranks: it replaces " + ", ".join(
-                n.name for n in outcome.gather.starts
-            )
+            whose = f"replicas, over {list(outcome.over)}" if outcome.over else "ranks"
+            replaced = ", ".join(n.name for n in outcome.gather.starts)
+            quantized += f"; the normed rows of all {whose}: it replaces {replaced}"
         if outcome.merged is not None:
             quantized += f"; one op with {outcome.merged.collective.node.name}"
         note = f"; {outcome.note}" if outcome.note else ""
@@ -54,6 +54,7 @@ def site_of(item: Found, spot: sharing.Place, audits: list[LayerAudit], within: 
             admitted=item.admitted,
             quantizer=None if quantization is None else str(quantization.quantizer),
             note=outcome.note,
+            over=outcome.over,
             **common,
         )
     if within is not None:

@@ -12,6 +12,7 @@ from ranks import RankPool
 from test_cli import refused, tpfuse
 
 from tpfuse.inspect import explain as explaining
+from tpfuse.inspect import words
 from tpfuse.inspect.explain import Request, explain
 from tpfuse.parallel import ParallelConfig
 from tpfuse.parallel.model import exchange_rows, parallelize
@@ -128,6 +129,39 @@ def test_the_graph_has_the_reductions_of_the_plan(tmp_path, sizes):
     assert explain(Request(str(tmp_path), ParallelConfig(*sizes), 3, dtype=torch.float32)).notes == []
 
 
+@pytest.mark.parametrize(
+    ("sizes", "rank", "gathers"),
+    [
+        ((8, 2, 1, 4), 5, 2),  # in front of the experts
+        *(
+            pytest.param(*layout, marks=pytest.mark.slow)
+            for layout in (
+                ((8, 2, 1, 4), 0, 2),
+                ((8, 2, 1, 1), 3, 2),
+                ((8, 2, 1, 8), 6, 4),  # in front of the dense MLPs, which span all ranks, too
+                ((8, 4, 1, 2), 0, 2),
+                ((8, 4, 1, 2), 7, 2),
+                ((8, 8, 1, 1), 2, 0),  # attention of one rank sums nothing
+            )
+        ),
+    ],
+    ids=str,
+)
+def test_the_rows_of_all_replicas_come_out_of_the_op(tmp_path, sizes, rank, gathers):
+    models.config(
+        "deepseek_v3", **{**TINY_LAYERS["deepseek_v3"], "num_attention_heads": 8, "num_key_value_heads": 8}
+    ).save_pretrained(tmp_path)
+    found = explain(Request(str(tmp_path), ParallelConfig(*sizes), rank, rows=(1, 4096), dtype=torch.float32))
+    sites = [site for report in found.reports for site in report.sites if site.over]
+    assert [(site.role, site.over) for site in sites] == [("attention", ALL)] * gathers
+    assert all(site.fused and site.pattern == "all_reduce+add+rms_norm+all_gather" for site in sites)
+    assert found.notes == []
+    if gathers:
+        block = ParallelConfig(*sizes).group_of("attn_tp", rank)
+        assert found.steps[0].algorithms[f"{words.ranks(block)} of 0-7"] == "gathered_blocks"
+        assert {row.fuses for row in found.plan if "gather_blocks" in row.steps} == {"yes"}
+
+
 # -- public shapes --------------------------------------------------------------------------------------------------
 
 
@@ -199,12 +233,13 @@ def test_the_command_prints_groups_plan_sites_and_steps(tmp_path):
         "Groups of rank 5; dense MLP and attention: shared",
         "attn_tp 4-7 4",
         "0-2 dense replica all_reduce(attn_tp [4-7]), add, norm yes",
-        "1 one_shot over 4-7, one_shot over 0-7 9 252.0 KiB",
-        "4096 library over 4-7, library over 0-7 0 0 B",
+        "1 one_shot over 4-7, 10 280.0 KiB",
+        "gathered_blocks over 4-7 of 0-7,",
+        "4096 library over 4-7, library over 0 0 B",
     ):
         assert line in lines
     # The number of the graph is the process's own count.
-    assert any(line.endswith(": 9 all-reduces, 9 fused, 0 kept, rank 5 of 8") for line in lines)
+    assert any(line.endswith(": 9 all-reduces, 9 fused (1 gathered), 0 kept, rank 5 of 8") for line in lines)
     found = json.loads(data.read_text())
     assert found["schema"] == 1
     assert found["dense_shares_attention"] is True

@@ -607,3 +607,26 @@ def test_follows_from_guards() -> None:
     f(*tensors)
     assert answers == [(True, False)]
     assert compat.follows_from_guards(True) and not compat.follows_from_guards(False)
+
+
+def test_guarded_and_number_of() -> None:
+    answers, guards = [], []
+
+    def look(gm, inputs):
+        sizes = [size for size in inputs if isinstance(size, torch.SymInt)]
+        few, many = sorted(sizes, key=lambda size: size.node.hint)
+        answers.extend(
+            [compat.guarded(many <= few), compat.guarded(few <= many), compat.follows_from_guards(few <= many)]
+        )
+        answers.append([compat.number_of(few), compat.number_of(3 + many - many), compat.number_of(4)])
+        guards.append(len(inputs))
+        return gm.forward
+
+    run = torch.compile(lambda x, y: (x.sum() + y.sum()) * x.shape[0] * y.shape[0], backend=look, dynamic=True)
+    run(torch.ones(3), torch.ones(5))
+    assert answers == [False, True, True, [None, 3, 4]]
+    run(torch.ones(4), torch.ones(6))
+    assert len(guards) == 1
+    run(torch.ones(6), torch.ones(4))  # the guard: another graph
+    assert len(guards) == 2
+    assert compat.guarded(True) and not compat.guarded(False)

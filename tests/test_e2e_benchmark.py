@@ -58,16 +58,22 @@ def test_a_wrong_number_of_fused_reductions_is_an_error(tmp_path: Path) -> None:
 def test_deepseek_fuses_what_its_plan_says_and_less_without_rows(tmp_path: Path) -> None:
     out = tmp_path / "e2e.json"
     arguments = ("--model", "deepseek", "--tp", 4, "--dp", 2, "--k", 2, "--batch", 2, "--prefill", 8)
-    done = e2e(*arguments, "--device", "cpu", "--tiny", "--contenders", "gloo,tpfuse rows off,tpfuse", "--out", out)
+    contenders = "gloo,tpfuse rows off,tpfuse gathers off,tpfuse"
+    done = e2e(*arguments, "--device", "cpu", "--tiny", "--contenders", contenders, "--out", out)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = json.loads(out.read_text())["lines"]
-    fused = {"gloo": (None, None), "tpfuse rows off": (6, 8), "tpfuse": (8, 8)}
+    fused = {
+        "gloo": (None, None, None),
+        "tpfuse rows off": (6, 8, 0),
+        "tpfuse gathers off": (8, 8, 0),
+        "tpfuse": (8, 8, 2),  # in front of the experts of both MoE layers
+    }
     assert [(x["phase"], x["contender"]) for x in lines] == [
         (phase, contender) for phase in ("decode", "prefill") for contender in fused
     ]
     for x in lines:
         assert (x["ranks_equal"], x["equal_to_tpfuse"], x["problems"]) == (True, 1.0, [])
-        assert (x["fused"], x["all_reduces"]) == fused[x["contender"]]
+        assert (x["fused"], x["all_reduces"], x["gathered"]) == fused[x["contender"]]
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ SHARED = ["all_reduce(attn_tp)", "add", "norm"]
                 [*SHARED, "gather_blocks(attn_dp)"],
                 ["all_reduce(dense_tp)", "slice_rows", "add", "norm"],
             ],
-            ["-", "first part", "yes"],
+            ["-", "yes", "yes"],
         ),
         (
             (4, 2, 1, 1),
@@ -60,7 +60,14 @@ def test_a_scattered_residual_is_gathered_before_the_replica_needs_it():
         "norm",
         "gather_blocks(attn_dp)",
     ]
-    assert into_moe.fuses == "first part"
+    assert into_moe.fuses == "yes"
+
+
+def test_the_op_gathers_over_one_axis():
+    both = plan(ParallelConfig(8, 2, 2), ["moe"]).boundaries[1]
+    assert [str(s) for s in both.after_norm] == ["gather_blocks(attn_cp)", "gather_blocks(attn_dp)"]
+    assert both.fuses == "first part"
+    assert plan(ParallelConfig(8, 1, 2), ["moe"]).boundaries[1].fuses == "yes"
 
 
 def test_two_scattered_layers_keep_the_residual_scattered():

@@ -488,7 +488,7 @@ def test_a_report_shows_how_a_norm_was_quantized_and_what_stayed_outside():
     _, report = graphs.fused_copy(gm, CHECKED)
     assert report.summary().endswith("2 all-reduces, 2 fused (1 quantized), 0 kept")
     shown = table.plain(report)
-    assert "rms_norm + quantize" in shown and "quantization left outside (1)" in shown
+    assert "rms_norm + quantize" in shown and "left outside of the op (1)" in shown
     assert words.quantizer(report.sites[0]) == NAMED["vllm-static"].describe()
     assert GraphReport.from_json(report.to_json()) == report
 

@@ -13,7 +13,7 @@ from models import unsharded
 from ranks import RankPool
 from test_parallel_models import prefill_and_decode, tokens_of
 
-from tpfuse.parallel import ParallelConfig, exchange_rows, layout_of
+from tpfuse.parallel import Op, ParallelConfig, exchange_rows, layout_of
 
 pytestmark = pytest.mark.ranks
 slow = pytest.mark.slow
@@ -54,20 +54,26 @@ def both_ways(rank, world_size, name, sizes, dtype, choices, decode):
                 rows = exchange_rows(model, prompt.numel())
                 logits.append(compiled(prompt, use_cache=False, largest_block=rows).logits)
         results.append(logits)
-        fused.append([(len(r.fused), len(r.sites)) for r in tpfuse.reports()])
+        counts = [sum(site.pattern.endswith("all_gather") for site in r.sites) for r in tpfuse.reports()]
+        fused.append([(len(r.fused), len(r.sites), n) for r, n in zip(tpfuse.reports(), counts, strict=True)])
     planned = sum(r.fuses for r in layout_of(model).plan.reductions())
     same = [torch.equal(a, b) and a.dtype == dtype for a, b in zip(*results, strict=True)]
-    return same, fused, planned, [tuple(t.shape[:2]) for t in results[0]]
+    boundaries = layout_of(model).plan.boundaries
+    gathers = sum(b.reduction is not None and any(s.op is Op.GATHER_BLOCKS for s in b.after_norm) for b in boundaries)
+    return same, fused, (planned, gathers), [tuple(t.shape[:2]) for t in results[0]]
 
 
 def _right(outcomes, embedding, choices, lengths):
-    for rank, (same, (unfused, fused), planned, shapes) in enumerate(outcomes):
+    for rank, (same, (unfused, fused), (planned, gathers), shapes) in enumerate(outcomes):
         assert all(same), f"rank {rank}: {same}"
         replica = rank * len(choices[0]) // 4
-        # A replica without rows skips what only it would sum; graphs are in the order of the choices of rows.
-        wanted = planned + embedding if choices[0][replica] else 1
+        # A replica without rows skips what only it would sum, if nothing is gathered behind it; graphs are in the order of the
+        # choices of rows.
+        wanted = planned + embedding if choices[0][replica] else 1 + gathers
         assert unfused[0][0] == 0 and unfused[0][1] >= wanted
-        assert fused[0][0] == fused[0][1] >= wanted and all(n == sites for n, sites in fused), (fused, planned)
+        assert fused[0][0] == fused[0][1] >= wanted and all(n == sites for n, sites, _ in fused), (fused, planned)
+        # The rows of all replicas come out of the op behind attention, whatever the number of this one's rows.
+        assert all(n == gathers for _, _, n in fused) and not any(n for _, _, n in unfused), (fused, gathers)
         assert shapes == [(sequences[replica], n) for sequences in choices for n in lengths]
 
 

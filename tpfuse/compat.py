@@ -133,6 +133,29 @@ def follows_from_guards(condition: Any) -> bool:
     return any(canonicalize_bool_expr(env.replace(guard.expr)) == wanted for guard in env.guards)
 
 
+def guarded(condition: Any) -> bool:
+    """:func:`follows_from_guards`, or a condition that holds for the sizes of this trace and is a guard of the graph from now on.
+
+    Why private: torch has no public way to guard on a comparison that must not raise where it has no example sizes.
+    """
+    if follows_from_guards(condition):
+        return True
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+    return bool(guard_or_false(condition))
+
+
+def number_of(size: Any) -> int | None:
+    """A size that is one number, whatever the sizes of the inputs are; None for any other.
+
+    Why private: sums of symbols may leave a number that is still a ``SymInt``, and only its node's expression tells.
+    """
+    if isinstance(size, int):
+        return size
+    expression = size.node.expr
+    return int(expression) if expression.is_Integer else None
+
+
 def known_at_run_time_only(size: Any) -> bool:
     """Whether a size is a symbol without a value at trace time (a count of non-zero elements, say).
 

@@ -20,9 +20,11 @@ import torch
 
 import tpfuse
 from tpfuse import compat
+from tpfuse.ops import gather_schedule
 from tpfuse.ops.select import entry, one_shot_bytes, select
 from tpfuse.parallel import GROUP_NAMES, ParallelConfig, Plan
 from tpfuse.parallel.architecture import architecture_of
+from tpfuse.parallel.layout import Op
 from tpfuse.parallel.model import Parallelized, exchange_rows, layout_of, parallelize
 from tpfuse.passes.options import PassOptions
 from tpfuse.passes.report import GraphReport, Site
@@ -313,7 +315,8 @@ def _step(rows: int, reports: Sequence[GraphReport], request: Request) -> Step:
     saved = estimate.NOTHING
     for site in (site for report in reports for site in report.fused):
         algorithm = _algorithm(site, rows, request.architecture)
-        algorithms[words.ranks(site.group)] = algorithm
+        within = f" of {words.ranks(site.over)}" if site.over else ""
+        algorithms[words.ranks(site.group) + within] = algorithm
         saved = saved + estimate.saving(site, rows, algorithm)
     return Step(rows, algorithms, saved.launches, saved.bytes or 0)
 
@@ -322,8 +325,12 @@ def _algorithm(site: Site, rows: int, architecture: str) -> str:
     """What the op's own selection would take for this many rows."""
     try:
         dtype = getattr(torch, site.dtype)
-        world, width = len(site.group), int(site.shape[-1])
+        world, width = len(site.over or site.group), int(site.shape[-1])
         found = select(architecture, world, dtype, width, rows).algorithm
+        if site.over:  # the rows of replicas: one algorithm, up to a size
+            copies = max(1, len(site.group) - 1)
+            fits = copies * rows * width * dtype.itemsize <= gather_schedule.GATHERED_BYTES
+            return "gathered_blocks" if fits and found != "library" else "library"
         part = re.match(r"reduce_scatter|all_reduce\+rows/(\d+)", site.pattern)
         if part is None or found == "library":
             return found
@@ -357,7 +364,18 @@ def _notes(layout: Parallelized, reports: Sequence[GraphReport], request: Reques
             layer, role, group = items[0]
             where = role if layer is None else f"layer {layer} {role}"
             notes.append(f"{what}: {len(items)} reductions, first {where} over {words.ranks(group)}")
-    return notes
+    return [*notes, *_gathers_outside(layout.plan, reports)]
+
+
+def _gathers_outside(plan: Plan, reports: Sequence[GraphReport]) -> list[str]:
+    """Of boundaries whose gather should be in the op, those whose op lacks it."""
+    planned = {b.layer for b in plan.boundaries if b.fuses == "yes" and any(s.op is Op.GATHER_BLOCKS for s in b.steps)}
+    attention = [site for report in reports for site in report.fused if site.role == "attention"]
+    outside = [site for site in attention if site.layer in planned and not site.over]
+    if not outside:
+        return []
+    why = outside[0].note or "the pass found none"
+    return [f"the gather of {len(outside)} boundaries stays outside of the op, first layer {outside[0].layer}: {why}"]
 
 
 def _page(found: Explanation, folder: str) -> str:

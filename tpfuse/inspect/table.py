@@ -214,7 +214,7 @@ def _lines(report: GraphReport) -> list[str]:
             lines.append(f"  e.g. {words.title(sites[0])}: {miss}")
     noted = [site for site in report.fused if site.note]
     if noted:
-        lines.append(f"quantization left outside ({len(noted)}), e.g. {words.title(noted[0])}: {noted[0].note}")
+        lines.append(f"left outside of the op ({len(noted)}), e.g. {words.title(noted[0])}: {noted[0].note}")
     return [*lines, *_notes(report)]
 
 

@@ -53,11 +53,12 @@ class Decision:
     ranks: tuple[int, ...]
     lowered: bool = False
     quantizer: str | None = None
+    over: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         place = self.role if self.layer is None else f"{self.role} of layer {self.layer}"
         what = ("lowered" if self.lowered else "fused") if self.fused else f"kept ({self.reason})"
-        return f"{place}: {self.pattern} {what} over {list(self.ranks)}"
+        return f"{place}: {self.pattern} {what} over {list(self.over or self.ranks)}"
 
 
 def check_agreement(
@@ -102,6 +103,7 @@ def _decision(graph: int, site: Site) -> Decision:
         tuple(site.group),
         site.lowered,
         site.quantizer,
+        site.over,
     )
 
 
@@ -131,7 +133,7 @@ def _exchange(mine: list[Decision], members: tuple[int, ...], timeout: float) ->
 
 
 def _read(data: dict[str, Any]) -> Decision:
-    return Decision(**{**data, "ranks": tuple(data["ranks"])})
+    return Decision(**{**data, "ranks": tuple(data["ranks"]), "over": tuple(data["over"])})
 
 
 def _compare_decisions(everyone: dict[int, list[Decision]]) -> None:
@@ -153,7 +155,7 @@ def _compare_decisions(everyone: dict[int, list[Decision]]) -> None:
 
 
 def _without_ranks(decision: Decision) -> tuple[Any, ...]:
-    return tuple(value for name, value in vars(decision).items() if name != "ranks")
+    return tuple(value for name, value in vars(decision).items() if name not in ("ranks", "over"))
 
 
 def _first_difference(right: list[Decision], wrong: list[Decision], a: int, b: int) -> str:
@@ -226,19 +228,28 @@ def agree_on(reports: Sequence[GraphReport], context: str = "") -> None:
         return  # its other ranks do not exist
     for report in reports:
         groups = dict.fromkeys(site.group for site in report.sites if len(site.group) > 1)
-        for group in groups:
+        # The largest first: where one of many ranks differs all of them are told, and none waits for those that gave up.
+        for group in sorted(groups, key=len, reverse=True):
             if dist.get_rank() in group and all(site.reason != "training" for site in report.sites):
-                _agree(group, [site for site in report.sites if site.group == group], context)
+                _agree(group, report.sites, context)
 
 
-def _agree(group: tuple[int, ...], sites: Sequence[Site], context: str) -> None:
+def _agree(group: tuple[int, ...], of_graph: Sequence[Site], context: str) -> None:
+    """Compare what was decided about the reductions over a group, and about those over parts of it whose op is over all of it."""
     compared = _comparisons().setdefault(group, _Compared())
+    sites = [site for site in of_graph if group in (site.group, site.over)]
     decisions = [_decision(0, site) for site in sites]
-    structure = _digest([(site.dtype, str(site.shape[-1]) if site.shape else "") for site in sites])
+    own = [site.group == group for site in sites]
+    structure = _digest(
+        [(site.dtype, str(site.shape[-1]) if site.shape else "") for site, mine in zip(sites, own, strict=True) if mine]
+    )
     effect = _digest(
         [
-            (d.pattern, d.flavour, site.eps, d.lowered, d.quantizer) if d.fused else None
-            for d, site in zip(decisions, sites, strict=True)
+            # Of a part's reduction also between which of the group's own it stands.
+            (d.pattern, d.flavour, site.eps, d.lowered, d.quantizer, *(() if own[n] else ("over all",)))
+            if d.fused
+            else None
+            for n, (d, site) in enumerate(zip(decisions, sites, strict=True))
         ]
     )
     if compared.given_up or (structure, effect) in compared.agreed:
@@ -249,7 +260,9 @@ def _agree(group: tuple[int, ...], sites: Sequence[Site], context: str) -> None:
     prefix = f"tpfuse/graphs/{','.join(map(str, group))}/{compared.number}"
     compared.number += 1
     store = compat.default_store()
-    mine = {"structure": structure, "effect": effect, "context": context, "decisions": [vars(d) for d in decisions]}
+    # For the message also what was decided about other reductions within the group: a part may have left its gather outside.
+    within = [vars(_decision(0, site)) for site in of_graph if set(site.group) <= set(group)]
+    mine = {"structure": structure, "effect": effect, "context": context, "decisions": within}
     store.set(f"{prefix}/{dist.get_rank()}", json.dumps(mine))
     found, missing = _entries(store, prefix, group, limit)
     if any(entry["structure"] != structure for entry in found.values()):
@@ -307,6 +320,11 @@ def _entries(
     return found, missing
 
 
+def _of_both(decisions: list[Decision], others: list[Decision]) -> list[Decision]:
+    places = {(d.role, d.layer) for d in others}
+    return [d for d in decisions if (d.role, d.layer) in places]
+
+
 def _disagreement(found: dict[int, dict[str, Any]]) -> AgreementError:
     parties: dict[str, list[int]] = {}
     for rank, entry in found.items():
@@ -315,6 +333,8 @@ def _disagreement(found: dict[int, dict[str, Any]]) -> AgreementError:
     others = sorted(rank for ranks in ordered[1:] for rank in ranks)
     a, b = ordered[0][0], others[0]
     right, wrong = ([_read(data) for data in found[rank]["decisions"]] for rank in (a, b))
+    if len(right) != len(wrong):  # a replica without rows has fewer
+        right, wrong = _of_both(right, wrong), _of_both(wrong, right)
     said = [found[rank]["context"] for rank in (a, b)]
     why = f" ({said[0]} on rank {a}, {said[1]} on rank {b})" if said[0] != said[1] else ""
     return AgreementError(

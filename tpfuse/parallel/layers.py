@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from types import MethodType
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from .architecture import Architecture
 from .groups import Groups
-from .layout import Boundary, Plan, Step
+from .layout import Boundary, Op, Plan, Step
 from .steps import Batch, BoundStep, bind, run
 
 BATCH = "tpfuse_batch"  # keyword through which the model hands a forward's Batch to its layers
@@ -36,7 +37,10 @@ def _bound(boundary: Boundary, groups: Groups) -> BoundBoundary:
     def all_of(steps: tuple[Step, ...]) -> tuple[BoundStep, ...]:
         return tuple(bind(step, groups) for step in steps)
 
-    return BoundBoundary(all_of(boundary.before_norm), all_of(boundary.after_norm))
+    before, after = all_of(boundary.before_norm), all_of(boundary.after_norm)
+    if any(step.op is Op.GATHER_BLOCKS for step in after):
+        before = tuple(replace(step, blocks_meet=True) for step in before)
+    return BoundBoundary(before, after)
 
 
 def layer_forward(

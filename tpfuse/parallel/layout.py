@@ -115,7 +115,7 @@ class Boundary:
 
     @property
     def fuses(self) -> str:
-        """``yes``, ``first part`` (rows are gathered after the norm), ``no``, or ``-``: nothing is summed."""
+        """``yes``, ``first part`` (the rows are gathered over two axes after the norm), ``no``, or ``-``: nothing is summed."""
         ops = [step.op for step in self.steps]
         start = next((n for n, op in enumerate(ops) if op in (Op.ALL_REDUCE, Op.REDUCE_SCATTER)), None)
         if start is None:
@@ -123,7 +123,9 @@ class Boundary:
         between = ops[start + 1 : self._norm + 1]
         if between not in ([Op.ADD, Op.NORM], [Op.SLICE_ROWS, Op.ADD, Op.NORM]):
             return "no"
-        return "first part" if self.after_norm else "yes"
+        # The op has one gather, over the counterparts of the ranks of its sum.
+        gathered = [step.op for step in self.after_norm]
+        return "yes" if gathered in ([], [Op.GATHER_BLOCKS]) else "first part"
 
 
 @dataclass(frozen=True)

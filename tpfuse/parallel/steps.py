@@ -47,12 +47,15 @@ class BoundStep:
         group: torch's name of the group; empty for a local step.
         size: ranks of the group (for a slice: of ``attn_tp``).
         index: this rank's position in it (for ``slice_rows``: the number of its block).
+        blocks_meet: of a sum, whether the norm behind it is gathered over blocks. One op may do all of that, which every rank
+            calls, those of a block without rows too.
     """
 
     op: Op
     group: str
     size: int
     index: int
+    blocks_meet: bool = False
 
 
 def bind(step: Step, groups: Groups) -> BoundStep:
@@ -91,7 +94,9 @@ def run(
             residual = residual + (y if post_norm is None else post_norm(y))
             y = residual
         elif step.op is Op.ALL_REDUCE:
-            y = all_reduce(y, step.group)
+            # Kept for the compiler alone: eager ranks without rows have nothing to sum.
+            needed = step.blocks_meet and batch.largest > 0 and torch.compiler.is_compiling()
+            y = all_reduce(y, step.group, needed)
         elif step.op is Op.REDUCE_SCATTER:
             y = _reduce_scatter(y, step)
         elif step.op is Op.ALL_GATHER:
@@ -107,10 +112,13 @@ def run(
     return y, residual
 
 
-def all_reduce(y: Tensor, group: str) -> Tensor:
-    """The sum of y (batch, length, H) over a group, given by torch's name for it."""
+def all_reduce(y: Tensor, group: str, without_rows: bool = False) -> Tensor:
+    """The sum of y (batch, length, H) over a group, given by torch's name for it.
+
+    ``without_rows`` keeps the collective where there are none; backends take empty tensors (NCCL does nothing then).
+    """
     # Skipped only when there are no rows: then no rank of the group has any, since they hold the same blocks.
-    if y.shape[0] * y.shape[1] == 0:
+    if y.shape[0] * y.shape[1] == 0 and not without_rows:
         return y
     return c10d.wait_tensor(c10d.all_reduce(y.contiguous(), "sum", group))
 

@@ -1,0 +1,90 @@
+"""The gather of attention replicas on four gloo ranks: bits of the unfused layer, and ranks that decide differently."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ranks import RankPool
+
+pytestmark = pytest.mark.ranks
+H = 16
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with RankPool(4) as pool:
+        yield pool
+
+
+def layer_of(groups, odd=False):
+    """Attention's sum to the experts' sum; where ``odd``, something reads the norm of the own rows as well."""
+    c10d = torch.ops._c10d_functional
+
+    def total(x, name):
+        return c10d.wait_tensor(c10d.all_reduce(x, "sum", name))
+
+    def layer(x, r, w, e, largest):
+        h = r + total(x, groups["attn_tp"])
+        y = w * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6))
+        rows = y.reshape(-1, H)
+        filled = torch.nn.functional.pad(rows, (0, 0, 0, largest - rows.shape[0])).contiguous()
+        everyone = c10d.wait_tensor(c10d.all_gather_into_tensor(filled, 2, groups["attn_dp"]))
+        out = total(torch.nn.functional.silu(everyone @ e), groups["tp"])
+        return out, h + y.sigmoid() if odd else h
+
+    return layer
+
+
+def names():
+    from tpfuse.parallel import ParallelConfig, build_groups
+
+    groups = build_groups(ParallelConfig(4, 2, 1, 2))
+    return {name: groups.name_of(name) for name in ("attn_tp", "attn_dp", "tp")}
+
+
+def given(rank, rows, dtype, columns=3):
+    mine = rows[rank // 2]
+    x = torch.randn(mine, columns, H, generator=torch.Generator().manual_seed(rank)).to(dtype)
+    shared = torch.Generator().manual_seed(10 + rank // 2)
+    r = torch.randn(mine, columns, H, generator=shared).to(dtype)
+    e = torch.randn(H, H, generator=torch.Generator().manual_seed(20 + rank)).to(dtype)
+    return x, r, torch.rand(H, generator=torch.Generator().manual_seed(3)).to(dtype), e, columns * max(rows)
+
+
+@torch.no_grad()
+def compiled(rank, world_size, dtype, odd=None):
+    """For each choice of rows whether the fused layer gives the bits of the layer itself; and the patterns. Else the error."""
+    import tpfuse
+
+    torch._dynamo.reset()
+    tpfuse.clear_reports()
+    layer = layer_of(names(), odd == rank)
+    step = torch.compile(layer, backend="tpfuse", options={"tpfuse.inner": "aot_eager"}, fullgraph=True)
+    same = []
+    try:
+        # One replica alone compiles again for the second, the third and the last choice.
+        for rows in ((2, 2), (1, 2), (2, 1), (3, 4), (0, 2), (2, 0)):
+            call = given(rank, rows, dtype)
+            got = step(*call)
+            unfused = torch.compile(layer, backend="aot_eager")
+            same.append(all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(got, unfused(*call), strict=True)))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return same, sorted({site.pattern for report in tpfuse.reports() for site in report.sites if len(site.group) == 2})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_one_op_gives_the_bits_of_the_layer(pool, dtype):
+    for same, patterns in pool.run(compiled, dtype):
+        assert same == [True] * 6
+        assert patterns == ["all_reduce+add+rms_norm+all_gather"]
+
+
+@pytest.mark.parametrize("odd", [3, 0])
+def test_a_rank_that_leaves_its_gather_outside_is_named(pool, odd):
+    """It alone reads the norm of its own rows elsewhere. Every rank of all replicas is told, before anything runs."""
+    for text in pool.run(compiled, torch.float16, odd, timeout=240):
+        assert isinstance(text, str) and "AgreementError" in text, text
+        assert f"rank {odd} decided differently from ranks" in text
+        assert "all_reduce+add+rms_norm+all_gather fused over [0, 1, 2, 3]" in text
+        assert f"on rank {odd}: " in text and "all_reduce+add+rms_norm fused over" in text
