@@ -222,4 +222,8 @@ def _ranks_by_callback(spelling: CollectiveSpelling, group_arg: Any) -> tuple[tu
 
 
 def _waits(node: Node | None) -> tuple[Node, ...]:
-    return () if node is None else tuple(user for user in node.users if user.target is WAIT)
+    """The waits of a node, and theirs: functional collectives wait under a compile, and a model may wait once more."""
+    found = [] if node is None else [node]
+    for name in found:
+        found += [user for user in name.users if user.target is WAIT]
+    return tuple(found[1:])
