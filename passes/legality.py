@@ -110,6 +110,8 @@ def no_norm(current: values.Aliases, terms: list[Term]) -> Refusal:
                 "an exported program is after run_decompositions()",
             )
     for reader in current.readers:
+        if reader.target in values.CASTS and values.moves(reader):
+            return Refusal(Reason.NO_NORM, f"{reader.name} ({reader.target}) moves the {what} to another device")
         if reader.target in values.CASTS:
             return Refusal(
                 Reason.DTYPE, f"the {what} is cast from {values.dtype(current.root)} to {values.dtype(reader)}"
