@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Node
 
 from tpfuse import compat
 
@@ -185,6 +185,12 @@ def find(graph: Graph) -> list[Collective]:
         if spelling is not None:
             found.extend(_read(node, spelling))
     return found
+
+
+def graphs_inside(module: GraphModule) -> list[tuple[str, GraphModule]]:
+    """Names and graphs of what a graph calls (``torch.cond``, ``nested_compile_region``), at any depth, where that reduces."""
+    inside = ((name, m) for name, m in module.named_modules() if isinstance(m, GraphModule) and m is not module)
+    return [(name, m) for name, m in inside if find(m.graph)]
 
 
 def _read(node: Node, spelling: CollectiveSpelling) -> Iterator[Collective]:

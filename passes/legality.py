@@ -81,6 +81,11 @@ def no_norm(current: values.Aliases, terms: list[Term]) -> Refusal:
     for reader in current.readers:
         for other in [a for a in reader.all_input_nodes if a not in current] if reader.target in MUL else []:
             tensor, hidden = values.value(other), values.width(current.root)
+            if isinstance(other.meta.get("val"), torch.SymInt | torch.SymFloat):
+                return Refusal(
+                    Reason.SCALE_NOT_CONSTANT,
+                    f"{reader.name} multiplies the {what} by {other.name}, a number that the graph was compiled without",
+                )
             if tensor is not None and (tensor.dim() == 0 or values.is_vector(other, 1)):
                 dims = f" of shape {tuple(tensor.shape)}" if tensor.dim() else ""
                 return Refusal(

@@ -375,6 +375,24 @@ def test_graphs_inside_of_the_graph_are_fused_too(inner):
     assert all(site.fused for r in tpfuse.reports() for site in r.sites)
 
 
+def test_a_graph_that_is_fused_by_hand_names_the_graphs_inside_of_it():
+    layer = Layer()
+
+    class Branches(nn.Module):
+        def forward(self, x, r, w):
+            return torch.cond(x.sum() > 0, lambda x, r: layer_of(x, r, w), lambda x, r: (x + 1, r + 1), (x, r))
+
+    def layer_of(x, r, w):
+        h = r + all_reduce(x * 2)
+        return w * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-5)), h
+
+    gm = torch.export.export(Branches(), (*inputs(), layer.weight)).run_decompositions().graph_module
+    report = tpfuse.fuse(gm)
+    assert not report.sites
+    assert report.notes == ["graphs inside of this one reduce too, each with a report of its own: true_graph_0"]
+    assert [s.fused for s in tpfuse.fuse(gm.true_graph_0).sites] == [True]
+
+
 def test_a_graph_without_collectives_needs_no_process_group():
     dist.destroy_process_group()
     with torch.no_grad(), tpfuse.expect(fused=0, found=0):

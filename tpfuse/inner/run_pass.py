@@ -45,9 +45,8 @@ def run_pass_inside(graph: GraphModule, parsed: Options) -> None:
 
     Inductor runs passes over such graphs itself; where no Inductor is, nobody else does.
     """
-    for module in list(graph.modules()):
-        if isinstance(module, GraphModule) and module is not graph and collectives.find(module.graph):
-            run_pass(module, parsed, training=False)
+    for _, module in collectives.graphs_inside(graph):
+        run_pass(module, parsed, training=False)
 
 
 def _graph_of(graph: GraphModule | Graph) -> Graph:
