@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Node
 
 from tpfuse import compat
 
@@ -187,6 +187,12 @@ def find(graph: Graph) -> list[Collective]:
     return found
 
 
+def graphs_inside(module: GraphModule) -> list[tuple[str, GraphModule]]:
+    """Names and graphs of what a graph calls (``torch.cond``, ``nested_compile_region``), at any depth, where that reduces."""
+    inside = ((name, m) for name, m in module.named_modules() if isinstance(m, GraphModule) and m is not module)
+    return [(name, m) for name, m in inside if find(m.graph)]
+
+
 def _read(node: Node, spelling: CollectiveSpelling) -> Iterator[Collective]:
     group_arg = _argument(node, spelling.group)
     reduce_op = "sum" if spelling.reduce_op is None else str(_argument(node, spelling.reduce_op)).lower()
@@ -222,4 +228,8 @@ def _ranks_by_callback(spelling: CollectiveSpelling, group_arg: Any) -> tuple[tu
 
 
 def _waits(node: Node | None) -> tuple[Node, ...]:
-    return () if node is None else tuple(user for user in node.users if user.target is WAIT)
+    """The waits of a node, and theirs: functional collectives wait under a compile, and a model may wait once more."""
+    found = [] if node is None else [node]
+    for name in found:
+        found += [user for user in name.users if user.target is WAIT]
+    return tuple(found[1:])

@@ -22,6 +22,7 @@ from .reasons import Reason, Refusal
 LIFTS = values.overloads("lift_fresh.default", "lift_fresh_copy.default")
 FILLS = values.overloads("full.default")
 SCALARS = values.overloads("scalar_tensor.default")
+PICKS = values.RESHAPES | values.IDENTITIES | values.CASTS | values.overloads("select.int", "slice.Tensor")
 
 
 def is_scalar(node: Node) -> bool:
@@ -58,6 +59,22 @@ def scale_of(node: Node, dtype: torch.dtype | None) -> float | Refusal:
             "rounding depends on the device; numerics='relaxed' multiplies before it is reduced",
         )
     return number
+
+
+def of_inputs(node: Node) -> bool:
+    """Whether a scalar tensor is one value of an input of the graph, or arithmetic with such: no statistic of other values."""
+    stack, seen = [node], {node}
+    while stack:
+        current = stack.pop()
+        if current.op != "call_function":
+            continue
+        sources = [a for a in current.all_input_nodes if values.value(a) is not None]
+        random = torch.Tag.nondeterministic_seeded in getattr(current.target, "tags", ())
+        if random or not (current.target in PICKS or all(is_scalar(a) for a in sources)):
+            return False
+        stack += [a for a in sources if a not in seen]
+        seen.update(sources)
+    return True
 
 
 def held(terms: Iterable[Term]) -> dict[Node, torch.Tensor]:

@@ -115,6 +115,8 @@ def _step(node: Node, known: dict[Node, Ref], leaves: dict[Node, Ref], program: 
         return None
     if node.target in SLICES and _selects_rows(node):
         return None
+    if kind == "cast" and values.moves(node):
+        return None
     pending: list[tuple[Node, Leaf, Node]] = []
     args: list[Any] = []
     read = node.args[:1] if kind in ("same", "part", "cast", "mean", "sum", "norm2", "variance") else node.args
@@ -278,6 +280,8 @@ def _leaf(node: Node, hidden: int) -> tuple[Leaf | None, Node]:
         kind = KINDS.get(base.target)
         previous = next((a for a in base.args if isinstance(a, Node)), None)
         if previous is None or not values.is_vector(previous, hidden):
+            break
+        if kind == "cast" and values.moves(base):
             break
         if kind == "cast":
             chain.append(("cast", values.dtype(base)))

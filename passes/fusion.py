@@ -48,7 +48,8 @@ def fuse(
         training: the graph belongs to a training step; nothing is rewritten and every site says so.
         inner: name of the inner compiler, for the report.
     Returns:
-        The report; it has exactly one site per all-reduce.
+        The report; it has exactly one site per all-reduce. Graphs that this one calls, as ``torch.cond`` does, are left alone
+        and named in its notes: call this for each of them.
     Raises:
         VerificationError: with ``options.verify``, when a rewritten region differs. The graph must not be used then.
     """
@@ -67,6 +68,7 @@ def fuse(
             raise
         sites, audits = kept(g, error), []
     initialised = dist.is_available() and dist.is_initialized()
+    inside = [] if module is None else collectives.graphs_inside(module)
     return GraphReport(
         graph_id=next_graph_id(),
         rank=dist.get_rank() if initialised else 0,
@@ -77,6 +79,11 @@ def fuse(
         numerics=options.numerics,
         inner=inner,
         seconds=time.perf_counter() - started,
+        notes=[
+            f"graphs inside of this one reduce too, each with a report of its own: {', '.join(n for n, _ in inside)}"
+        ]
+        if inside
+        else [],
     )
 
 

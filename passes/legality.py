@@ -79,9 +79,23 @@ def no_norm(current: values.Aliases, terms: list[Term]) -> Refusal:
         if reader.target in values.ROW_MOVERS or _gathers(reader):
             return Refusal(Reason.ROWS_MOVE, f"{reader.name} ({reader.target}) moves rows of the {what}")
     for reader in current.readers:
-        tensors = [values.value(a) for a in reader.all_input_nodes if a not in current] if reader.target in MUL else []
-        if any(t is not None and t.dim() == 0 for t in tensors):
-            return Refusal(Reason.SCALE_NOT_CONSTANT, f"{reader.name} multiplies the {what} by a scalar tensor")
+        for other in [a for a in reader.all_input_nodes if a not in current] if reader.target in MUL else []:
+            tensor, hidden = values.value(other), values.width(current.root)
+            if isinstance(other.meta.get("val"), torch.SymInt | torch.SymFloat):
+                return Refusal(
+                    Reason.SCALE_NOT_CONSTANT,
+                    f"{reader.name} multiplies the {what} by {other.name}, a number that the graph was compiled without",
+                )
+            if tensor is not None and (tensor.dim() == 0 or values.is_vector(other, 1)):
+                dims = f" of shape {tuple(tensor.shape)}" if tensor.dim() else ""
+                return Refusal(
+                    Reason.SCALE_NOT_CONSTANT, f"{reader.name} multiplies the {what} by a scalar tensor{dims}"
+                )
+            if isinstance(hidden, int) and values.is_vector(other, hidden):
+                return Refusal(
+                    Reason.SCALE_NOT_CONSTANT,
+                    f"{reader.name} multiplies the {what} by {other.name}, one value a column",
+                )
     spread = streams.spread(current)
     if spread is not None:
         reader, number = spread
@@ -101,6 +115,8 @@ def no_norm(current: values.Aliases, terms: list[Term]) -> Refusal:
                 "an exported program is after run_decompositions()",
             )
     for reader in current.readers:
+        if reader.target in values.CASTS and values.moves(reader):
+            return Refusal(Reason.NO_NORM, f"{reader.name} ({reader.target}) moves the {what} to another device")
         if reader.target in values.CASTS:
             return Refusal(
                 Reason.DTYPE, f"the {what} is cast from {values.dtype(current.root)} to {values.dtype(reader)}"

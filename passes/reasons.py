@@ -84,15 +84,17 @@ REMEDIES: dict[Reason, str] = {
     "collectives in the order in which their results are used.",
     Reason.LAYOUT: "The value that the norm reads or gives lies in memory in another order than row by row. Call .contiguous() "
     "on the input of the all-reduce.",
-    Reason.SCALE_NOT_CONSTANT: "The sum is multiplied by a tensor of another dtype, or of several values. Cast the scalar to the "
-    "sum's dtype, multiply by a Python number, or use numerics='relaxed'.",
+    Reason.SCALE_NOT_CONSTANT: "The sum is multiplied by a tensor of another dtype, or of several values. Cast a scalar to the "
+    "sum's dtype and take it without dimensions (scale[0]), multiply by a Python number, or use numerics='relaxed' for a scalar. "
+    "Fold one value a column into the weight in front of the all-reduce.",
     Reason.DROPOUT: "Dropout stands between the sum and the norm. Call model.eval() before compiling for inference.",
     Reason.STREAMS: "The residual consists of several streams (hyper-connections), and the fused op adds one residual. "
     "Nothing to do: the mixing of the streams between the sum and the norm is not built.",
     Reason.UNKNOWN_NORM: "What reads the sum is neither an RMSNorm, s * g(w) / sqrt(mean(s**2) + eps) with g in {1, w, 1 + w}, "
     "nor a LayerNorm.",
     Reason.LAYER_NORM: "The norm subtracts the mean, and is no LayerNorm that the fused op computes: the mean and the biased "
-    "variance of a whole row, rounded residual, statistics that nothing else reads. Use torch.nn.LayerNorm.",
+    "variance of a whole row, rounded residual, statistics that nothing else reads, and all rows of an all-reduce. Use "
+    "torch.nn.LayerNorm behind an all-reduce.",
     Reason.EPS_OUTSIDE_ROOT: "eps is added outside the square root. Add it to the mean of squares.",
     Reason.MEAN_DIM: "The mean is not over the last dimension. Normalise over the hidden dimension, kept last.",
     Reason.PARTIAL_WIDTH: "The mean covers only part of the hidden dimension (partial or grouped RMSNorm).",

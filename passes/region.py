@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from torch.fx import Node
 
-from . import constants, legality, norms, rows, values, widened
+from . import constants, legality, merged, norms, rows, values, widened
 from .candidate import Candidate, Found, Term, pattern_of
 from .collectives import Collective
 from .legality import ADD, MUL
@@ -46,7 +46,7 @@ def follow(c: Collective, order: dict[Node, int], relaxed: bool = False) -> Foun
         term = wide if isinstance(wide, Refusal) else _term(current) if wide is None else _rounded(wide)
         # A scalar of the rows that a rank keeps is another one on each rank: not to be multiplied in before the sum.
         if relaxed and not terms and block is None:
-            term = _factor(current, term)
+            term = _factor(c, current, term)
         # A scaled sum is normalised after the scale: s and 2 * s have one norm, up to eps and rounding.
         scaled = isinstance(term, Term) and term.kind in ("scale", "factor")
         norm = None if scaled else norms.match(current, order, relaxed)
@@ -131,26 +131,39 @@ def _scalar_operand(current: values.Aliases) -> Node | None:
     return next((a for a in reader.args if isinstance(a, Node) and a not in current and constants.is_scalar(a)), None)
 
 
-def _factor(current: values.Aliases, term: Term | Refusal | None) -> Term | Refusal | None:
+def _factor(c: Collective, current: values.Aliases, term: Term | Refusal | None) -> Term | Refusal | None:
     """With relaxed numerics: the sum times a scalar tensor is the sum of what the ranks give, each times that tensor."""
     if not isinstance(term, Refusal) or term.reason is not Reason.SCALE_NOT_CONSTANT:
         return term
-    return Term("factor", current.readers[0], _scalar_operand(current))
+    scalar = _scalar_operand(current)
+    assert scalar is not None
+    own = _own_of_a_rank(scalar, c.ranks)
+    if own is not None:
+        return Refusal(Reason.SCALE_NOT_CONSTANT, f"the sum is multiplied by {scalar.name}, which {own}")
+    return Term("factor", current.readers[0], scalar)
+
+
+def _own_of_a_rank(scalar: Node, ranks: tuple[int, ...]) -> str | None:
+    """Why each rank may have a scalar of its own: then the sum of the products is not the product with the sum.
+
+    A parameter or buffer that is one value, or one value of a vector, is held to be a copy of the same on all ranks, as models
+    are cut. What is computed from a tensor must come from values that the ranks have reduced or gathered.
+    """
+    unproved = merged.unequal(scalar, ranks)
+    return unproved if unproved is None or not constants.of_inputs(scalar) else None
 
 
 def before_the_sum(candidate: Candidate) -> Candidate | None:
     """The candidate with its scalar tensor multiplied in before the reduction, as :func:`_factor` does; None where something is
     added first, or the scalar may be another one on each rank. Relaxed."""
     scale, *others = candidate.terms or (None,)
-    if (
-        scale is None
-        or candidate.scale_tensor is None
-        or scale.operand is not candidate.scale_tensor
-        or candidate.block
-    ):
+    scalar = candidate.scale_tensor
+    if scale is None or scalar is None or scale.operand is not scalar or candidate.block:
+        return None
+    if _own_of_a_rank(scalar, candidate.collective.ranks) is not None:
         return None
     terms = (replace(scale, kind="factor"), *others)
-    return replace(candidate, terms=terms, factor=candidate.scale_tensor, scale_tensor=None, scale_first=False)
+    return replace(candidate, terms=terms, factor=scalar, scale_tensor=None, scale_first=False)
 
 
 def _added(add: Node, mine: Node, other: Node) -> Term | Refusal:

@@ -233,6 +233,9 @@ def build(candidate: Candidate) -> Replacement | Refusal:
     """The replacement of a candidate, type-checked, or why there is none. Changes nothing."""
     c = candidate.collective
     fakes = [values.value(n) for n in (c.value, c.x, *candidate.operands)]
+    for node, fake in zip(candidate.operands, fakes[2:], strict=True):
+        if fake is not None and fake.dim() and fakes[1] is not None and fake.device != fakes[1].device:
+            return Refusal(Reason.LAYOUT, f"{node.name} is on {fake.device}, the sum on {fakes[1].device}")
     new = Replacement(candidate, compat.fake_mode_of(fakes))
     try:
         _build(new)
@@ -244,6 +247,8 @@ def build(candidate: Candidate) -> Replacement | Refusal:
             return Refusal(
                 Reason.ROWS_MOVE, f"{node.name} is {_text(want)}; the fused op would put {_text(have)} in its place"
             )
+        if have.device != want.device:
+            return Refusal(Reason.LAYOUT, f"{node.name} is on {want.device}, the fused op gives it on {have.device}")
         if _strides_differ(have, want):
             return Refusal(
                 Reason.LAYOUT,

@@ -256,15 +256,25 @@ class Meaning:
                 if power.exp.is_negative and power.base.is_Add and root in power.base.args:
                     return Refusal(
                         Reason.EPS_OUTSIDE_ROOT,
-                        f"the value is divided by {power.base}, expected sqrt(mean + eps)",
+                        f"the value is divided by {_shown(power.base)}, expected sqrt(mean + eps)",
                         seen,
                     )
         if any(s.kind in REDUCTIONS and (s.layout or s.kind == "norm2") for s in self.steps):
             if Reason.UNKNOWN_NORM in self.notes:
                 return Refusal(Reason.UNKNOWN_NORM, self.notes[Reason.UNKNOWN_NORM], seen)
             last = next((e for e in reversed(self.exprs) if e is not None), None)
-            return Refusal(Reason.UNKNOWN_NORM, f"matched up to {seen[-1] if seen else 'nothing'}: {last}", seen)
+            return Refusal(
+                Reason.UNKNOWN_NORM, f"matched up to {seen[-1] if seen else 'nothing'}: {_shown(last)}", seen
+            )
         return None
+
+
+def _shown(expr: Any) -> Any:
+    """An expression for people: numbers such as an eps as decimals, which sympy holds as fractions."""
+    if expr is None:
+        return None
+    fractions = [n for n in expr.atoms(sympy.Rational) if n.q > 1000]
+    return expr.subs({n: sympy.Float(n, 6) for n in fractions})
 
 
 def fused_eps(eps: float | None, out: torch.dtype | None) -> float:

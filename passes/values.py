@@ -98,6 +98,12 @@ def width(node: Node) -> Any:
     return tensor.shape[-1] if tensor is not None and tensor.dim() > 0 else None
 
 
+def moves(node: Node) -> bool:
+    """Whether a node, a cast for example, may bring its first argument to another device."""
+    new, old = value(node), value(node.args[0])
+    return new is None or old is None or new.device != old.device
+
+
 def same_shape(a: Node, b: Node) -> bool:
     """Whether two nodes provably have one shape; adds no guard."""
     x, y = value(a), value(b)
@@ -140,7 +146,7 @@ def is_alias(node: Node, source: Node) -> bool:
     if node.op != "call_function":
         return False
     new, old = value(node), value(source)
-    if new is None or old is None or new.dtype != old.dtype:
+    if new is None or old is None or new.dtype != old.dtype or new.device != old.device:
         return False
     if node.target in IDENTITIES or node.target in CASTS:
         return node.args[0] is source

@@ -64,7 +64,7 @@ def find(current: values.Aliases, order: dict[Node, int]) -> WideAdd | Refusal |
     add = current.readers[0]
     mine, path = _read_by(current, add)
     if add.target in values.CASTS:
-        if values.dtype(add) != torch.float32:
+        if values.dtype(add) != torch.float32 or values.moves(add):
             return None
         widened = values.aliases(add, order)
         if len(widened.readers) != 1:
@@ -108,7 +108,7 @@ def _before_widening(node: Node, dtype: torch.dtype) -> tuple[Node, tuple[Node, 
         source = node.args[0] if node.op == "call_function" and node.args else None
         if not isinstance(source, Node):
             return None
-        cast = node.target in values.CASTS and values.dtype(source) == dtype
+        cast = node.target in values.CASTS and values.dtype(source) == dtype and not values.moves(node)
         if not cast and not values.is_alias(node, source):
             return None
         between.append(node)

@@ -346,6 +346,53 @@ def test_world_size_one_is_refused_by_name():
     assert tpfuse.reports()[0].sites[0].reason == "group-size"
 
 
+class Twice(nn.Module):
+    """The layer as a region that torch compiles once, and in a branch: graphs inside of the graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = Layer()
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        region = torch.compiler.nested_compile_region(lambda x, r: self.layer(x, r))
+        x, residual = region(x, residual)
+        x, residual = region(x, residual)
+        return torch.cond(residual.sum() > 0, self.layer.forward, lambda x, r: (x * 2, r + 1), (x, residual))
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", "eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_graphs_inside_of_the_graph_are_fused_too(inner):
+    model, (x, residual) = Twice().eval(), inputs()
+    options = {"tpfuse.inner": inner, "tpfuse.policy": "all"}
+    with torch.no_grad():
+        want = model(x, residual)
+        got = torch.compile(model, backend="tpfuse", options=options)(x, residual)
+    if inner == "inductor":
+        torch.testing.assert_close(got, want)
+    else:
+        assert graphs.equal(got, want)
+    assert sorted(len(r.sites) for r in tpfuse.reports() if r.sites) == [1, 1], "the region and the branch"
+    assert all(site.fused for r in tpfuse.reports() for site in r.sites)
+
+
+def test_a_graph_that_is_fused_by_hand_names_the_graphs_inside_of_it():
+    layer = Layer()
+
+    class Branches(nn.Module):
+        def forward(self, x, r, w):
+            return torch.cond(x.sum() > 0, lambda x, r: layer_of(x, r, w), lambda x, r: (x + 1, r + 1), (x, r))
+
+    def layer_of(x, r, w):
+        h = r + all_reduce(x * 2)
+        return w * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-5)), h
+
+    gm = torch.export.export(Branches(), (*inputs(), layer.weight)).run_decompositions().graph_module
+    report = tpfuse.fuse(gm)
+    assert not report.sites
+    assert report.notes == ["graphs inside of this one reduce too, each with a report of its own: true_graph_0"]
+    assert [s.fused for s in tpfuse.fuse(gm.true_graph_0).sites] == [True]
+
+
 def test_a_graph_without_collectives_needs_no_process_group():
     dist.destroy_process_group()
     with torch.no_grad(), tpfuse.expect(fused=0, found=0):

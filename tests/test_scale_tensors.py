@@ -197,6 +197,27 @@ def test_relaxed_with_a_residual():
     assert len(one(f, x, s, random(5, H, dtype=x.dtype, seed=4), w, options=RELAXED).fused) == 1
 
 
+@pytest.mark.parametrize(
+    ("scale", "fused"),
+    [
+        (lambda x, v: v[3], True),  # nanochat: one value of a vector
+        (lambda x, v: v[3].exp() * 2, True),
+        (lambda x, v: graphs.all_reduce(x.float()).amax((0, 1)), True),
+        (lambda x, v: v.abs().amax(), False),  # of this rank's part of a weight
+        (lambda x, v: x.float().abs().mean(), False),  # of this rank's partial sum
+        (lambda x, v: torch.rand(()), False),
+    ],
+)
+def test_relaxed_keeps_a_scalar_behind_the_sum_that_each_rank_may_compute_from_values_of_its_own(scale, fused):
+    def f(x, v, w):
+        s = scale(x, v)
+        return norm(graphs.all_reduce(x) * s, w)
+
+    gm = graphs.trace(f, (random(5, H, dtype=torch.bfloat16), random(8, dtype=torch.float32), BUFFER[2]))
+    site = graphs.fused_copy(gm, RELAXED)[1].sites[-1]
+    assert (site.fused, site.reason) == ((True, None) if fused else (False, "scale-not-constant")), site
+
+
 def test_relaxed_multiplies_before_the_reduction_where_the_op_that_quantizes_takes_no_tensor():
     def f(x, s, r, w):
         h = r + graphs.all_reduce(x) * s

@@ -162,6 +162,11 @@ def _late_wait(x, r, w):
     return llama(h, w), h
 
 
+def _waited_twice(x, r, w):
+    h = r + torch.ops._c10d_functional.wait_tensor(all_reduce(x))
+    return llama(h, w), h
+
+
 def _flat(x, r, w):
     y = all_reduce(x.reshape(-1, H)).view(x.shape)
     h = y + r
@@ -222,6 +227,7 @@ BETWEEN = {
     "residual += sum": _in_place_residual,
     "sum += residual": _in_place_sum,
     "late wait": _late_wait,
+    "waited twice": _waited_twice,
     "views": _flat,
     "norm on a flat view": _norm_on_flat,
     "dropout clone (Phi3)": _dropout,
@@ -460,6 +466,11 @@ NEAR_MISSES = {
     "norm in another graph": (lambda x, r, w: r + all_reduce(x), Reason.NO_NORM),
     "three addends": (lambda x, r, w: llama(r + (r * 2 + (r * 3 + all_reduce(x))), w), Reason.ADD_CHAIN),
     "alpha": (lambda x, r, w: llama(torch.add(r, all_reduce(x), alpha=2), w), Reason.UNKNOWN_FLAVOUR),
+    "scale of one value with a dimension": (
+        lambda x, r, w: llama(r + all_reduce(x) * r[0, 0, :1], w),
+        Reason.SCALE_NOT_CONSTANT,
+    ),
+    "one value a column (LayerScale)": (lambda x, r, w: llama(r + all_reduce(x) * w, w), Reason.SCALE_NOT_CONSTANT),
     "integer sum": (lambda x, r, w: all_reduce(x.int()), Reason.DTYPE),
 }
 

@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 from tpfuse import compat
 from tpfuse.options import OptionError, Options, prefix_hint
 
-from .run_pass import run_pass
+from .run_pass import run_pass, run_pass_inside
 
 
 def compile(
@@ -32,6 +32,7 @@ def compile(
 
     def inference(graph: GraphModule, _: Any) -> Callable[..., Any]:
         run_pass(graph, parsed, training=False)
+        run_pass_inside(graph, parsed)
         return run(graph)
 
     def forward(graph: GraphModule, _: Any) -> Callable[..., Any]:

@@ -9,7 +9,7 @@ from torch.fx import Graph, GraphModule
 from tpfuse import store, unfused
 from tpfuse.inspect import artifact, dump
 from tpfuse.options import Options
-from tpfuse.passes import GraphReport, fuse
+from tpfuse.passes import GraphReport, collectives, fuse
 
 
 def run_pass(
@@ -38,6 +38,15 @@ def run_pass(
         log_to.append(report)
     store.add(report)
     return report
+
+
+def run_pass_inside(graph: GraphModule, parsed: Options) -> None:
+    """:func:`run_pass` for each graph that a graph holds and calls (``nested_compile_region``, ``torch.cond``) and that reduces.
+
+    Inductor runs passes over such graphs itself; where no Inductor is, nobody else does.
+    """
+    for _, module in collectives.graphs_inside(graph):
+        run_pass(module, parsed, training=False)
 
 
 def _graph_of(graph: GraphModule | Graph) -> Graph:
