@@ -132,6 +132,18 @@ def layer_norm_tables(lines: Sequence[dict[str, Any]]) -> Iterator[str]:
         yield row((one["hidden"], one["rows"], *times, f"{us['tpfuse'] / us['nccl']:.2f}"))
 
 
+def two_sums_tables(lines: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Calls that make two sums, microseconds; NCCL's times without the copies that only the benchmark makes."""
+    contenders = ("tpfuse", "NCCL, then tpfuse", "NCCL, then Inductor", "added, then tpfuse")
+    yield from head(("norm", "H", "rows", *contenders, "one op / NCCL, then tpfuse"))
+    for one in lines:
+        us = one["us"]
+        behind = us["nccl_then_op"] - us["copy"]
+        times = us["one_op"], behind, us["nccl"] - 2 * us["copy"], us["merged"]
+        shape = {"rms_norm": "RMSNorm", "layer_norm": "LayerNorm"}[one["norm"]], one["hidden"], one["rows"]
+        yield row((*shape, *(f"{t:.2f}" for t in times), f"{us['one_op'] / behind:.2f}"))
+
+
 def token_tables(plan: dict[str, Any], lines: Sequence[dict[str, Any]]) -> Iterator[str]:
     """Tokens of Hugging Face's ``generate``, milliseconds; the ratio is that of ``tpfuse.hf.compile`` to the contender."""
     columns = ("ms a token", "lowest to highest", "GPU busy", "prefill ms", "fused", "tpfuse.hf.compile / it")
@@ -156,6 +168,8 @@ def tables_of(path: Path, contenders: Sequence[str] = ()) -> str:
         return "\n".join(stage_tables(stored["stages"]))
     if "rows" in stored and "quantizer" in stored["rows"][0]:
         return "\n".join(quant_tables(stored["rows"]))
+    if "rows" in stored and "one_op" in stored["rows"][0].get("us", ()):
+        return "\n".join(two_sums_tables(stored["rows"]))
     if "rows" in stored and "us" in stored["rows"][0]:
         return "\n".join(layer_norm_tables(stored["rows"]))
     if "rows" in stored:
