@@ -119,21 +119,27 @@ def edges(rank: int, world: int) -> list[str]:
         for hidden in (72, 2880, 8192, 16384):
             for rows in (1, 3, 17, 150):
                 narrow = "special" in kind or "wide_residual" in kind or kind.get("flavour") == "vllm" or hidden > 8192
-                call = Call(rows, hidden, dtype=torch.bfloat16 if narrow else DTYPES[(n + rows) % 3], seed=rows, **kind)
+                call = Call(
+                    rows, hidden, dtype=torch.bfloat16 if narrow else DTYPES[(n + hidden // 8) % 3], seed=rows, **kind
+                )
                 complaints += _complaints(call, rank, world)
     torch.cuda.synchronize()
     raise_if_failed()
     return complaints[:10]
 
 
-def random_calls(rank: int, world: int, count: int = 200) -> list[str]:
+def random_calls(rank: int, world: int, count: int = 400) -> list[str]:
     """Calls of one and of two sums in random order on one plane."""
     rng = random.Random(world)
     complaints = []
     for number in range(count):
         kind = rng.choice(RMS[:4] + LAYER[:5])
-        rows, hidden = rng.choice((1, 1, 2, 3, 8, 33, 200)), 8 * rng.randrange(1, 1024)
-        complaints += _complaints(Call(rows, hidden, dtype=rng.choice(DTYPES), seed=number, **kind), rank, world)
+        # One dtype a width: each kind of call compiles kernels for every number of rows.
+        rows, (hidden, dtype) = (
+            rng.choice((1, 1, 2, 3, 8, 33, 200)),
+            rng.choice(list(zip((72, 2880, 8192), DTYPES, strict=True))),
+        )
+        complaints += _complaints(Call(rows, hidden, dtype=dtype, seed=number, **kind), rank, world)
         if rng.random() < 0.5:
             x = torch.ones(rows, 8192, device="cuda", dtype=torch.bfloat16)
             normed, _ = all_reduce_add_rms_norm(x, x, torch.ones_like(x[0]))
