@@ -92,7 +92,8 @@ def run(
         check_out(operands, out, (prepared.normed_dtype, prepared.residual_dtype))
         check_memory(operands, out)
         normed, residual_out = out
-    rows = x.numel() // x.shape[-1] if x.numel() else 0
+    values = x.numel()
+    rows = values // x.shape[-1] if values else 0
     if rows == 0:
         return normed, residual_out  # every rank of the group has zero rows: nothing to exchange
     c = prepared.constants

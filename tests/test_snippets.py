@@ -299,6 +299,9 @@ def test_the_op(group):
     names = {"x": x, "residual": residual, "weight": weight, "group": group, "tpfuse": tpfuse}
     exec(text, names)
     assert names["normed"].shape == names["residual"].shape == (3, H)
+    both = {**names, "attention": x, "mlp": torch.ones(3, H), "residual": residual}
+    exec(one("op.md", "Two sums that meet in one norm"), both)
+    assert torch.equal(both["residual"], residual + (x + 1))  # a fake group, whose sums are this rank's parts
     exec(one("op.md", "LayerNorm"), {**names, "norm_bias": torch.rand(H)})
     exec(one("op.md", "Quantized output"), names)
     assert names["quantized"].dtype == torch.float8_e4m3fn and names["scales"].shape == (3, 1)

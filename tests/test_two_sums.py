@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import graphs
@@ -276,6 +277,18 @@ def test_a_call_without_rows_is_checked_as_well(fake_group):
         all_reduce_add_rms_norm(x, x, w, bias=other, partial_bias=True)
     with pytest.raises(ValueError, match="addend is torch.float64"):
         all_reduce_add_layer_norm(x, x, w, w, addend=other, partial_addend=True)
+
+
+def test_the_table_of_the_benchmark_has_ratios_without_copies(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parent.parent / "benchmarks"))
+    import two_sums
+
+    us = {"one_op": 6.0, "nccl_then_op": 13.0, "nccl": 26.0, "merged": 6.0, "one_sum": 5.0, "copy": 1.0}
+    line = {"norm": "rms_norm", "hidden": 4096, "rows": 1, "us": us}
+    text = two_sums.table([line, {**line, "rows": 8, "us": {**us, "one_op": 24.0}}])
+    assert text.splitlines()[1].split() == ["rms_norm", "4096", "1", "6.00", "13.00", "26.00", "6.00", "5.00", "1.00"]
+    assert "rms_norm: one_op over nccl_then_op, without copies: 1.000, worst 2.000" in text
+    assert "rms_norm: one_op over nccl, without copies: 0.500, worst 1.000" in text
 
 
 def test_calls_of_older_graphs_are_what_they_were(fake_group):

@@ -24,6 +24,7 @@ SPILLS = {
     ("one_shot", 8, 16384, Part(512, 4)): 8,
 }
 LAYER_NORM_SPILLS = {
+    ("one_shot", 2, 8192, Part(128, 1)): 20,
     ("one_shot", 2, 16384, Part(128, 1)): 8,
     ("one_shot", 4, 8192, Part(512, 2)): 20,
     ("one_shot", 4, 16384, Part(512, 4)): 8,
@@ -55,7 +56,7 @@ def check(algorithm: str, c: Constants, world: int, part: Part, folder: Path) ->
         ptx = _compile(algorithm, c, world, part, GPUTarget("cuda", 90, 32), "early").asm["ptx"]
         allowed = SPILLS.get(where, 0)
     registers, spilled = _resources(ptx, folder)
-    assert spilled <= allowed + 8 * triton.__version__.startswith("3.6."), f"{where}: {spilled} bytes spilled"
+    assert spilled <= allowed + 16 * triton.__version__.startswith("3.6."), f"{where}: {spilled} bytes spilled"
     assert registers <= bound
 
 
@@ -96,4 +97,5 @@ def test_both_sums_are_on_their_way_before_the_first_poll(algorithm: str) -> Non
     assert pushed > 0 and before_the_first_poll(two, "st.relaxed.sys.global.v4") == 2 * pushed
     loads = [ptx[: ptx.index("st.relaxed.sys")].count("ld.global.v4") for ptx in (one, two)]
     assert loads == [1, 2]
-    assert two.count("SPIN:") == 2 * one.count("SPIN:")
+    # Between two ranks one-shot waits for both sums in one poll; two-shot has two polls for each.
+    assert (one.count("SPIN:"), two.count("SPIN:")) == ((1, 1) if algorithm == "one_shot" else (2, 4))

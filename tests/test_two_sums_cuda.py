@@ -73,10 +73,10 @@ def _wrong(way: str, call: Call) -> list[str]:
     record = torch.zeros(4, dtype=torch.int32)
     for phase, part in ((0, slice(0, 2)), (1, slice(2, ROWS))):  # a launch each, in the two phases in turn
         count = part.stop - part.start
-        slots = mine[phase, : 2 * WORLD * count * words].view(2, count, WORLD, words)
+        slots = mine[phase, : 2 * WORLD * count * words].view(count, 2, WORLD, words)
         for which, pushed in enumerate((given.xs[1], given.seconds[1])):
             theirs_of = pushed.contiguous().view(torch.int32).view(ROWS, words)[part]
-            slots[which, :, 1] = torch.where(theirs_of == 0, 0x8000, theirs_of)
+            slots[:, which, 1] = torch.where(theirs_of == 0, 0x8000, theirs_of)
     plane = SimpleNamespace(
         seen=[0],
         streams=SimpleNamespace(last=0),

@@ -150,17 +150,20 @@ def clear(address, active, PTX: tl.constexpr):
 
 
 @triton.constexpr_function
-def poll_asm(slots, stride, words, wait, heed, record_at, host_at):
+def poll_asm(slots, stride, words, wait, heed, record_at, host_at, sums):
     """PTX that reads ``slots`` slots of 4 words, ``stride`` bytes apart, until their first ``words`` words are not zero.
 
     Operands after the outputs: base, own address, own slot (or -1), active, row, phase, device record, host record,
     limit. The own slot is read from the own address instead and may hold zeros: nobody pushes to itself. A slot that is
     full is not read again: where ranks share a GPU, their polls share its L2 with the pushes that they wait for.
+    With two sums the second half of the slots is that of the second, and one more operand is the own address of it.
     The last output is 0 where the poll gave up. Slot 0 is then NaN, which is enough: every result depends on it.
     """
     n = 4 * slots
     full = f"${n}"
-    base, own, rank, active, row, phase, device_record, host_record, limit = (f"${n + 1 + i}" for i in range(9))
+    ranks = slots // sums
+    owns = [f"${n + 2}", f"${n + 10}"]  # of each sum
+    base, _, rank, active, row, phase, device_record, host_record, limit = (f"${n + 1 + i}" for i in range(9))
 
     def quad(s):
         return "{" + ", ".join(f"${4 * s + i}" for i in range(4)) + "}"
@@ -172,13 +175,14 @@ def poll_asm(slots, stride, words, wait, heed, record_at, host_at):
         """%pz: slot s has a zero word and is not the own one. Kept nowhere: a thread has seven predicates."""
         first, *rest = [f"${4 * s + i}" for i in range(4) if 4 * s + i < words]
         least = [f"mov.u32 %m, {first};"] + [f"min.u32 %m, %m, {word};" for word in rest]
-        return [*least, f"setp.ne.s32 %pz, {rank}, {s};", "setp.eq.and.u32 %pz, %m, 0, %pz;"]
+        return [*least, f"setp.ne.s32 %pz, {rank}, {s % ranks};", "setp.eq.and.u32 %pz, %m, 0, %pz;"]
 
     lines = ["{", ".reg .pred %pin, %pz;", ".reg .u32 %m, %full, %i, %q, %one;", ".reg .u64 %t0, %t1;"]
     lines += [*(f"mov.u32 ${i}, 0;" for i in range(n)), f"mov.u32 {full}, 1;"]
     lines += [f"setp.eq.u32 %pin, {active}, 0;", "@%pin bra DONE;", "mov.u32 %i, 0;", "mov.u64 %t0, 0;"]
     for s in range(slots):
-        lines += [f"setp.eq.s32 %pz, {rank}, {s};", f"@%pz ld.global.v4.u32 {quad(s)}, [{own}];", load(s, "!%pz")]
+        own = f"@%pz ld.global.v4.u32 {quad(s)}, [{owns[s // ranks]}];"
+        lines += [f"setp.eq.s32 %pz, {rank}, {s % ranks};", own, load(s, "!%pz")]
     if wait:
         lines += ["SPIN:", "mov.u32 %full, 1;"]
         for s in range(slots):
@@ -194,7 +198,7 @@ def poll_asm(slots, stride, words, wait, heed, record_at, host_at):
             lines += [f"setp.lt.u64 %pz, %t1, {limit};", "@%pz bra SPIN;"]
         lines += ["mov.u32 %q, 0;"]
         for s in reversed(range(slots)):
-            lines += [*missing(s), f"@%pz mov.u32 %q, {s};"]
+            lines += [*missing(s), f"@%pz mov.u32 %q, {s % ranks};"]
         lines += ["mov.u32 %one, 1;", f"atom.relaxed.sys.global.cas.b32 %i, [{device_record}+{record_at}], 0, %one;"]
         lines += ["setp.ne.u32 %pz, %i, 0;", "@%pz bra LATER;"]
         if host_at >= 0:
@@ -211,8 +215,8 @@ def poll_asm(slots, stride, words, wait, heed, record_at, host_at):
 
 
 @triton.constexpr_function
-def poll_constraints(slots):
-    return ",".join(["=&r"] * (4 * slots + 1) + ["l", "l", "r", "r", "r", "r", "l", "l", "l"])
+def poll_constraints(slots, sums):
+    return ",".join(["=&r"] * (4 * slots + 1) + ["l", "l", "r", "r", "r", "r", "l", "l", "l"] + ["l"] * (sums - 1))
 
 
 @triton.jit
@@ -246,6 +250,8 @@ def poll(
     HEED: tl.constexpr = True,
     RECORD_AT: tl.constexpr = 0,
     HOST_AT: tl.constexpr = -1,
+    own_second=0,
+    SUMS: tl.constexpr = 1,
 ):
     """Wait until ``SLOTS`` slots of four words, ``STRIDE`` bytes apart from ``base``, are full.
 
@@ -264,13 +270,18 @@ def poll(
         RECORD_AT: bytes from ``watch[0]`` to the record on the device.
         HOST_AT: bytes from ``watch[1]`` to where the address of the host's record is to be found; -1: ``watch[1]`` is that
             address. With both, what a thread keeps through the poll are arguments of the kernel, which take no register.
+        own_second: with two SUMS, whose slots of the second follow those of the first: as ``own``, for the second.
     """
     device_record, host_record, limit = watch[0], watch[1], watch[2]
     if PTX:
+        if SUMS == 1:
+            operands = [base, own, rank, active, row, phase, device_record, host_record, limit]
+        else:
+            operands = [base, own, rank, active, row, phase, device_record, host_record, limit, own_second]
         words = tl.inline_asm_elementwise(
-            poll_asm(SLOTS, STRIDE, WORDS, WAIT, HEED, RECORD_AT, HOST_AT),
-            poll_constraints(SLOTS),
-            [base, own, rank, active, row, phase, device_record, host_record, limit],
+            poll_asm(SLOTS, STRIDE, WORDS, WAIT, HEED, RECORD_AT, HOST_AT, SUMS),
+            poll_constraints(SLOTS, SUMS),
+            operands,
             dtype=(tl.int32,) * (4 * SLOTS + 1),
             is_pure=False,
             pack=1,
@@ -284,11 +295,11 @@ def poll(
             pending = 0
             missing = 0
             for i in tl.static_range(WORDS):
-                waits = (active != 0) & (rank != i // 4)
+                waits = (active != 0) & (rank != i // 4 % (SLOTS // SUMS))
                 pointer = (base + (i // 4) * STRIDE).to(tl.pointer_type(tl.int32)) + i % 4
                 zero = ((tl.load(pointer, volatile=True) == 0) & waits).to(tl.int32)
                 empty = tl.sum(tl.zeros((1,), tl.int32) + zero, axis=0)  # the sum takes no scalar
-                missing = tl.where(empty != 0, i // 4, missing)
+                missing = tl.where(empty != 0, i // 4 % (SLOTS // SUMS), missing)
                 pending += empty
             if not WAIT:
                 pending = 0
@@ -312,7 +323,8 @@ def poll(
                 pending = 0
         words = ()
         for i in tl.static_range(4 * SLOTS):
-            address = tl.where(rank == i // 4, own, base + (i // 4) * STRIDE)
+            mine = own if i // 4 < SLOTS // SUMS else own_second
+            address = tl.where(rank == i // 4 % (SLOTS // SUMS), mine, base + (i // 4) * STRIDE)
             pointer = address.to(tl.pointer_type(tl.int32)) + i % 4
             word = tl.load(pointer, mask=active != 0, other=0, volatile=True)
             words = words + (tl.where(full != 0, word, _NAN) if i < 4 else word,)

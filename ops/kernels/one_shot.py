@@ -17,8 +17,14 @@ from .call import begin, end, failed, let_next_kernel_start, poison, wait_for_pr
 from .epilogue import accept, finish, loaded, prefetch, second_of, with_second
 from .memory import marked, push
 from .reduction import sum_over_ranks
-from .rows import clear_ranks, lane_elements, own_part, poll_ranks
+from .rows import clear_ranks, lane_elements, own_part, poll_ranks, poll_ranks_of_two
 from .stamps import keep_stamps, now
+
+
+@triton.constexpr_function
+def polls_together(c, s):
+    """Whether a thread waits for the words of two sums at once: those of so few ranks fit its registers."""
+    return c.second and (s.world == 2 or (s.world <= 4 and s.steps == 1 and not c.centered))
 
 
 @triton.jit
@@ -30,7 +36,7 @@ def push_to_peers(held, item, allowed, bases, offset, rank, C: tl.constexpr, S: 
     for i in tl.static_range(STEPS):
         words = marked(held[i], C.zero_mark)
         element, active = lane_elements(item % S.split, i, C, S)
-        slot = offset + (row.to(tl.int64) * S.world + rank) * C.row_bytes + element * C.item_bytes
+        slot = offset + (row.to(tl.int64) * (C.sums * S.world) + rank) * C.row_bytes + element * C.item_bytes
         for r in tl.static_range(WORLD):
             push(bases[r] + slot, words, active & allowed & (r != rank).to(tl.int32), S.ptx)
 
@@ -85,14 +91,13 @@ def one_shot(x, io, begun, peers, state, rank, rows, phase_bytes, limit, eps, sc
     watch = (state.to(tl.int64), peers.to(tl.int64), limit.to(tl.int64))
     # All pushes first: the later ones travel while the first rows are being reduced.
     push_to_peers(to_push, first, (first < items).to(tl.int32), bases, offset, rank, C, S)
+    BEHIND: tl.constexpr = S.world * C.row_bytes  # from the slots of a row to those of its second sum
     if C.second:
-        # Its slots lie behind those of the first sum, in the same order.
-        behind = rows.to(tl.int64) * (S.world * C.row_bytes)
-        push_to_peers(begun[6], first, (first < items).to(tl.int32), bases, offset + behind, rank, C, S)
+        push_to_peers(begun[6], first, (first < items).to(tl.int32), bases, offset + BEHIND, rank, C, S)
     for item in range(first + tl.num_programs(0), items, tl.num_programs(0)):
         push_to_peers(own_part(x, item, 1, C, S), item, 1, bases, offset, rank, C, S)
         if C.second:
-            push_to_peers(own_part(second_of(io, C), item, 1, C, S), item, 1, bases, offset + behind, rank, C, S)
+            push_to_peers(own_part(second_of(io, C), item, 1, C, S), item, 1, bases, offset + BEHIND, rank, C, S)
     pushed = now(S)
     received = pushed
     for item in range(first, items, tl.num_programs(0)):
@@ -106,20 +111,28 @@ def one_shot(x, io, begun, peers, state, rank, rows, phase_bytes, limit, eps, sc
         for i in tl.static_range(STEPS):
             element, active = lane_elements(part, i, C, S)
             source = x.to(tl.int64) + (row.to(tl.int64) * C.hidden + element) * C.item_bytes
-            slots = own_plane + row.to(tl.int64) * (S.world * C.row_bytes) + element * C.item_bytes
+            slots = own_plane + row.to(tl.int64) * (C.sums * S.world * C.row_bytes) + element * C.item_bytes
             if S.steps > 2:
                 load = prefetch(row, part, i, io, C, S)
             else:
                 load = loads[i]
-            words = poll_ranks(slots, source, rank, active, row, phase, watch, C, S)
+            if C.second:
+                more = second_of(io, C).to(tl.int64) + (row.to(tl.int64) * C.hidden + element) * C.item_bytes
+            if polls_together(C, S):
+                both = poll_ranks_of_two(slots, source, more, rank, active, row, phase, watch, C, S)
+                words = both[0]
+            else:
+                words = poll_ranks(slots, source, rank, active, row, phase, watch, C, S)
             received = now(S)
             clear_ranks(slots, rank, active, C, S)
             reduced = sum_over_ranks(words, C, S)
             if C.second:
-                more = source - x.to(tl.int64) + second_of(io, C).to(tl.int64)
-                words = poll_ranks(slots + behind, more, rank, active, row, phase, watch, C, S)
-                received = now(S)
-                clear_ranks(slots + behind, rank, active, C, S)
+                if polls_together(C, S):
+                    words = both[1]
+                else:
+                    words = poll_ranks(slots + BEHIND, more, rank, active, row, phase, watch, C, S)
+                    received = now(S)
+                clear_ranks(slots + BEHIND, rank, active, C, S)
                 load = with_second(load, sum_over_ranks(words, C, S), C)
             held = held + (accept(reduced, row, part, i, io, scale, load, C, S),)
         finish(held, row, part, io, state, phase, watch, eps, loads, C, S)
@@ -150,7 +163,7 @@ def one_shot_kernel(
     C: tl.constexpr,
     S: tl.constexpr,
 ):
-    """Slot of (row, rank) in a phase: ``(row * W + rank) * row_bytes``; of the second sum ``rows * W * row_bytes`` behind it.
+    """Slot of (row, rank) in a phase: ``(row * W + rank) * row_bytes``; with two sums ``((2 * row + which) * W + rank)``.
 
     Args:
         x, residual, weight, bias, normed, residual_out: contiguous, 16-byte aligned; unused ones are any pointer. With

@@ -113,6 +113,40 @@ def poll_ranks(slots, source, rank, active, row, phase, watch, C: tl.constexpr, 
 
 
 @triton.jit
+def poll_ranks_of_two(slots, source, second, rank, active, row, phase, watch, C: tl.constexpr, S: tl.constexpr):
+    """:func:`poll_ranks` for two sums at once, the slots of the second behind those of the first: one round trip.
+
+    Returns what :func:`poll` does for each of the two.
+    """
+    WORLD: tl.constexpr = S.world
+    words = poll(
+        slots,
+        source,
+        rank,
+        active,
+        row,
+        phase,
+        watch,
+        SLOTS=2 * S.world,
+        STRIDE=C.row_bytes,
+        WORDS=8 * S.world,
+        WAIT=S.wait,
+        PTX=S.ptx,
+        RECORD_AT=RECORD_BYTES,
+        HOST_AT=8 * S.world,
+        own_second=second,
+        SUMS=2,
+    )
+    of_first = ()
+    of_second = ()
+    for i in tl.static_range(4 * WORLD):
+        of_first = of_first + (words[i],)
+        of_second = of_second + (words[4 * WORLD + i],)
+    full = (words[8 * WORLD],)
+    return (of_first + full, of_second + full)
+
+
+@triton.jit
 def clear_ranks(slots, rank, active, C: tl.constexpr, S: tl.constexpr):
     """Restore the zeros of what :func:`poll_ranks` polled."""
     WORLD: tl.constexpr = S.world
