@@ -193,6 +193,8 @@ PATTERNS: dict[str, TinyModel] = {
         TinyModel("nemotron"),
         TinyModel("phi"),
         TinyModel("gpt_neox"),
+        TinyModel("gptj", {"rotary_dim": 8, "n_inner": 128}),
+        TinyModel("cohere"),
         TinyModel("olmo"),
         TinyModel("jais2", {"head_dim": 16}),
         TinyModel("cohere2_moe", {**MOE, "head_dim": 16, "sliding_window": 32, "tie_word_embeddings": True}),

@@ -33,6 +33,7 @@ PAGE_NAMES = {
     "qwen3.5_moe": "qwen3_5_moe_text",
     "ernie_4.5_moe": "ernie4_5_moe",
     "hy3": "hy_v3",
+    "gpt_j": "gptj",
     "hy4": "hy_v4",
     "qwen4_exp": "qwen4_exp_text",
 }

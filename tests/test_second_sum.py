@@ -267,5 +267,8 @@ def test_the_rows_are_a_symbol():
     args = inputs(torch.float32)
     args = [t.view(1, 3, H).contiguous() for t in args[:3]] + args[3:]
     gm = graphs.trace(f, args, dynamic=(1,))
-    _, report = graphs.fused_copy(gm, RELAXED)
-    assert [s.fused for s in report.sites] == [True, True]
+    for options in (EXACT, RELAXED):
+        new, report = graphs.fused_copy(gm, options)
+        assert [s.fused for s in report.sites] == [True, True]
+        fused_op = next(n for n in new.graph.nodes if n.target is LAYER_NORM)
+        assert any(isinstance(size, torch.SymInt) for size in fused_op.meta["val"][0].shape)
