@@ -105,7 +105,7 @@ def test_inductor_compiles_it_too(pool, dtype):
     for worst, patterns, lowered in pool.run(by_inductor, dtype):
         assert worst < (1e-5 if dtype == torch.float32 else 0.2)
         assert patterns == {"all_reduce+add+rms_norm+all_gather"}
-        assert len(lowered) >= 3 and set(lowered) == {dtype == torch.float32}
+        assert len(lowered) >= 2 and set(lowered) == {dtype == torch.float32}
 
 
 @pytest.mark.parametrize("odd", [3, 0])
