@@ -29,7 +29,7 @@ def test_shared_dense_tp_prints_plan_groups_report_and_equality():
     text = output_of("shared_dense_tp.py")
     assert "all_reduce(attn_tp [0,1]) → add → norm" in text
     assert "dense_tp [[0, 1], [2, 3]]" in text
-    assert "9 all-reduces, 9 fused, 0 kept" in text
+    assert "9 all-reduces, 9 fused (2 gathered), 0 kept" in text
     for rank, pair in enumerate(("[0, 1]", "[0, 1]", "[2, 3]", "[2, 3]")):
         over = ", ".join(sorted((pair, "[0, 1, 2, 3]"), key=lambda text: text.strip("[]").split(", ")))
         assert f"rank {rank}: 9 of 9 all-reduces fused, over {over}; logits equal" in text

@@ -66,21 +66,52 @@ def compiled(rank, world_size, dtype, odd=None):
         for rows in ((2, 2), (1, 2), (2, 1), (3, 4), (0, 2), (2, 0)):
             call = given(rank, rows, dtype)
             got = step(*call)
-            unfused = torch.compile(layer, backend="aot_eager")
-            same.append(all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(got, unfused(*call), strict=True)))
+            same.append(all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(got, layer(*call), strict=True)))
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return same, sorted({site.pattern for report in tpfuse.reports() for site in report.sites if len(site.group) == 2})
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.bfloat16, *(pytest.param(d, marks=pytest.mark.slow) for d in (torch.float32, torch.float16))],
+    ids=str,
+)
 def test_one_op_gives_the_bits_of_the_layer(pool, dtype):
     for same, patterns in pool.run(compiled, dtype):
         assert same == [True] * 6
         assert patterns == ["all_reduce+add+rms_norm+all_gather"]
 
 
-@pytest.mark.parametrize("odd", [3, 0])
+@torch.no_grad()
+def by_inductor(rank, world_size, dtype):
+    """For each choice of rows how far the outputs are from those of the layer itself; the patterns; how many run lowered."""
+    import tpfuse
+
+    torch._dynamo.reset()
+    tpfuse.clear_reports()
+    layer = layer_of(names())
+    step = torch.compile(layer, backend="tpfuse", fullgraph=True)
+    worst = 0.0
+    for rows in ((1, 2), (3, 4), (0, 2)):
+        call = given(rank, rows, dtype)
+        for got, wanted in zip(step(*call), layer(*call), strict=True):
+            worst = max([worst, *(got.double() - wanted.double()).abs().flatten().tolist()])
+    sites = [site for report in tpfuse.reports() for site in report.sites if site.over]
+    return worst, {site.pattern for site in sites}, [site.lowered for site in sites]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_inductor_compiles_it_too(pool, dtype):
+    """In fp32 on a CPU the graph keeps the model's own collectives, that of a replica without rows as well."""
+    for worst, patterns, lowered in pool.run(by_inductor, dtype):
+        assert worst < (1e-5 if dtype == torch.float32 else 0.2)
+        assert patterns == {"all_reduce+add+rms_norm+all_gather"}
+        assert len(lowered) >= 2 and set(lowered) == {dtype == torch.float32}
+
+
+@pytest.mark.parametrize("odd", [3, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_rank_that_leaves_its_gather_outside_is_named(pool, odd):
     """It alone reads the norm of its own rows elsewhere. Every rank of all replicas is told, before anything runs."""
     for text in pool.run(compiled, torch.float16, odd, timeout=240):

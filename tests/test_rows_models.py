@@ -13,7 +13,7 @@ from models import unsharded
 from ranks import RankPool
 from test_parallel_models import prefill_and_decode, tokens_of
 
-from tpfuse.parallel import Op, ParallelConfig, exchange_rows, layout_of
+from tpfuse.parallel import Op, ParallelConfig, layout_of
 
 pytestmark = pytest.mark.ranks
 slow = pytest.mark.slow
@@ -43,16 +43,14 @@ def both_ways(rank, world_size, name, sizes, dtype, choices, decode):
         torch._dynamo.reset()
         tpfuse.clear_reports()
         options = {"tpfuse.inner": "aot_eager", "tpfuse.policy": policy}
-        compiled = torch.compile(model, backend="tpfuse", options=options, fullgraph=True)
+        compiled = tpfuse.hf.compile(model, options=options, fullgraph=True)  # the replicas exchange their row counts
         logits = []
         for seed, sequences in enumerate(choices):
             prompt, token = (tokens_of(rank, config, sequences, n, more + seed)[:, :n] for n, more in ((5, 0), (1, 50)))
             if decode:
-                counted = lambda tokens: {"largest_block": exchange_rows(model, tokens.numel())}  # noqa: E731
-                logits += prefill_and_decode(compiled, prompt, token, counted)
+                logits += prefill_and_decode(compiled, prompt, token)
             else:
-                rows = exchange_rows(model, prompt.numel())
-                logits.append(compiled(prompt, use_cache=False, largest_block=rows).logits)
+                logits.append(compiled(prompt, use_cache=False).logits)
         results.append(logits)
         counts = [sum(site.pattern.endswith("all_gather") for site in r.sites) for r in tpfuse.reports()]
         fused.append([(len(r.fused), len(r.sites), n) for r, n in zip(tpfuse.reports(), counts, strict=True)])
