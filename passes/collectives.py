@@ -130,6 +130,11 @@ def _built_in() -> dict[Any, CollectiveSpelling]:
 
 _BUILT_IN = _built_in()
 WAIT = torch.ops._c10d_functional.wait_tensor.default
+EAGER = frozenset(
+    packet.default
+    for name in ("allreduce_", "allreduce_coalesced_")
+    if (packet := getattr(torch.ops.c10d, name, None)) is not None
+)
 
 
 def spelling_of(node: Node) -> CollectiveSpelling | None:
@@ -184,7 +189,17 @@ def find(graph: Graph) -> list[Collective]:
         spelling = spelling_of(node)
         if spelling is not None:
             found.extend(_read(node, spelling))
+        elif node.op == "call_function" and node.target in EAGER:
+            found.extend(_eager(node))
     return found
+
+
+def _eager(node: Node) -> Iterator[Collective]:
+    """What ``make_fx`` makes of ``dist.all_reduce``: the group is an object that no pass can name."""
+    error = f"{node.name} ({node.target}) is an eager collective as it ran; torch.compile and torch.export make it functional"
+    for x in node.args[0]:  # type: ignore[union-attr]
+        if isinstance(x, Node):
+            yield Collective(node, node, x, "unknown", None, None, (), (), None, error)
 
 
 def graphs_inside(module: GraphModule) -> list[tuple[str, GraphModule]]:

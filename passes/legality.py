@@ -270,12 +270,11 @@ def _scaled_by(node: Node) -> Node | None:
 
 
 def _same_group(node: Node, c: Collective) -> bool:
-    names = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, str)]
-    if not names:
-        return True  # not understood: assume the worst
-    return any(
-        name == c.group_name or collectives.group_ranks(name)[0] == c.ranks for name in names if name != c.reduce_op
-    )
+    names = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, str) and a != c.reduce_op]
+    known = {name: ranks for name in names if (ranks := collectives.group_ranks(name)[0])}
+    if not known:
+        return True  # not understood, a group that is an object for example: assume the worst
+    return any(name == c.group_name or ranks == c.ranks for name, ranks in known.items())
 
 
 def settle(found: Sequence[Found]) -> list[Found]:

@@ -9,6 +9,7 @@ then the blocks are the gather's, and the slice must be the own one.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,13 +122,27 @@ def _first_row(node: Node, name: Any) -> Any:
     return first * math.prod(source.shape[dim + 1 : -1])
 
 
+def _comes_from(x: Node, gathers: Collection[Node], nodes: list[Node]) -> bool:
+    """Whether a value is computed from one of the gathers: another gather of as many rows, of logits say, says nothing of it."""
+    between = set(nodes[nodes.index(next(iter(gathers))) :])
+    stack, seen = [x], {x}
+    while stack:
+        node = stack.pop()
+        if node in gathers:
+            return True
+        sources = [a for a in node.all_input_nodes if a in between and a not in seen]
+        stack += sources
+        seen.update(sources)
+    return False
+
+
 def _proved(c: Collective, start: Any, rows: Any, kept_rows: Any, nodes: list[Node]) -> tuple[int, int] | Refusal:
     """(blocks, own place) of the gather that put the rows together, or why there is no such proof."""
     rank = dist.get_rank()
     if rank not in c.ranks or rows is None or kept_rows is None:
         return Refusal(Reason.ROWS_MOVE, "the group or the shapes are not known")
     at = c.ranks.index(rank)
-    seen: set[int] = set()
+    found: dict[Node, int] = {}
     for node in nodes:
         if getattr(getattr(node.target, "overloadpacket", None), "__name__", "") != GATHERS:
             continue
@@ -139,9 +154,11 @@ def _proved(c: Collective, start: Any, rows: Any, kept_rows: Any, nodes: list[No
             continue
         size = len(c.ranks) // len(members)
         if members == tuple(c.ranks[n * size + at % size] for n in range(len(members))):
-            seen.add(len(members))
-    if len(seen) != 1:
-        why = f"gathers over {sorted(seen)} ranks disagree" if seen else "no gather of the graph put them together"
+            found[node] = len(members)
+    seen = set(found.values())
+    if len(seen) != 1 or not _comes_from(c.x, found, nodes):
+        disagree = len(seen) > 1
+        why = f"gathers over {sorted(seen)} ranks disagree" if disagree else "no gather of the graph put them together"
         return Refusal(Reason.ROWS_MOVE, f"{why} in blocks, one for each part of the group")
     (blocks,) = seen
     place = at // (len(c.ranks) // blocks)

@@ -187,6 +187,19 @@ def test_a_slice_without_a_gather_proves_nothing():
     assert "no gather of the graph" in report.sites[0].detail
 
 
+def test_a_gather_that_did_not_make_the_rows_proves_nothing(column):
+    """The last token of a prompt of two, and logits that are gathered: as many rows as the sum has, by chance. A rank for which
+    that token is the own block must not decide otherwise than the other one."""
+
+    def f(x, r, w, e):
+        h = r + graphs.all_reduce(x)[1:2]
+        return gather(norm(h, w) @ e, column), h
+
+    _, report = fused(f, random(2, H), random(1, H, seed=1), random(H, seed=2), random(H, H, seed=3))
+    assert report.sites[0].reason == "rows-move"
+    assert "no gather of the graph" in report.sites[0].detail
+
+
 def test_a_gather_over_other_ranks_proves_nothing(neighbours):
     """Ranks 2 and 3 are one replica where blocks are contiguous: their gather does not say whose rows are whose."""
     _, report = fused(experts(neighbours), *inputs())

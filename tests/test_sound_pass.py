@@ -425,3 +425,16 @@ def test_a_sum_scaled_by_a_tensor_of_another_dtype_before_the_residual_is_refuse
 
     (site,) = tpfuse.fuse(graphs.trace(f, (*ARGS, torch.tensor(0.5, dtype=torch.float64))), graphs.ALL).sites
     assert site.reason == "scale-not-constant"
+
+
+def test_an_eager_collective_that_make_fx_traced_is_a_site_of_the_report():
+    def f(x, r, w):
+        y = x * 1
+        torch.distributed.all_reduce(y)
+        return norm(r + y, w)
+
+    x = torch.randn(3, H)
+    gm = graphs.trace_as_written(f, (x, x, torch.rand(H)))
+    (site,) = tpfuse.fuse(gm, PassOptions(policy="all")).sites
+    assert (site.fused, site.reason) == (False, "unknown-group")
+    assert "make it functional" in site.detail
