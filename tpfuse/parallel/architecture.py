@@ -23,18 +23,22 @@ class Projection:
 
 @dataclass(frozen=True)
 class Architecture:
-    """Names inside a pre-norm decoder: ``norm -> attention -> residual add -> norm -> MLP -> residual add``.
+    """Names inside a sequential decoder: ``norm -> attention -> residual add -> norm -> MLP -> residual add``.
 
-    A decoder may norm the output of attention and MLP as well, before it is added (Gemma 2 and 3).
+    A decoder may norm the output of attention and MLP as well, before it is added (Gemma 2 and 3), or only that (OLMo 2 and 3).
     Column projections are split by output, row projections by input and leave partial sums. The defaults fit Llama.
 
     Attributes:
         layers: path from the model to its list of decoder layers; the module before the last dot runs them.
-        attention: attribute of a layer; ``mlp``, ``attention_norm`` and ``mlp_norm`` likewise.
+        attention: attribute of a layer; ``mlp`` likewise.
+        attention_norm: attribute of a layer: the norm that attention reads; empty where attention reads the residual itself.
+            ``mlp_norm`` likewise.
         attention_post_norm: attribute of a layer: the norm of attention's output; empty where there is none. ``mlp_post_norm``
             likewise.
         attention_columns: column projections of attention.
         attention_rows: row projections of attention.
+        qk_norms: pairs of a column projection of attention and the norm of its whole output, all heads together: both attributes
+            of attention. Norms of single heads (Qwen3) need no mention: a rank has whole heads.
         mlp_columns: column projections of a dense MLP and of shared experts.
         mlp_rows: row projections of a dense MLP and of shared experts.
         experts: attribute of an MoE block that holds the routed experts, called with (rows, expert ids, weights). A layer
@@ -65,6 +69,7 @@ class Architecture:
     shared_experts: str = "shared_experts"
     attention_post_norm: str = ""
     mlp_post_norm: str = ""
+    qk_norms: tuple[tuple[str, str], ...] = ()
     embedding: str = "model.embed_tokens"
     head: str = "lm_head"
 
@@ -83,16 +88,30 @@ GEMMA = Architecture(
     mlp_norm="pre_feedforward_layernorm",
     mlp_post_norm="post_feedforward_layernorm",
 )
+FULL_WIDTH = (("q_proj", "q_norm"), ("k_proj", "k_norm"))
+LLAMA_QK = Architecture(qk_norms=FULL_WIDTH)
+OLMO2 = Architecture(
+    attention_norm="",
+    attention_post_norm="post_attention_layernorm",
+    mlp_norm="",
+    mlp_post_norm="post_feedforward_layernorm",
+    qk_norms=FULL_WIDTH,
+)
 
 # transformers' config.model_type -> names.
 ARCHITECTURES: dict[str, Architecture] = {
     "deepseek_v3": DEEPSEEK_V3,
+    "flex_olmo": OLMO2,
     "gemma2": GEMMA,
     "gemma3_text": GEMMA,
     "glm4_moe": LLAMA,
     "llama": LLAMA,
+    "minimax_m2": LLAMA_QK,
     "mistral": LLAMA,
     "mixtral": LLAMA,
+    "olmo2": OLMO2,
+    "olmo3": OLMO2,
+    "olmoe": LLAMA_QK,
     "qwen2": LLAMA,
     "qwen3": LLAMA,
     "qwen3_moe": LLAMA,
@@ -109,7 +128,7 @@ def architecture_of(model: Any) -> Architecture:
     if model_type not in ARCHITECTURES:
         raise ConfigError(
             f"no architecture is known for {type(model).__name__} (model_type={model_type!r}); known are "
-            f"{', '.join(sorted(ARCHITECTURES))}. For another pre-norm decoder pass "
+            f"{', '.join(sorted(ARCHITECTURES))}. For another sequential decoder pass "
             "architecture=tpfuse.parallel.Architecture(...) with the names of its layers, attention and MLP projections "
             "and norms"
         )

@@ -51,12 +51,12 @@ def layer_forward(
     def forward(layer: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         batch: Batch = kwargs.pop(BATCH)
         residual = hidden_states
-        y = getattr(layer, names.attention_norm)(residual)
+        y = getattr(layer, names.attention_norm)(residual) if names.attention_norm else residual
         y, residual = run(enter.after_norm, y, residual, batch)
         if batch.rows > 0:  # a replica without rows has nothing to attend to, but its MLP may work for the others
             y = _first(getattr(layer, names.attention)(y, *args, **kwargs))
         y, residual = run(middle.before_norm, y, residual, batch, _norm(layer, names.attention_post_norm))
-        y = getattr(layer, names.mlp_norm)(residual)
+        y = getattr(layer, names.mlp_norm)(residual) if names.mlp_norm else residual
         y, residual = run(middle.after_norm, y, residual, batch)
         y = _first(getattr(layer, names.mlp)(y))
         _, residual = run(leave.before_norm, y, residual, batch, _norm(layer, names.mlp_post_norm))
