@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
+
 from tpfuse.ops.flavour import Flavour
 from tpfuse.ops.reference import scaled_by_mean
 from tpfuse.passes import values
@@ -87,10 +88,12 @@ def read_steps(norm: nn.Module, width: int, where: str) -> Steps:
         found = match(values.aliases(x, order), order)
         (result,) = graph.output_node().all_input_nodes
     except Exception as error:  # another library's norm
-        raise ConfigError(f"{where} is a {type(norm).__name__} that cannot be traced: {error}; use qk_norm='gather'") from error
-    if isinstance(found, NormForm) and isinstance(found.flavour, Flavour):
-        if found.exact and result in values.aliases(found.out, order):
-            return Steps(found.flavour, found.eps)
+        raise ConfigError(
+            f"{where} is a {type(norm).__name__} that cannot be traced: {error}; use qk_norm='gather'"
+        ) from error
+    known = isinstance(found, NormForm) and found.exact and isinstance(found.flavour, Flavour)
+    if known and result in values.aliases(found.out, order):
+        return Steps(found.flavour, found.eps)
     why = getattr(found, "detail", "its result is not that of an RMSNorm")
     raise ConfigError(
         f"{where} is a {type(norm).__name__}, which cannot be computed from sums of squares over ranks: {why}. "
