@@ -65,7 +65,7 @@ def compiled(rank, world_size, name, mode, inner="aot_eager"):
     return [torch.equal(g, e) for g, e in zip(got, expected, strict=True)], tpfuse.reports()
 
 
-QUICK = [("olmo2", "reduce"), ("minimax_m2", "gather")]
+QUICK = [("olmo2", "reduce")]  # gather is compiled by generate below
 COMPILED = [
     pytest.param(name, mode, marks=() if (name, mode) in QUICK else pytest.mark.slow) for name in WIDE for mode in MODES
 ]
@@ -115,7 +115,7 @@ def generated(rank, world_size, name, mode):
     from tpfuse import hf
 
     torch._dynamo.reset()
-    whole = unsharded(name, **TWO)
+    whole = unsharded(name, **{**LAYERS, "num_hidden_layers": 1})
     how = {"max_new_tokens": 6, "pad_token_id": 0, "cache_implementation": "static", "do_sample": False}
     prompt = torch.tensor([[3, 4, 5, 6]])
     expected = whole.generate(prompt, disable_compile=True, **how).tolist()

@@ -168,16 +168,23 @@ def _reduced(
     attention: nn.Module, norms: Sequence[WideNorm], made: list[Tensor], group: str, size: int
 ) -> list[Tensor]:
     """Each of ``made``, (..., own columns), normed over the columns of all ranks. One all-reduce of (..., norms) in fp32."""
-    wide = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in made]
-    squares = torch.cat([(x * x).sum(-1, keepdim=True) for x in wide], dim=-1)
-    total = c10d.wait_tensor(c10d.all_reduce(squares, "sum", group))
+    total = c10d.wait_tensor(c10d.all_reduce(square_sums(made), "sum", group))
     found = []
     for number, (norm, x) in enumerate(zip(norms, made, strict=True)):
         assert norm.steps is not None
         # Columns that several ranks hold are counted by all of them, and all columns by equally many: the mean stays.
         mean = total[..., number : number + 1] / (x.shape[-1] * size)
-        flavour, eps = norm.steps.flavour, norm.steps.eps
-        compute = torch.float32 if flavour.compute == "float32" else x.dtype
-        weight = getattr(getattr(attention, norm.norm), "weight", None)
-        found.append(scaled_by_mean(x.to(compute), mean.to(compute), weight, eps, flavour, x.dtype))
+        found.append(norm_by_mean(x, mean, getattr(getattr(attention, norm.norm), "weight", None), norm.steps))
     return found
+
+
+def square_sums(made: Sequence[Tensor]) -> Tensor:
+    """The sums of squares of several values (..., columns) over their columns: (..., values), fp32 or wider."""
+    wide = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in made]
+    return torch.cat([(x * x).sum(-1, keepdim=True) for x in wide], dim=-1)
+
+
+def norm_by_mean(x: Tensor, mean: Tensor, weight: Tensor | None, steps: Steps) -> Tensor:
+    """An RMSNorm of columns ``x`` (..., H) of rows whose squares have this mean (..., 1), in the norm's own rounding order."""
+    compute = torch.float32 if steps.flavour.compute == "float32" else x.dtype
+    return scaled_by_mean(x.to(compute), mean.to(compute), weight, steps.eps, steps.flavour, x.dtype)
