@@ -16,6 +16,7 @@ from .architecture import Architecture, Projection
 from .config import ConfigError
 from .cut import Cut
 from .groups import Groups
+from .heads import count_own_heads, head_counts
 from .layout import mlp_group
 from .linear import check_plain, linear_cuts
 from .qk_norms import GATHER, REDUCE, WideNorm, check_forward, read_steps
@@ -119,12 +120,14 @@ def apply_cuts(layer: nn.Module, found: LayerCuts, config: Any, names: Architect
         replace_parameter(layer, path, cut)
     size = len(groups.ranks_of("attn_tp"))
     attention = getattr(layer, names.attention)
+    if size > 1 and any(projection.parts for projection in names.attention_columns):
+        count_own_heads(attention, config, size)
     if (
         size > 1
         and hasattr(attention, "num_key_value_groups")
         and any(p.units == "kv_heads" for p in names.attention_columns)
     ):
-        heads, kv_heads = _head_counts(config)
+        heads, kv_heads = head_counts(config)
         attention.num_key_value_groups = (heads // size) // max(1, kv_heads // size)
     if found.norms:
         install_qk_norms(attention, found.norms, groups.name_of("attn_tp"), size)
@@ -147,17 +150,12 @@ def _share(groups: Groups, layer: int, role: str, group: str) -> _Share:
     return _Share(layer, role, group, groups.ranks_of(group), groups.index_in(group))
 
 
-def _head_counts(config: Any) -> tuple[int, int]:
-    heads = config.num_attention_heads
-    return heads, getattr(config, "num_key_value_heads", None) or heads
-
-
 def _cut_attention(
     found: LayerCuts, layer: nn.Module, number: int, config: Any, names: Architecture, groups: Groups, qk_norm: str
 ) -> None:
     share = _share(groups, number, "attention", "attn_tp")
     attention = getattr(layer, names.attention)
-    heads, kv_heads = _head_counts(config)
+    heads, kv_heads = head_counts(config)
     counts = {"heads": heads, "kv_heads": kv_heads}
     _cut_all(found, attention, names.attention, names.attention_columns, "column", share, counts)
     _cut_all(found, attention, names.attention, names.attention_rows, "row", share, counts)
@@ -179,6 +177,10 @@ def _cut_norms(
         where = f"layer {share.layer}: {path}"
         if name not in of_name:
             raise ConfigError(f"{where} norms {name}, which is none of the column projections {sorted(of_name)}")
+        if of_name[name].parts:
+            raise ConfigError(
+                f"{where} norms {name}, which packs several projections; a norm of one projection is known alone"
+            )
         width = getattr(attention, name).weight.shape[0]
         weight = getattr(norm, "weight", None)
         if weight is not None and tuple(weight.shape) != (width,):
@@ -186,9 +188,7 @@ def _cut_norms(
                 f"{where} has a weight of shape {tuple(weight.shape)}, but {name} puts out {width} columns; "
                 "Architecture(qk_norms=...) is for norms of the whole output alone"
             )
-        units = counts.get(of_name[name].units, width)
-        mine = _own_units(units, of_name[name].units, share, f"{path}.weight")
-        own = range(mine.start * (width // units), mine.stop * (width // units))
+        (own,) = _kept(of_name[name], width, share, counts, f"{path}.weight")
         copies = len(own) * share.size // width
         steps = None
         if qk_norm == REDUCE:
@@ -223,13 +223,28 @@ def _cut_all(
         prefix = f"{path}.{projection.name}"
         check_plain(linear, f"layer {share.layer}: {prefix}")
         width = linear.weight.shape[0 if kind == "column" else 1]
-        units = counts.get(projection.units, width)
-        mine = _own_units(units, projection.units, share, where)
-        each = width // units
-        kept = range(mine.start * each, mine.stop * each)
+        kept = _kept(projection, width, share, counts, where)
         for name, cut in linear_cuts(linear, kind, kept, first=share.index == 0):
             found.cuts[f"{prefix}.{name}"] = cut
         found.shards.append(share.record(where, kind))
+
+
+def _kept(projection: Projection, width: int, share: _Share, counts: dict[str, int], where: str) -> tuple[range, ...]:
+    """The columns or rows of this rank: a range for each part of a projection."""
+    parts = projection.parts or (projection.units,)
+    numbers = [counts.get(units, width // len(parts)) for units in parts]
+    each = width // sum(numbers)
+    if each * sum(numbers) != width:
+        raise ConfigError(
+            f"layer {share.layer}: {where} has a width of {width}, which is not made of {' + '.join(parts)} "
+            f"({' + '.join(map(str, numbers))}); name its parts in Projection(parts=...)"
+        )
+    kept, start = [], 0
+    for number, units in zip(numbers, parts, strict=True):
+        mine = _own_units(number, units, share, where)
+        kept.append(range(start + mine.start * each, start + mine.stop * each))
+        start += number * each
+    return tuple(kept)
 
 
 def _own_units(units: int, what: str, share: _Share, where: str) -> range:
