@@ -1,4 +1,6 @@
-"""What ``tpfuse.numerics="relaxed"`` costs and gains in accuracy: the error of each of its rewrites beside that of the model.
+"""What a changed rounding order costs and gains in accuracy: the error of each rewrite beside that of the model.
+
+The rewrites are those of ``tpfuse.numerics="relaxed"``, and ``qk_norm="reduce"`` of ``tpfuse.parallel.parallelize``.
 
 python benchmarks/relaxed.py [--hidden 4096] [--rows 256] [--dtype bfloat16]
 
@@ -19,9 +21,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
+from tpfuse.ops import LLAMA
 from tpfuse.passes import PassOptions, fuse
 
 from tpfuse.inspect.fake import fake_world
+from tpfuse.parallel.qk_norms import Steps, norm_by_mean, square_sums
 
 EPS, SCALE = 1e-6, 45.25  # the scale is Gemma's for a hidden size of 2048, in bf16
 TWO_SUMS = (
@@ -137,6 +141,17 @@ def of_two_sums(order: str, r: Tensor, w: Tensor, ranks: int = 4) -> Line:
     return _line(f"one reduction for two: {order}", norm(model, weight=w), norm(relaxed, weight=w), want)
 
 
+def of_wide_norm(x: Tensor, w: Tensor, ranks: int = 4) -> Line:
+    """A norm over the columns of all ranks, of which each has some: they add up their sums of squares."""
+    steps = Steps(LLAMA, EPS)
+    columns, weights = x.chunk(ranks, -1), w.chunk(ranks)
+    total = torch.stack([square_sums([part]) for part in columns]).sum(0)
+    normed = [norm_by_mean(part, total / x.shape[-1], own, steps) for part, own in zip(columns, weights, strict=True)]
+    return _line(
+        '`qk_norm="reduce"`: 4 ranks have a part of each row', llama(x, w), torch.cat(normed, -1), llama_fp64(x, w)
+    )
+
+
 def llama_fp64(h: Tensor, w: Tensor) -> Tensor:
     f = h.double()
     return w.double() * f * torch.rsqrt(f.pow(2).mean(-1, keepdim=True) + EPS)
@@ -157,7 +172,7 @@ def _line(name: str, model: Tensor, relaxed: Tensor, want: Tensor) -> Line:
 
 @torch.no_grad()
 def lines(hidden: int, rows: int, dtype: torch.dtype) -> list[Line]:
-    """One line for each rewrite that relaxed numerics allow."""
+    """One line for each rewrite that rounds in another order than the model."""
     generator = torch.Generator().manual_seed(0)
     x, r = ((torch.randn(rows, hidden, generator=generator) * 2).to(dtype) for _ in range(2))
     w = (torch.rand(hidden, generator=generator) + 0.5).to(dtype)
@@ -165,6 +180,7 @@ def lines(hidden: int, rows: int, dtype: torch.dtype) -> list[Line]:
         found = [of_norm(name, norm, x, r, w) for name, norm in NORMS.items()]
     found += [of_scale(n, x, w) for n in (1, 4)]
     found += [of_two_sums(order, r, w) for order in TWO_SUMS]
+    found += [of_wide_norm(x, w)]
     return [line for line in found if line is not None]
 
 

@@ -25,14 +25,27 @@ def rms_norm(
     Returns:
         ``(..., H)`` in the dtype that ``flavour.out`` names.
     """
-    input_dtype = input_dtype or h.dtype
-    compute = torch.float32 if flavour.compute == "float32" else input_dtype
+    compute = torch.float32 if flavour.compute == "float32" else input_dtype or h.dtype
     c = h.to(compute)
     squares = c * c
-    if flavour.mean == "mean":
-        v = squares.mean(-1, keepdim=True) + eps
-    else:
-        v = squares.sum(-1, keepdim=True) / h.shape[-1] + eps
+    mean = squares.mean(-1, keepdim=True) if flavour.mean == "mean" else squares.sum(-1, keepdim=True) / h.shape[-1]
+    return scaled_by_mean(c, mean, weight, eps, flavour, input_dtype or h.dtype)
+
+
+def scaled_by_mean(
+    c: Tensor, mean: Tensor, weight: Tensor | None, eps: float, flavour: Flavour, input_dtype: torch.dtype
+) -> Tensor:
+    """The steps of an RMSNorm behind the mean of squares, which may be that of a wider row than ``c``.
+
+    Args:
+        c: ``(..., H)``, what is normed, in the dtype in which the flavour computes.
+        mean: ``(..., 1)``, in the same dtype.
+        weight, eps, flavour: as for :func:`rms_norm`.
+        input_dtype: what the flavour calls ``input``.
+    Returns:
+        ``(..., H)`` in the dtype that ``flavour.out`` names.
+    """
+    v = mean + eps
     if flavour.root == "rsqrt":
         normed = c * torch.rsqrt(v)
     elif flavour.root == "div_sqrt":

@@ -13,14 +13,14 @@ from functools import partial
 import torch.distributed as dist
 from torch.fx import Graph, GraphModule, Node
 
-from . import collectives, gathers, lowering, quantization, region, rewrite, second_sum, sharing
+from . import collectives, gathers, lowering, quantization, region, rewrite, second_sum, sharing, square_sums
 from .candidate import Candidate, Found
 from .failure import guarded, internal, kept
 from .judge import judge
 from .legality import Legality, reduction, settle
 from .merged import merge
 from .options import PassOptions
-from .reasons import Refusal
+from .reasons import Reason, Refusal
 from .replacement import Replacement, build
 from .report import GraphReport, LayerAudit, Site
 from .site_of import site_of
@@ -100,7 +100,7 @@ def _rewrite(g: Graph, options: PassOptions, training: bool) -> tuple[list[Site]
             looked[position], replacement = _build(item, options)
             if replacement is not None:
                 built[item.outcome.norm.out] = replacement
-    places = sharing.order_layers([sharing.place(c, legality.order) for c in found])
+    places = sharing.order_layers([_place(item, legality) for item in looked])
     receivers = _receivers(looked)
     audits = sharing.audit(found, places, receivers)
     judged = judge(looked, places, audits, sharing.refuted(found, places, receivers), options, training)
@@ -137,6 +137,13 @@ def _rewrite(g: Graph, options: PassOptions, training: bool) -> tuple[list[Site]
     return [replace(s, replaced_by=names.get(f.collective)) for s, f in zip(sites, judged, strict=True)], audits
 
 
+def _place(item: Found, legality: Legality) -> sharing.Place:
+    """Where a reduction stands. Numbers that ranks add up for a norm are not the sum of an attention or an MLP."""
+    spot = sharing.place(item.collective, legality.order)
+    statistics = isinstance(item.outcome, Refusal) and item.outcome.reason is Reason.NORM_STATISTICS
+    return replace(spot, role="other") if statistics else spot
+
+
 def _receivers(looked: list[Found]) -> dict[collectives.Collective, tuple[int, ...]]:
     """Of all-reduces of which a rank keeps a proved block: who keeps it."""
     blocks = ((f.collective, f.outcome.block) for f in looked if isinstance(f.outcome, Candidate))
@@ -155,6 +162,8 @@ def _look(
         refusal = second_sum.lonely(found.outcome, sums) or legality.refusal(found.outcome)
         if refusal is None:
             return replace(found, outcome=_quantized(_gathered(found.outcome, legality, options), legality, options))
+    else:
+        refusal = square_sums.refusal(c)
     return found if refusal is None else Found(c, refusal, found.pattern)
 
 

@@ -34,6 +34,7 @@ class Reason(str, Enum):
     SCALE_NOT_CONSTANT = "scale-not-constant"
     DROPOUT = "dropout"
     STREAMS = "residual-streams"
+    NORM_STATISTICS = "norm-statistics"
     # What the norm is
     UNKNOWN_NORM = "unknown-norm"
     LAYER_NORM = "layer-norm"
@@ -90,6 +91,8 @@ REMEDIES: dict[Reason, str] = {
     Reason.DROPOUT: "Dropout stands between the sum and the norm. Call model.eval() before compiling for inference.",
     Reason.STREAMS: "The residual consists of several streams (hyper-connections), and the fused op adds one residual. "
     "Nothing to do: the mixing of the streams between the sum and the norm is not built.",
+    Reason.NORM_STATISTICS: "The sum is part of a norm over columns of several ranks, a few numbers a row. No norm of rows "
+    "follows it, so there is nothing to fuse. Nothing to do.",
     Reason.UNKNOWN_NORM: "What reads the sum is neither an RMSNorm, s * g(w) / sqrt(mean(s**2) + eps) with g in {1, w, 1 + w}, "
     "nor a LayerNorm.",
     Reason.LAYER_NORM: "The norm subtracts the mean, and is no LayerNorm that the fused op computes: the mean and the biased "

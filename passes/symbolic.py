@@ -34,6 +34,7 @@ class Meaning:
         self.steps, self.leaves, self.hidden = steps, leaves, hidden
         self.notes: dict[Reason, str] = {}
         self.opaque = 0
+        self.moved = False  # whether a step adds columns to what then is no norm of s any more
         self.weights = {
             i: sympy.Symbol(f"w{i}" if leaf.shape == "vector" else f"c{i}", real=True) for i, leaf in enumerate(leaves)
         }
@@ -109,7 +110,22 @@ class Meaning:
             return None
         if step.kind == "pow":
             return a**b
+        if step.kind in ("add", "sub") and (self._moved(a, b) or self._moved(b, a)):
+            self.moved = True
+            return None
         return {"mul": a * b, "div": a / b, "add": a + b, "sub": a - b}[step.kind]
+
+    def _moved(self, a: Any, b: Any) -> bool:
+        """Whether no norm of ``s`` is left of ``a`` once ``b``, a value a column, is added: only behind a LayerNorm is one added.
+
+        A residual stream of one row adds as many vectors as the model has sublayers, and sympy would multiply all of them out.
+        """
+        if not a.has(S) or not self._column(b):
+            return False
+        return not a.has(M, V) or any(self._column(term) for term in sympy.Add.make_args(a))
+
+    def _column(self, expr: Any) -> bool:
+        return not expr.has(S, Q, M, V) and any(str(x).startswith("w") for x in expr.free_symbols)
 
     def _fused(self, step: Step, a: Any) -> Any:
         shape, weight, eps = ([*list(step.args[1:]), None, None])[:3]
@@ -263,6 +279,8 @@ class Meaning:
             if Reason.UNKNOWN_NORM in self.notes:
                 return Refusal(Reason.UNKNOWN_NORM, self.notes[Reason.UNKNOWN_NORM], seen)
             last = next((e for e in reversed(self.exprs) if e is not None), None)
+            if last is None and self.moved:
+                return None
             return Refusal(
                 Reason.UNKNOWN_NORM, f"matched up to {seen[-1] if seen else 'nothing'}: {_shown(last)}", seen
             )

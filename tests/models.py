@@ -184,6 +184,7 @@ PATTERNS: dict[str, TinyModel] = {
         TinyModel("hy_v4", {**MOE, "head_dim": 16}),
         TinyModel("qwen4_exp_text", {**MOE, "head_dim": 16}),
         TinyModel("olmo3"),
+        TinyModel("olmoe", {"num_experts": 4, "num_experts_per_tok": 2}),
         TinyModel("minimax_m2", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16}),
         TinyModel(
             "granitemoehybrid", {**GRANITE_MOE, "shared_intermediate_size": 32, "layer_types": ["attention"] * 3}

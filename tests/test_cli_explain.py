@@ -262,7 +262,7 @@ def test_json_can_go_to_stdout(tmp_path):
         (["lama", "--tp-size", 2], ["'lama' is neither a folder nor a model type", "did you mean llama"]),
         (["./absent", "--tp-size", 2], ["./absent does not exist", "config.json"]),
         (["vit", "--tp-size", 2], ["no causal language model", "model_type='vit'"]),
-        (["granite", "--tp-size", 2], ["no architecture is known", "llama"]),
+        (["lfm2", "--tp-size", 2], ["no architecture is known", "llama"]),
         (["llama", "--tp-size", 8, "--attn-dp-size", 2, "--moe-dense-tp-size", 2], ["moe_dense_tp_size=2", "attn_tp_size=4"]),
         (["llama", "--tp-size", 3], ["heads", "do not split over the 3 ranks"]),
         (["llama", "--tp-size", 2, "--rank", 2], ["rank 2 does not exist"]),

@@ -250,6 +250,16 @@ def _():
     return reported(f, x, torch.rand(*x.shape[:-1], 4), torch.rand(HIDDEN))
 
 
+@produces(Reason.NORM_STATISTICS)
+def _():
+    def f(q, k, w):
+        squares = [x.pow(2).sum(-1, keepdim=True) for x in (q, k)]
+        mean = all_reduce(torch.cat(squares, -1)) / (4 * HIDDEN)
+        return w * (q * torch.rsqrt(mean[..., :1] + 1e-6)), w * (k * torch.rsqrt(mean[..., 1:] + 1e-6))
+
+    return reported(f)
+
+
 @produces(Reason.LAYOUT)
 def _():
     def f(x, r, w):

@@ -283,10 +283,10 @@ def test_packed_weights_are_refused_before_anything_is_read(checkpoints, as_rank
 
 
 def test_an_unknown_architecture_is_refused_before_anything_is_read(tmp_path, as_rank):
-    unsharded("granite", **LAYERS).save_pretrained(tmp_path)
+    unsharded("phi", **LAYERS).save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"not a checkpoint")
     as_rank(0, 4)
-    with pytest.raises(ConfigError, match="no architecture is known for GraniteForCausalLM"):
+    with pytest.raises(ConfigError, match=r"PhiForCausalLM \(model_type='phi'\) cannot be parallelized"):
         hf.from_pretrained(tmp_path, FLAGSHIP)
 
 

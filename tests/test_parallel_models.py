@@ -198,9 +198,11 @@ def test_a_weight_cut_over_other_ranks_than_it_is_reduced_over_is_refused(pool):
 
 
 def refusals(rank, world_size):
-    model = unsharded("granite")
+    model = unsharded("llama")
+    model.config.model_type = "of_my_own"
     cases = {
         "architecture": (model, ParallelConfig(4), {}),
+        "parallel block": (unsharded("gpt_neox"), ParallelConfig(4), {}),
         "heads": (
             unsharded("llama", num_attention_heads=6, num_key_value_heads=6, hidden_size=48),
             ParallelConfig(4),
@@ -225,10 +227,14 @@ def refusals(rank, world_size):
 def test_what_cannot_be_sharded_says_what_to_provide(pool):
     messages = pool.run(refusals)[0]
     assert (
-        "no architecture is known for GraniteForCausalLM (model_type='granite'); known are deepseek_v3"
+        "no architecture is known for LlamaForCausalLM (model_type='of_my_own'); known are apertus"
         in messages["architecture"]
     )
     assert "pass architecture=tpfuse.parallel.Architecture(...)" in messages["architecture"]
+    assert (
+        "GPTNeoXForCausalLM (model_type='gpt_neox') cannot be parallelized: attention and MLP read one norm"
+        in messages["parallel block"]
+    )
     assert (
         "layer 0: self_attn.q_proj.weight has 6 heads, which do not split over the 4 ranks of attn_tp"
         in messages["heads"]

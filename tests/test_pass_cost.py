@@ -38,3 +38,31 @@ def test_the_pass_is_cheap_and_linear():
     assert (fused_small, fused_large) == (10, 40)
     assert large / fused_large < 6e-3, f"{large / fused_large * 1e3:.1f} ms of CPU time a site"
     assert large < 4 * 2 * small, f"4 times the layers took {large / small:.1f} times the CPU time"
+
+
+def test_a_residual_stream_of_one_row_is_read_as_fast_as_one_of_several():
+    """There each sublayer adds what may be a vector, and a decoder without norms before its sublayers has nothing in between."""
+
+    def decoder(e, xs, ws):
+        h = graphs.all_reduce(e)
+        for x, w in zip(xs, ws, strict=False):
+            h = h + norm(graphs.all_reduce(torch.sigmoid(h) * x), w)
+        return norm(h, ws[-1])
+
+    def norm(y, w):
+        return w * (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+    graphs.start_fake_group(2)
+    try:
+        found = []
+        for rows in (2, 1):
+            xs = [torch.randn(1, rows, 8) for _ in range(4)]
+            gm = graphs.trace(decoder, (torch.randn(1, rows, 8), xs, [torch.rand(8) for _ in range(5)]))
+            start = time.process_time()
+            report = fuse(gm, PassOptions(policy="all"))
+            found.append([(site.fused, site.reason, site.pattern) for site in report.sites])
+            assert time.process_time() - start < 20
+    finally:
+        torch.distributed.destroy_process_group()
+    embedding = (False, "extra-reader", "all_reduce")
+    assert found == [[embedding, *[(True, None, "all_reduce+rms_norm+add")] * 4]] * 2

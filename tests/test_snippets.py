@@ -502,8 +502,8 @@ def verdicts(lines: list[str], *tensors: torch.Tensor) -> list[str | None]:
 
 LINES = [
     "reduce-op", "dtype", "returned", "extra-reader", "rows-move", "sum-of-reductions", "add-chain", "residual-shape",
-    "residual-derived", "collective-order", "layout", "scale-not-constant", "residual-streams", "unknown-norm", "layer-norm",
-    "eps-outside-root", "mean-dim", "partial-width", "weight-inside-mean",
+    "residual-derived", "collective-order", "layout", "scale-not-constant", "residual-streams", "norm-statistics", "unknown-norm",
+    "layer-norm", "eps-outside-root", "mean-dim", "partial-width", "weight-inside-mean",
 ]  # fmt: skip
 
 

@@ -21,9 +21,10 @@ from tpfuse.hf_generate import generate, install, release
 from tpfuse.hf_local import localize
 from tpfuse.load import load
 from tpfuse.load.shares import has_adapter, progress_of_rank_0
-from tpfuse.parallel import ConfigError, ParallelConfig, exchange_rows
+from tpfuse.parallel import ARCHITECTURES, ConfigError, ParallelConfig, exchange_rows
 from tpfuse.parallel import parallelize as _parallelize
 from tpfuse.parallel.model import ATTRIBUTE, LARGEST, token_shape
+from tpfuse.parallel.qk_norms import GATHER, check_mode
 
 __all__ = ["compile", "from_pretrained", "generate", "hidden_norms", "localize", "one_group", "parallelize", "release"]
 
@@ -38,15 +39,16 @@ def from_pretrained(
     progress: bool | None = None,
     vocabulary: bool | None = None,
     gather_logits: bool = True,
+    qk_norm: str | None = None,
     **kwargs: Any,
 ) -> Any:
     """Load a causal language model on every rank, sharded under ``config``. Collective.
 
     Each rank reads its share of the weights. Where attention and everything else share one group, transformers' own tensor
-    parallelism loads it. Otherwise (attention DP, ``moe_dense_tp_size=1``, expert parallelism, an attention that
-    transformers does not shard, or a LoRA adapter) tpfuse cuts the empty model and reads slices for it, under NCCL into the
-    memory of this rank's current CUDA device. What cannot be read in slices is loaded whole and then cut, with a warning that
-    says why.
+    parallelism loads it. Otherwise (attention DP, ``moe_dense_tp_size=1``, expert parallelism, an attention whose heads
+    transformers does not shard, such as OLMo 2's, or a LoRA adapter) tpfuse cuts the empty model and reads slices for it,
+    under NCCL into the memory of this rank's current CUDA device. What cannot be read in slices is loaded whole and then cut,
+    with a warning that says why.
 
     Args:
         path: folder or Hub name, as for transformers.
@@ -56,6 +58,7 @@ def from_pretrained(
             ``transformers.utils.logging``.
         vocabulary, gather_logits: as for :func:`tpfuse.parallel.parallelize`; with transformers' own tensor parallelism its plan
             decides, and these must be left as they are.
+        qk_norm: how q and k are normed over all heads, as for :func:`tpfuse.parallel.parallelize`; None is its default.
         kwargs: for the class's ``from_pretrained``, e.g. ``dtype=torch.bfloat16``.
     Returns:
         The model in eval mode, without gradients. ``tpfuse.load.loading_of(model)`` says what was read.
@@ -66,6 +69,7 @@ def from_pretrained(
     """
     transformers = _transformers()
     auto_class = auto_class or transformers.AutoModelForCausalLM
+    check_mode(qk_norm or GATHER)
     if config.world_size > 1 and not dist.is_initialized():
         raise ConfigError(
             f"no default process group for {config.world_size} ranks; call torch.distributed.init_process_group first, "
@@ -74,7 +78,7 @@ def from_pretrained(
     if config.world_size == 1:
         with progress_of_rank_0(progress):
             model = auto_class.from_pretrained(path, **kwargs)
-    elif one_group(config) and not has_adapter(path, kwargs) and _plan_shards_attention(transformers, path, kwargs):
+    elif _transformers_shards(transformers, path, config, qk_norm, kwargs):
         if dist.get_world_size() != config.tp_size:
             raise ConfigError(
                 f"transformers' tensor parallelism spans all {dist.get_world_size()} ranks of the default group, but "
@@ -93,7 +97,9 @@ def from_pretrained(
         device = f"cuda:{torch.cuda.current_device()}" if on_gpu else None
 
         def cut(whole: nn.Module) -> nn.Module:
-            return _parallelize(whole, config, vocabulary=vocabulary, gather_logits=gather_logits)
+            return _parallelize(
+                whole, config, vocabulary=vocabulary, gather_logits=gather_logits, qk_norm=qk_norm or GATHER
+            )
 
         model = load(auto_class, path, cut, progress, device, kwargs)
     _tell_when_generate_compiles_nothing(model)
@@ -256,14 +262,31 @@ def _norm_library(module: nn.Module) -> str | None:
     return None
 
 
+def _transformers_shards(
+    transformers: Any, path: Any, config: ParallelConfig, qk_norm: str | None, kwargs: dict[str, Any]
+) -> bool:
+    """Whether transformers' own tensor parallelism loads the model."""
+    if not one_group(config) or qk_norm is not None or has_adapter(path, kwargs):
+        return False
+    return _plan_shards_attention(transformers, path, kwargs)
+
+
 def _plan_shards_attention(transformers: Any, path: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether transformers' plan for this model cuts attention. Where it does not, nothing would be shared."""
+    """Whether transformers' plan for this model cuts attention. Where it does not, nothing would be shared.
+
+    Where it cuts the projections but gathers q, k and v, for a norm over all heads, each rank attends with all heads and caches
+    them. Of the architectures that tpfuse knows it cuts the heads.
+    """
     model_config = kwargs.get("config")
     if model_config is None:
         known = ("cache_dir", "revision", "token", "trust_remote_code", "local_files_only", "subfolder", "gguf_file")
         model_config = transformers.AutoConfig.from_pretrained(path, **{k: kwargs[k] for k in known if k in kwargs})
-    plan = getattr(model_config.get_text_config(), "base_model_tp_plan", None) or {}
-    return any("attn" in name and style.startswith("rowwise") for name, style in plan.items())
+    text_config = model_config.get_text_config()
+    plan = getattr(text_config, "base_model_tp_plan", None) or {}
+    styles = [style for name, style in plan.items() if "attn" in name]
+    if text_config.model_type in ARCHITECTURES and any(style.endswith("gather_output") for style in styles):
+        return False
+    return any(style.startswith("rowwise") for style in styles)
 
 
 def _transformers() -> Any:

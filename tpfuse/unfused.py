@@ -57,8 +57,8 @@ def look(reports: Sequence[GraphReport], policy: str, fuel: int | None) -> None:
     if policy == "off" or fuel is not None or any(report.fused for report in store.reports()):
         return
     for report in reports:
-        # An exception inside the pass has had its own warning.
-        quiet = (Reason.GROUP_SIZE.value, Reason.INTERNAL.value)
+        # An exception inside the pass has had its own warning; of statistics there is nothing to fuse.
+        quiet = (Reason.GROUP_SIZE.value, Reason.INTERNAL.value, Reason.NORM_STATISTICS.value)
         sites = [site for site in report.sites if site.reason not in quiet]
         if sites:
             tell(*_about(report, sites))

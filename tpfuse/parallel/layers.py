@@ -55,22 +55,26 @@ def layer_forward(
     def forward(layer: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         batch: Batch = kwargs.pop(BATCH)
         residual = hidden_states
-        y = getattr(layer, names.attention_norm)(residual)
+        y = getattr(layer, names.attention_norm)(residual) if names.attention_norm else residual
         y, residual = run(enter.after_norm, y, residual, batch)
         if batch.rows > 0:  # a replica without rows has nothing to attend to, but its MLP may work for the others
             y = _first(getattr(layer, names.attention)(y, *args, **kwargs))
-        y, residual = run(middle.before_norm, y, residual, batch, _norm(layer, names.attention_post_norm))
-        y = getattr(layer, names.mlp_norm)(residual)
+        y, residual = run(middle.before_norm, y, residual, batch, _before_add(layer, names, names.attention_post_norm))
+        y = getattr(layer, names.mlp_norm)(residual) if names.mlp_norm else residual
         y, residual = run(middle.after_norm, y, residual, batch)
         y = _first(getattr(layer, names.mlp)(y))
-        _, residual = run(leave.before_norm, y, residual, batch, _norm(layer, names.mlp_post_norm))
+        _, residual = run(leave.before_norm, y, residual, batch, _before_add(layer, names, names.mlp_post_norm))
         return residual
 
     return forward
 
 
-def _norm(layer: nn.Module, name: str) -> Callable[[Tensor], Tensor] | None:
-    return getattr(layer, name) if name else None
+def _before_add(layer: nn.Module, names: Architecture, norm: str) -> Callable[[Tensor], Tensor] | None:
+    """What a layer does with a sublayer's whole sum before it adds it to the residual; None where it does nothing."""
+    if names.residual_scale:
+        scale = getattr(layer, names.residual_scale)
+        return lambda y: (getattr(layer, norm)(y) if norm else y) * scale
+    return getattr(layer, norm) if norm else None
 
 
 def _first(output: Any) -> Tensor:

@@ -57,20 +57,20 @@ def _check_lora(module: nn.Module, where: str) -> None:
         )
 
 
-def linear_cuts(linear: nn.Module, kind: str, kept: range, first: bool) -> Iterator[tuple[str, Cut]]:
+def linear_cuts(linear: nn.Module, kind: str, kept: tuple[range, ...], first: bool) -> Iterator[tuple[str, Cut]]:
     """The parameters of a linear layer that are cut, by name within it, and what this rank keeps of each.
 
     Args:
         linear: an ``nn.Linear``, or peft's LoRA around one.
         kind: ``column`` (split by output) or ``row`` (split by input).
-        kept: the outputs or inputs of this rank.
+        kept: the outputs or inputs of this rank, ascending.
         first: whether this rank is the first of the sum: a row's bias is added once.
     """
     lora = is_lora(linear)
     base: Any = linear.base_layer if lora else linear
     prefix = "base_layer." if lora else ""
-    side = Cut({0 if kind == "column" else 1: (kept,)})
-    bias = Cut({0: (kept,)}) if kind == "column" else Cut({}, zeros=not first)
+    side = Cut({0 if kind == "column" else 1: kept})
+    bias = Cut({0: kept}) if kind == "column" else Cut({}, zeros=not first)
     yield f"{prefix}weight", side
     if base.bias is not None:
         yield f"{prefix}bias", bias

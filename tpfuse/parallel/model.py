@@ -20,6 +20,7 @@ from .groups import Groups, build_groups
 from .layout import Plan
 from .layout import plan as make_plan
 from .pairing import check_shards
+from .qk_norms import GATHER, check_mode
 from .shard import Shard, apply_cuts, kind_of, layer_cuts, replace_parameter
 from .steps import Batch
 from .vocabulary import Vocabulary, gather_parts, install_vocabulary, plan_vocabulary
@@ -39,6 +40,7 @@ class Parallelized:
         shards: every weight of a layer that was cut.
         vocabulary: how embedding and head are laid out.
         cuts: path of every parameter that was cut -> what this rank keeps of it.
+        qk_norm: how q and k are normed over the heads of all ranks, ``gather`` or ``reduce``; empty where nothing is.
     """
 
     config: ParallelConfig
@@ -47,6 +49,7 @@ class Parallelized:
     shards: tuple[Shard, ...]
     vocabulary: Vocabulary
     cuts: dict[str, Cut]
+    qk_norm: str = ""
 
 
 def parallelize(
@@ -58,6 +61,7 @@ def parallelize(
     ranks: Sequence[int] | None = None,
     vocabulary: bool | None = None,
     gather_logits: bool = True,
+    qk_norm: str = GATHER,
 ) -> nn.Module:
     """Shard a decoder in place for inference. Collective: all ranks of the default group call it with equal arguments.
 
@@ -76,12 +80,16 @@ def parallelize(
             ``layout_of(model).vocabulary`` says what was done and why.
         gather_logits: False lets the head return the logits of this rank's tokens alone, for callers that sample from parts;
             ``generate`` and losses need them all.
+        qk_norm: how models norm q and k over all heads at once (OLMo 2 and 3, MiniMax-M2). ``gather``: each rank gathers both and
+            norms them whole, as the model does. ``reduce``: one all-reduce of two sums of squares a row, which rounds in another
+            order.
     Returns:
         ``model``, in eval mode, without gradients. After an error it is as it was.
     Raises:
         ConfigError: an unknown architecture, a size that the weights do not divide by, or one that is not supported here.
         PairingError: a weight is cut over other ranks than the plan reduces over.
     """
+    check_mode(qk_norm)
     _check_supported(model, config)
     inner = without_adapter_wrapper(model)
     names = architecture or architecture_of(inner)
@@ -100,7 +108,8 @@ def parallelize(
             "call parallelize on its ranks, and only build_groups elsewhere"
         )
     text_config: Any = getattr(inner, "config", None)
-    of_layers = [layer_cuts(layer, n, text_config, names, groups) for n, layer in enumerate(decoder_layers)]
+    of_layers = [layer_cuts(layer, n, text_config, names, groups, qk_norm) for n, layer in enumerate(decoder_layers)]
+    _check_qk_norm(qk_norm, names, inner)
     shards = [shard for found in of_layers for shard in found.shards]
     check_shards(shards, plan, groups)
     tokens = plan_vocabulary(inner, names, groups, vocabulary, gather_logits)
@@ -108,10 +117,11 @@ def parallelize(
     _cut_vocabulary(inner, names, tokens)
     install_vocabulary(inner, names, groups, tokens)
     for number, (layer, found) in enumerate(zip(decoder_layers, of_layers, strict=True)):
-        apply_cuts(layer, found.cuts, text_config, names, groups)
+        apply_cuts(layer, found, text_config, names, groups)
         cuts.update({f"{names.layers}.{number}.{path}": cut for path, cut in found.cuts.items()})
         layer_forwards.install(layer, number, plan, names, groups)
-    setattr(inner, ATTRIBUTE, Parallelized(config, groups, plan, tuple(shards), tokens, cuts))
+    done = qk_norm if any(found.norms for found in of_layers) else ""
+    setattr(inner, ATTRIBUTE, Parallelized(config, groups, plan, tuple(shards), tokens, cuts, done))
     stack.register_forward_pre_hook(_batch_hook(inner), with_kwargs=True)
     return model.eval().requires_grad_(False)
 
@@ -202,6 +212,14 @@ def _check_supported(model: nn.Module, config: ParallelConfig) -> None:
             )
     if getattr(model, ATTRIBUTE, None) is not None:
         raise ConfigError(f"{type(model).__name__} is parallelized already; load it again to use another config")
+
+
+def _check_qk_norm(qk_norm: str, names: Architecture, model: nn.Module) -> None:
+    if qk_norm != GATHER and not names.qk_norms:
+        raise ConfigError(
+            f"qk_norm={qk_norm!r}, but {type(model).__name__} norms no q and k over all heads (its architecture names no "
+            "qk_norms); leave qk_norm out"
+        )
 
 
 def _stack(model: nn.Module, names: Architecture) -> tuple[nn.Module, nn.ModuleList]:

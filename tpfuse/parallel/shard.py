@@ -16,8 +16,11 @@ from .architecture import Architecture, Projection
 from .config import ConfigError
 from .cut import Cut
 from .groups import Groups
+from .heads import count_own_heads, head_counts
 from .layout import mlp_group
 from .linear import check_plain, linear_cuts
+from .qk_norms import GATHER, REDUCE, WideNorm, check_forward, read_steps
+from .qk_norms import install as install_qk_norms
 
 
 @dataclass(frozen=True)
@@ -48,10 +51,12 @@ class LayerCuts:
     Attributes:
         shards: one record for each weight and group.
         cuts: path of a parameter within the layer -> what this rank keeps of it.
+        norms: the norms of q and k over the heads of all ranks; empty where attention has one rank or no such norms.
     """
 
     shards: list[Shard]
     cuts: dict[str, Cut]
+    norms: list[WideNorm]
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,9 @@ def kind_of(layer: nn.Module, names: Architecture) -> str:
     return "moe" if hasattr(getattr(layer, names.mlp), names.experts) else "dense"
 
 
-def layer_cuts(layer: nn.Module, number: int, config: Any, names: Architecture, groups: Groups) -> LayerCuts:
+def layer_cuts(
+    layer: nn.Module, number: int, config: Any, names: Architecture, groups: Groups, qk_norm: str = GATHER
+) -> LayerCuts:
     """What this rank keeps of one decoder layer. Reads shapes only, so the layer may be on the meta device.
 
     Args:
@@ -86,13 +93,14 @@ def layer_cuts(layer: nn.Module, number: int, config: Any, names: Architecture, 
         config: has ``num_attention_heads`` and ``num_key_value_heads``.
         names: where attention, MLP and experts are.
         groups: this rank's groups.
+        qk_norm: how norms of all heads are computed, ``gather`` or ``reduce``; the latter cuts their weights.
     Returns:
         The cuts; none where a group has one rank.
     Raises:
         ConfigError: a width does not divide by the group's size, or a weight is not a plain tensor.
     """
-    found = LayerCuts([], {})
-    _cut_attention(found, layer, number, config, names, groups)
+    found = LayerCuts([], {}, [])
+    _cut_attention(found, layer, number, config, names, groups, qk_norm)
     mlp = getattr(layer, names.mlp)
     if kind_of(layer, names) == "dense":
         _cut_mlp(found, mlp, names.mlp, names, _share(groups, number, "mlp", mlp_group(groups.config, "dense")))
@@ -106,19 +114,23 @@ def layer_cuts(layer: nn.Module, number: int, config: Any, names: Architecture, 
 
 
 @torch.no_grad()
-def apply_cuts(layer: nn.Module, cuts: dict[str, Cut], config: Any, names: Architecture, groups: Groups) -> None:
+def apply_cuts(layer: nn.Module, found: LayerCuts, config: Any, names: Architecture, groups: Groups) -> None:
     """Replace the weights of a layer by what this rank keeps, and let its modules know their new sizes."""
-    for path, cut in cuts.items():
+    for path, cut in found.cuts.items():
         replace_parameter(layer, path, cut)
     size = len(groups.ranks_of("attn_tp"))
     attention = getattr(layer, names.attention)
+    if size > 1 and any(projection.parts for projection in names.attention_columns):
+        count_own_heads(attention, config, size)
     if (
         size > 1
         and hasattr(attention, "num_key_value_groups")
         and any(p.units == "kv_heads" for p in names.attention_columns)
     ):
-        heads, kv_heads = _head_counts(config)
+        heads, kv_heads = head_counts(config)
         attention.num_key_value_groups = (heads // size) // max(1, kv_heads // size)
+    if found.norms:
+        install_qk_norms(attention, found.norms, groups.name_of("attn_tp"), size)
     mlp = getattr(layer, names.mlp)
     if kind_of(layer, names) == "moe" and len(groups.ranks_of("moe_ep")) > 1:
         _run_own_experts(getattr(mlp, names.experts), groups.index_in("moe_ep"))
@@ -138,20 +150,53 @@ def _share(groups: Groups, layer: int, role: str, group: str) -> _Share:
     return _Share(layer, role, group, groups.ranks_of(group), groups.index_in(group))
 
 
-def _head_counts(config: Any) -> tuple[int, int]:
-    heads = config.num_attention_heads
-    return heads, getattr(config, "num_key_value_heads", None) or heads
-
-
 def _cut_attention(
-    found: LayerCuts, layer: nn.Module, number: int, config: Any, names: Architecture, groups: Groups
+    found: LayerCuts, layer: nn.Module, number: int, config: Any, names: Architecture, groups: Groups, qk_norm: str
 ) -> None:
     share = _share(groups, number, "attention", "attn_tp")
     attention = getattr(layer, names.attention)
-    heads, kv_heads = _head_counts(config)
+    heads, kv_heads = head_counts(config)
     counts = {"heads": heads, "kv_heads": kv_heads}
     _cut_all(found, attention, names.attention, names.attention_columns, "column", share, counts)
     _cut_all(found, attention, names.attention, names.attention_rows, "row", share, counts)
+    if share.size > 1 and names.qk_norms:
+        check_forward(attention, f"layer {number}: {names.attention}")
+        _cut_norms(found, attention, names, share, counts, qk_norm)
+
+
+def _cut_norms(
+    found: LayerCuts, attention: nn.Module, names: Architecture, share: _Share, counts: dict[str, int], qk_norm: str
+) -> None:
+    """The norms of the outputs of several heads, of which a rank has some."""
+    of_name = {projection.name: projection for projection in names.attention_columns}
+    for name, norm_name in names.qk_norms:
+        norm = getattr(attention, norm_name, None)
+        if norm is None or getattr(attention, name, None) is None:
+            continue
+        path = f"{names.attention}.{norm_name}"
+        where = f"layer {share.layer}: {path}"
+        if name not in of_name:
+            raise ConfigError(f"{where} norms {name}, which is none of the column projections {sorted(of_name)}")
+        if of_name[name].parts:
+            raise ConfigError(
+                f"{where} norms {name}, which packs several projections; a norm of one projection is known alone"
+            )
+        width = getattr(attention, name).weight.shape[0]
+        weight = getattr(norm, "weight", None)
+        if weight is not None and tuple(weight.shape) != (width,):
+            raise ConfigError(
+                f"{where} has a weight of shape {tuple(weight.shape)}, but {name} puts out {width} columns; "
+                "Architecture(qk_norms=...) is for norms of the whole output alone"
+            )
+        (own,) = _kept(of_name[name], width, share, counts, f"{path}.weight")
+        copies = len(own) * share.size // width
+        steps = None
+        if qk_norm == REDUCE:
+            check_plain(norm, where, ("weight",))
+            steps = read_steps(norm, width, where)
+            if weight is not None:
+                found.cuts[f"{path}.weight"] = Cut({0: (own,)})
+        found.norms.append(WideNorm(name, norm_name, own, copies, steps))
 
 
 def _cut_mlp(found: LayerCuts, mlp: nn.Module, path: str, names: Architecture, share: _Share) -> None:
@@ -178,13 +223,28 @@ def _cut_all(
         prefix = f"{path}.{projection.name}"
         check_plain(linear, f"layer {share.layer}: {prefix}")
         width = linear.weight.shape[0 if kind == "column" else 1]
-        units = counts.get(projection.units, width)
-        mine = _own_units(units, projection.units, share, where)
-        each = width // units
-        kept = range(mine.start * each, mine.stop * each)
+        kept = _kept(projection, width, share, counts, where)
         for name, cut in linear_cuts(linear, kind, kept, first=share.index == 0):
             found.cuts[f"{prefix}.{name}"] = cut
         found.shards.append(share.record(where, kind))
+
+
+def _kept(projection: Projection, width: int, share: _Share, counts: dict[str, int], where: str) -> tuple[range, ...]:
+    """The columns or rows of this rank: a range for each part of a projection."""
+    parts = projection.parts or (projection.units,)
+    numbers = [counts.get(units, width // len(parts)) for units in parts]
+    each = width // sum(numbers)
+    if each * sum(numbers) != width:
+        raise ConfigError(
+            f"layer {share.layer}: {where} has a width of {width}, which is not made of {' + '.join(parts)} "
+            f"({' + '.join(map(str, numbers))}); name its parts in Projection(parts=...)"
+        )
+    kept, start = [], 0
+    for number, units in zip(numbers, parts, strict=True):
+        mine = _own_units(number, units, share, where)
+        kept.append(range(start + mine.start * each, start + mine.stop * each))
+        start += number * each
+    return tuple(kept)
 
 
 def _own_units(units: int, what: str, share: _Share, where: str) -> range:

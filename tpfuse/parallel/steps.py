@@ -76,7 +76,7 @@ def run(
     y: Tensor,
     residual: Tensor,
     batch: Batch,
-    post_norm: Callable[[Tensor], Tensor] | None = None,
+    before_add: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Execute steps other than the norm.
 
@@ -85,13 +85,13 @@ def run(
         y: output of the sublayer before: ``(batch, length, H)`` for the rows of a replica, else ``(1, rows, H)``.
         residual: ``(batch, length, H)``, or ``(1, share, H)`` where it is scattered.
         batch: shape of this forward.
-        post_norm: norm of the sublayer's whole sum, row by row, right before it is added.
+        before_add: done to the sublayer's whole sum, row by row, right before it is added: a norm, a scale.
     Returns:
         ``(y, residual)``; after an ``ADD`` both are the new residual.
     """
     for step in steps:
         if step.op is Op.ADD:
-            residual = residual + (y if post_norm is None else post_norm(y))
+            residual = residual + (y if before_add is None else before_add(y))
             y = residual
         elif step.op is Op.ALL_REDUCE:
             # Kept for the compiler alone: eager ranks without rows have nothing to sum.
