@@ -21,13 +21,15 @@ NUMBERS = ("*i64", "*i32", "i32", "i32", "i32", "i64", "fp32", "fp32")
 # Bytes a thread, by algorithm, ranks, H and part, as docs/kernels.md says: a value or two more than fit the registers.
 SPILLS = {
     ("one_shot", 4, 16384, Part(512, 4)): 8,
-    ("one_shot", 8, 16384, Part(512, 4)): 8,
+    ("one_shot", 8, 8192, Part(512, 2)): 8,
+    ("one_shot", 8, 16384, Part(512, 4)): 16,
 }
 LAYER_NORM_SPILLS = {
     ("one_shot", 2, 8192, Part(128, 1)): 20,
     ("one_shot", 2, 16384, Part(128, 1)): 8,
     ("one_shot", 4, 8192, Part(512, 2)): 20,
-    ("one_shot", 4, 16384, Part(512, 4)): 8,
+    ("one_shot", 4, 16384, Part(512, 4)): 24,
+    ("one_shot", 8, 8192, Part(512, 2)): 8,
     ("one_shot", 8, 16384, Part(512, 4)): 16,
     **{("two_shot", world, *of): 8 for world in (2, 4) for of in ((4096, Part(512, 1)), (8192, Part(1024, 1)))},
 }
