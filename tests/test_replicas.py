@@ -268,3 +268,19 @@ def test_the_report_keeps_the_ranks_of_the_op(groups):
     for site in data["sites"]:
         del site["over"]  # of a version before
     assert first(GraphReport.from_dict(data)).over == ()
+
+
+def test_a_compile_cache_tells_replicas_from_places_in_them():
+    """Groups of equal sizes, once those of a replica and once those of a place, prove different things about one graph."""
+    from tpfuse.inner.inductor import group_shapes
+
+    found = {}
+    for rank in (0, 3):
+        for name, lists in {"replica": ([0, 1], [2, 3]), "place": ([0, 2], [1, 3])}.items():
+            graphs.start_fake_group(4, rank)
+            for ranks in lists:
+                dist.new_group(ranks)
+            found.setdefault(name, set()).add(str(group_shapes()))
+            dist.destroy_process_group()
+    assert all(len(shapes) == 1 for shapes in found.values())  # the same on every rank
+    assert found["replica"] != found["place"]

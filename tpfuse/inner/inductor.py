@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -43,15 +44,18 @@ def sources_digest() -> str:
     return digest.hexdigest()
 
 
-def group_shapes() -> list[tuple[int, int]]:
-    """(size, index of the first group with the same ranks) of this process's groups in creation order.
+def group_shapes() -> list[tuple[int, int, tuple[int, ...]]]:
+    """(size, index of the first group with the same ranks, steps from rank to rank) of this process's groups, oldest first.
 
     Enough to tell layouts apart that would be judged differently, without anything that differs between ranks: group names
-    and rank numbers do.
+    and rank numbers do. The steps tell neighbors from the ranks at one place of several replicas.
     """
     groups = compat.known_groups()
     first: dict[tuple[int, ...], int] = {}
-    return [(len(ranks), first.setdefault(ranks, index)) for index, (_, ranks) in enumerate(groups)]
+    return [
+        (len(ranks), first.setdefault(ranks, index), tuple(b - a for a, b in itertools.pairwise(ranks)))
+        for index, (_, ranks) in enumerate(groups)
+    ]
 
 
 def registered_spellings() -> list[str]:
