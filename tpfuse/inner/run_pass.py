@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.fx import Graph, GraphModule
 
-from tpfuse import store, unfused
+from tpfuse import store, unfused, whole_heads
 from tpfuse.inspect import artifact, dump
 from tpfuse.options import Options
 from tpfuse.passes import GraphReport, collectives, fuse
@@ -31,6 +31,7 @@ def run_pass(
     scatters, gathers = unfused.count_row_collectives(_graph_of(graph))
     report = fuse(graph, parsed.for_pass(store.fuel_left(parsed.fuel), lower), training=training, inner=parsed.inner)
     report.reduce_scatters, report.all_gathers = scatters, gathers
+    whole_heads.look(report, _graph_of(graph))
     artifact.record(report)
     if before is not None and parsed.dump is not None:
         dump.write(parsed.dump, report, before, _graph_of(graph))
