@@ -126,7 +126,7 @@ def test_a_number_of_missing_rows_that_is_given(groups):
         rows = torch.nn.functional.pad(rows, (0, 0, 0, missing.shape[1])).contiguous()
         return experts(gather(rows, groups.column), e, groups.world), h
 
-    new, _, node = inside(f, groups, *args(3), torch.empty(1, 2, 1), dynamic=(1,))
+    *_, node = inside(f, groups, *args(3), torch.empty(1, 2, 1), dynamic=(1,))
     assert node.args[-1].meta["val"].node.hint == LARGEST
     *_, node = inside(f, groups, *args(3), torch.empty(1, 2, 1))
     assert node.args[-1] == LARGEST
