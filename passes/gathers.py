@@ -104,13 +104,13 @@ def _over_replicas(
     stays = f"{start.name}, the gather of the norm, stays outside: "
     if others:
         return None, stays + f"{others[0].name} ({others[0].target}) reads the own rows of the norm as well"
-    proof = replicas.proved(candidate.collective, start, reductions, order, bool(pads))
-    if isinstance(proof, str):
-        return None, stays + proof
     for pad in pads:
         wrong = replicas.wrong_filling(pad)
         if wrong:
             return None, stays + wrong
+    proof = replicas.proved(candidate.collective, start, reductions, order, pads)
+    if isinstance(proof, str):
+        return None, stays + proof
     if candidate.norm.kind == "layer_norm":
         return None, stays + "the norm is a LayerNorm"
     if candidate.scale_tensor is not None or candidate.scale_first:

@@ -189,8 +189,9 @@ class Legality:
         ready = max(self.order[n] for n in (candidate.collective.x, *candidate.operands))
         ready = max(ready, self.order[candidate.collective.node])
         replicas = candidate.gather.replicas if candidate.gather else None
-        if replicas is not None and isinstance(replicas.largest, Node):
-            ready = max(ready, self.order[replicas.largest])
+        if replicas is not None:
+            numbers = [n for n in (replicas.largest, replicas.missing) if isinstance(n, Node)]
+            ready = max(ready, *(self.order[n] for n in numbers)) if numbers else ready
         if self.order[candidate.h.root] > ready:
             return candidate.h.root
         # An operand (usually the weight) is computed after the residual sum: go right behind it, before the first use.

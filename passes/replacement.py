@@ -204,11 +204,12 @@ class Replacement:
         """What the gather gives as if every rank had these rows, filled up with zeros to the largest replica's number."""
         gather = self.candidate.gather
         assert gather is not None
-        if gather.replicas is None:
-            return torch.cat([rows] * len(self.candidate.collective.ranks))
+        if largest is None or gather.replicas is None:
+            blocks = len(self.candidate.collective.ranks) if gather.replicas is None else gather.replicas.blocks
+            return torch.cat([rows] * blocks)
         flat = rows.reshape(-1, rows.shape[-1])
-        missing = 0 if largest is None else largest - len(flat)
-        return torch.cat([torch.nn.functional.pad(flat, (0, 0, 0, missing))] * gather.replicas.blocks)
+        filled = torch.nn.functional.pad(flat, (0, 0, 0, largest - len(flat)))
+        return torch.cat([filled] * gather.replicas.blocks)
 
 
 def kept_shape(candidate: Candidate) -> tuple[int, ...]:
@@ -342,6 +343,8 @@ def _replicas(new: Replacement, x: Node | Value) -> tuple[Any, ...]:
         for dim, size in enumerate(new.shape(x)[:-1]):
             factor = size if isinstance(size, int) else new.call(aten.sym_size.int, x, dim)
             largest = factor if largest == 1 else new.call(operator.mul, largest, factor)
+        if replicas.missing != 0:
+            largest = new.call(operator.add, largest, replicas.missing)
     return replicas.group_name, candidate.collective.group_name, replicas.gather_group, largest
 
 

@@ -36,7 +36,8 @@ class Replicas:
         group_name, gather_group: torch's names of the group over ``ranks``, and of that of the gather.
         blocks: how many replicas there are.
         largest: rows of the largest replica: a number, the node that holds it, or None where no node does, and it is the number
-            of the own rows.
+            of the own rows and of those that are missing.
+        missing: rows that fill up the own ones, where ``largest`` is None: a number, or the node that holds it.
     """
 
     ranks: tuple[int, ...]
@@ -44,6 +45,7 @@ class Replicas:
     gather_group: str
     blocks: int
     largest: int | Node | None
+    missing: int | Node = 0
 
 
 def wrong_filling(pad: Node) -> str:
@@ -69,7 +71,7 @@ def wrong_filling(pad: Node) -> str:
 
 
 def proved(
-    c: Collective, start: Node, reductions: Sequence[Collective], order: dict[Node, int], filled_up: bool
+    c: Collective, start: Node, reductions: Sequence[Collective], order: dict[Node, int], pads: Sequence[Node]
 ) -> Replicas | str:
     """The replicas of the gather that ``start`` starts behind the norm of ``c``'s sum, or a sentence why they are not proved."""
     _, size, group, *_ = (*start.args, None, None)
@@ -87,12 +89,14 @@ def proved(
     tensor = values.value(start.args[0])
     if tensor is None:
         return "what it gathers has no shape"
+    if not all(compat.statically_true(size == 1) for size in tensor.shape[:-2]):
+        # This shape is that of all replicas. Another one may fill up each part, where this one shows no sign of that.
+        return f"it gathers {tuple(tensor.shape)}, several parts, and not rows"
     rows = math.prod(tensor.shape[:-1])
     number = compat.number_of(rows)
     largest = _holder(rows, order) if number is None else number
-    if largest is None and filled_up:
-        return "no node of the graph holds the number of rows of the largest replica"
-    return Replicas(ranks, min(names), name, len(across), largest)
+    missing = pads[0].args[1][3] if largest is None and pads else 0  # type: ignore[index]
+    return Replicas(ranks, min(names), name, len(across), largest, missing)
 
 
 def _are_blocks(ranks: tuple[int, ...], block: tuple[int, ...], across: tuple[int, ...]) -> bool:

@@ -76,6 +76,31 @@ def test_ranks_with_different_options_get_an_error_that_names_them(pool, differe
         assert seconds < 600  # TPFUSE_AGREEMENT_SECONDS
 
 
+def test_two_sums_that_are_one_reduction_on_one_rank(pool):
+    """Relaxed, one reduction makes both, of half of the bytes; the pattern is the same. Ranks would wait for each other."""
+    for text in pool.run(with_two_sums, ("exact", "relaxed")):
+        assert "AgreementError" in text and "rank 1 decided differently from rank 0" in text, text
+        assert "numerics=exact" in text and "numerics=relaxed" in text
+    assert pool.run(with_two_sums, ("relaxed", "relaxed")) == ["agreed"] * 2
+
+
+@torch.no_grad()
+def with_two_sums(rank, world_size, numerics):
+    import torch.distributed._functional_collectives as funcol
+
+    def block(a, b, r):
+        h = r + (funcol.all_reduce(a, "sum", [0, 1]) + funcol.all_reduce(b, "sum", [0, 1]))
+        return h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+    torch._dynamo.reset()
+    try:
+        options = {**OPTIONS, "tpfuse.numerics": numerics[rank]}
+        torch.compile(block, backend="tpfuse", options=options)(*torch.ones(3, 2, 24))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "agreed"
+
+
 def test_an_internal_failure_on_one_rank_is_named(pool):
     for text in pool.run(with_a_broken_pass):
         assert "AgreementError" in text and "kept (internal)" in text, text

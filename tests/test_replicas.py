@@ -117,6 +117,39 @@ def test_symbolic_rows(groups, rows):
     assert isinstance(node.args[-1].meta["val"], torch.SymInt)
 
 
+def test_a_number_of_missing_rows_that_is_given(groups):
+    """Then no node holds the rows of the largest replica. Its own graph has no such number, and decides alike."""
+
+    def f(x, r, w, e, missing):
+        h = r + graphs.all_reduce(x, group=groups.block)
+        rows = norm(h, w).reshape(-1, H)
+        rows = torch.nn.functional.pad(rows, (0, 0, 0, missing.shape[1])).contiguous()
+        return experts(gather(rows, groups.column), e, groups.world), h
+
+    *_, node = inside(f, groups, *args(3), torch.empty(1, 2, 1), dynamic=(1,))
+    assert node.args[-1].meta["val"].node.hint == LARGEST
+    *_, node = inside(f, groups, *args(3), torch.empty(1, 2, 1))
+    assert node.args[-1] == LARGEST
+
+
+@pytest.mark.parametrize("length", [4, 3])
+def test_several_parts_that_are_filled_up_each(groups, length):
+    """The replica with the longest parts shows no sign of that: the shape that is gathered, equal on all, decides."""
+
+    def fill(y):
+        return torch.nn.functional.pad(y, (0, 0, 0, 4 - length)) if length < 4 else y
+
+    def of(parts):
+        x, r = (random(parts, length, H, seed=n, dtype=torch.bfloat16) for n in (0, 1))
+        return layer(groups, fill=fill), (x, r, *args(1)[2:])
+
+    f, given = of(2)
+    outside(f, *given, why="several parts")
+    f, given = of(1)
+    *_, node = inside(f, groups, *given)  # one part: rows, verified in its three dimensions
+    assert node.args[-1] == 4
+
+
 def test_symbolic_rows_that_are_equal_on_all_replicas(groups):
     _, _, node = inside(layer(groups, fill=lambda y: y.reshape(-1, H)), groups, *args(3), dynamic=(1,))
     assert isinstance(node.args[-1], torch.fx.Node)

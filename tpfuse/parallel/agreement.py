@@ -231,13 +231,13 @@ def agree_on(reports: Sequence[GraphReport], context: str = "") -> None:
         # The largest first: where one of many ranks differs all of them are told, and none waits for those that gave up.
         for group in sorted(groups, key=len, reverse=True):
             if dist.get_rank() in group and all(site.reason != "training" for site in report.sites):
-                _agree(group, report.sites, context)
+                _agree(group, report, context)
 
 
-def _agree(group: tuple[int, ...], of_graph: Sequence[Site], context: str) -> None:
+def _agree(group: tuple[int, ...], report: GraphReport, context: str) -> None:
     """Compare what was decided about the reductions over a group, and about those over parts of it whose op is over all of it."""
     compared = _comparisons().setdefault(group, _Compared())
-    sites = [site for site in of_graph if group in (site.group, site.over)]
+    sites = [site for site in report.sites if group in (site.group, site.over)]
     decisions = [_decision(0, site) for site in sites]
     own = [site.group == group for site in sites]
     structure = _digest(
@@ -247,6 +247,8 @@ def _agree(group: tuple[int, ...], of_graph: Sequence[Site], context: str) -> No
         [
             # Of a part's reduction also between which of the group's own it stands.
             (d.pattern, d.flavour, site.eps, d.lowered, d.quantizer, *(() if own[n] else ("over all",)))
+            # Relaxed, two sums may be one reduction, of half of the bytes.
+            + ((report.numerics,) if _has_two_sums(d.pattern) else ())
             if d.fused
             else None
             for n, (d, site) in enumerate(zip(decisions, sites, strict=True))
@@ -261,7 +263,7 @@ def _agree(group: tuple[int, ...], of_graph: Sequence[Site], context: str) -> No
     compared.number += 1
     store = compat.default_store()
     # For the message also what was decided about other reductions within the group: a part may have left its gather outside.
-    within = [vars(_decision(0, site)) for site in of_graph if set(site.group) <= set(group)]
+    within = [vars(_decision(0, site)) for site in report.sites if set(site.group) <= set(group)]
     mine = {"structure": structure, "effect": effect, "context": context, "decisions": within}
     store.set(f"{prefix}/{dist.get_rank()}", json.dumps(mine))
     found, missing = _entries(store, prefix, group, limit)
@@ -288,6 +290,11 @@ def _agree(group: tuple[int, ...], of_graph: Sequence[Site], context: str) -> No
         )
     if not missing:
         compared.agreed.add((structure, effect))
+
+
+def _has_two_sums(pattern: str) -> bool:
+    first, *rest = pattern.split("+")
+    return bool(rest) and rest[0].split("*")[0] == first
 
 
 def _comparisons() -> dict[tuple[int, ...], _Compared]:
