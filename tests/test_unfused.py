@@ -207,3 +207,17 @@ def test_a_compile_config_of_the_users_own_on_a_cpu_is_told():
 def test_who_switched_compiling_off_is_not_warned():
     model = hf.compile(tiny(), options=AOT)
     assert warned(lambda: model.generate(**PROMPT, **SHORT, disable_compile=True)) == []
+
+
+class WideNorm(nn.Module):
+    """A norm of columns of which each rank has some."""
+
+    def forward(self, x):
+        mean = graphs.all_reduce(x.pow(2).sum(-1, keepdim=True)) / (4 * H)
+        return x * torch.rsqrt(mean + 1e-6)
+
+
+@torch.no_grad()
+def test_numbers_that_ranks_add_up_for_a_norm_are_no_missed_fusion():
+    assert warned(lambda: compiled(WideNorm())(torch.randn(2, 3, H))) == []
+    assert [site.reason for report in tpfuse.reports() for site in report.sites] == ["norm-statistics"]

@@ -86,7 +86,8 @@ class Boundary:
         enters: the sublayer after: ``attention | dense | moe | exit``; the norm is that sublayer's own.
         y: rows of the sublayer's output before and of the next one's input after.
         residual: rows of the residual before and after.
-        steps: in order; exactly one of them is the norm.
+        steps: in order; exactly one of them is the norm. An architecture without a norm there does nothing in its place; one that
+            norms what a sublayer puts out does so at the add.
     """
 
     layer: int
