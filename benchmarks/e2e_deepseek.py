@@ -87,6 +87,10 @@ def run_of(args: argparse.Namespace, plan: Plan) -> tuple[int, Callable[..., lis
         import transformers  # noqa: F401
     except ImportError as error:
         raise ValueError(f"--model deepseek needs transformers ({error}); pip install 'tpfuse[hf]'") from error
+    if args.captured:
+        raise ValueError(
+            "--captured is for the Llamas; a step of --model deepseek changes its cache and positions outside"
+        )
     config = ParallelConfig(args.tp, args.dp, 1, args.k)
     shared = args.device == "cuda" and gpu_count() < args.tp
     if shared:
@@ -101,7 +105,6 @@ def run_of(args: argparse.Namespace, plan: Plan) -> tuple[int, Callable[..., lis
     if not 0 < sizes.dense_layers <= sizes.layers:
         raise ValueError(f"{sizes.dense_layers} dense layers of {sizes.layers}: give at least one and at most all")
     plan = replace(plan, sizes=sizes, parallel=(args.tp, args.dp, args.k), symmetric=shared or args.symmetric)
-    plan = replace(plan, captured=args.captured)
     return config.world_size, deepseek, plan
 
 
@@ -165,17 +168,13 @@ class Decode:
 
         prompt = torch.cat([self.tokens(2000 + n) for n in range(PROMPT)], dim=1)
         positions = torch.arange(PROMPT, device=prompt.device).unsqueeze(0)
-        # Cache and positions keep their memory, which a captured step reads and writes.
-        if self.cache is None:
-            self.cache = StaticCache(config=self.step.model.config, max_cache_len=self.context)
-            self.positions = positions[:, -1:].clone()
-        self.cache.reset()
+        self.cache = StaticCache(config=self.step.model.config, max_cache_len=self.context)
         self.step(prompt, positions, self.cache, prompt.numel())
-        self.positions.fill_(PROMPT)
+        self.positions = positions[:, -1:] + 1
 
     def __call__(self, compiled: Any, tokens: Tensor) -> Tensor:
         chosen = compiled(tokens, self.positions, self.cache, self.sequences)
-        self.positions.add_(1)
+        self.positions = self.positions + 1
         return chosen
 
 

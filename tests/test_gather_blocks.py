@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from ranks import RankPool
@@ -124,3 +127,16 @@ def test_what_does_not_fit_is_named_before_anybody_communicates(pool):
         assert "x has 3 rows" in messages["largest"] and "largest is 2" in messages["largest"]
         assert "residual is torch.float32 (2, 24)" in messages["residual"]
         assert "no gradient" in messages["gradient"]
+
+
+def edges_of_the_gpu_test(rank, world):
+    sys.path.insert(0, str(Path(__file__).parent / "gpu"))
+    import rows_on_ranks
+
+    return rows_on_ranks.edge_list(rank, world)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU: tests/gpu runs the list there")
+def test_the_list_of_edge_cases_that_gpus_run_holds_on_a_cpu(pool):
+    """Else nobody notices that a call of it is one that an op refuses, before a GPU is at hand."""
+    assert pool.run(edges_of_the_gpu_test) == [[]] * 4

@@ -55,7 +55,12 @@ def edges(world: int) -> list[Call]:
             unequal = kept_by_block(world, blocks, [(b * rows) // (blocks - 1) for b in range(blocks)])
             for kept in (unequal, tuple(reversed(unequal)), (0,) * world):
                 calls.append(Call(rows, 1024, blocks=blocks, kept=kept, seed=2000 * blocks + n))
-        kinds = [call for call in on_ranks.kinds() if call.flavour != "input-dtype"]  # no kernel takes that one
+        # No kernel takes the flavour input-dtype, and the ops for rows no scalar tensor and no fp32 residual beside 16 bits.
+        kinds = [
+            call
+            for call in on_ranks.kinds()
+            if call.flavour != "input-dtype" and not (call.scale_tensor or call.scale_first or call.wide_residual)
+        ]
         calls += [replace(call, blocks=blocks) for call in kinds]
     gathered = [replace(call, gathers=True) for call in calls if call.blocks > 1]
     wide = Call(5, 16384, blocks=world, gathers=True, weight_dtype=torch.float32, seed=77)  # the widest normed rows
