@@ -17,6 +17,7 @@ from torch.fx import Node
 
 from . import collectives, replicas, values
 from .collectives import Collective
+from .operators import SLICES
 
 if TYPE_CHECKING:
     from .candidate import Candidate
@@ -26,6 +27,7 @@ GATHERS = frozenset(
     for space in ("_c10d_functional", "_c10d_functional_autograd")
     if (packet := getattr(getattr(torch.ops, space), "all_gather_into_tensor", None)) is not None
 )
+ALL = 2**63 - 1  # as the end of a slice
 SIZES = values.overloads("sym_size.int")
 
 
@@ -104,6 +106,10 @@ def _over_replicas(
     stays = f"{start.name}, the gather of the norm, stays outside: "
     if others:
         return None, stays + f"{others[0].name} ({others[0].target}) reads the own rows of the norm as well"
+    part = next((node for node in candidate.nodes if node.target in SLICES and not _takes_all(node)), None)
+    if part is not None:
+        # The last row, say: of a replica with one row that is all, of another it is not.
+        return None, stays + f"{part.name} takes some of the rows, and another replica may have more of them"
     for pad in pads:
         wrong = replicas.wrong_filling(pad)
         if wrong:
@@ -121,6 +127,12 @@ def _over_replicas(
     name = pads[0].args[0] if pads else start.args[0]
     nodes = [*normed.path(name), *pads, *path, *_waits(start)]  # type: ignore[arg-type]
     return Gather((start,), tuple(_waits(start)), tuple(nodes), proof), ""
+
+
+def _takes_all(node: Node) -> bool:
+    """Whether a slice takes all of its input, however much that is."""
+    _, _, start, end, step = (*node.args, *(0, None, None, 1)[len(node.args) - 1 :])
+    return node.target in values.overloads("slice.Tensor") and not start and (end is None or end == ALL) and step == 1
 
 
 def _waits(start: Node) -> list[Node]:

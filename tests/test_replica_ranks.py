@@ -17,14 +17,18 @@ def pool():
 
 
 def layer_of(groups, odd=False):
-    """Attention's sum to the experts' sum; where ``odd``, something reads the norm of the own rows as well."""
+    """Attention's sum to the experts' sum; where ``odd``, something reads the norm of the own rows as well.
+
+    ``vector``, if any, is added to attention's sum.
+    """
     c10d = torch.ops._c10d_functional
 
     def total(x, name):
         return c10d.wait_tensor(c10d.all_reduce(x, "sum", name))
 
-    def layer(x, r, w, e, largest):
-        h = r + total(x, groups["attn_tp"])
+    def layer(x, r, w, e, largest, vector=None):
+        y = total(x, groups["attn_tp"])
+        h = r + (y if vector is None else y + vector)
         y = w * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6))
         rows = y.reshape(-1, H)
         filled = torch.nn.functional.pad(rows, (0, 0, 0, largest - rows.shape[0])).contiguous()
@@ -119,3 +123,27 @@ def test_a_rank_that_leaves_its_gather_outside_is_named(pool, odd):
         assert f"rank {odd} decided differently from ranks" in text
         assert "all_reduce+add+rms_norm+all_gather fused over [0, 1, 2, 3]" in text
         assert f"on rank {odd}: " in text and "all_reduce+add+rms_norm fused over" in text
+
+
+@torch.no_grad()
+def with_a_vector_of_two_dimensions(rank, world_size):
+    """The first replica has one row, which has the shape of the vector. (the layer's bits?, the pattern), or the error."""
+    import tpfuse
+
+    torch._dynamo.reset()
+    tpfuse.clear_reports()
+    layer = layer_of(names())
+    call = *given(rank, (1, 3), torch.float32, columns=1), torch.full((1, 1, H), 0.5)
+    try:
+        got = torch.compile(layer, backend="tpfuse", options={"tpfuse.inner": "aot_eager"})(*call)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}", ""
+    same = all(torch.equal(a, b) for a, b in zip(got, torch.compile(layer, backend="aot_eager")(*call), strict=True))
+    return same, next(site.pattern for report in tpfuse.reports() for site in report.sites if site.over)
+
+
+def test_a_vector_that_has_the_shape_of_the_rows_of_one_replica_is_no_disagreement(pool):
+    """There it is another addend. The ops of both replicas wait for the same."""
+    first, *_, last = pool.run(with_a_vector_of_two_dimensions)
+    assert first == (True, "all_reduce+add+add+rms_norm+all_gather")
+    assert last == (True, "all_reduce+bias+add+rms_norm+all_gather")

@@ -132,6 +132,13 @@ def test_a_number_of_missing_rows_that_is_given(groups):
     assert node.args[-1] == LARGEST
 
 
+@pytest.mark.parametrize("rows", [1, 0])
+def test_a_slice_that_takes_all_rows_of_this_replica_alone(groups, rows):
+    """The last row of each replica: of this one all, so that sum and norm fuse. With more rows they do not."""
+    outside(layer(groups, normed=lambda h, w: norm(h[:, -1:], w)), *args(rows), why="takes some of the rows")
+    inside(layer(groups, normed=lambda h, w: norm(h[:, :], w)), groups, *args(rows))
+
+
 @pytest.mark.parametrize("length", [4, 3])
 def test_several_parts_that_are_filled_up_each(groups, length):
     """The replica with the longest parts shows no sign of that: the shape that is gathered, equal on all, decides."""

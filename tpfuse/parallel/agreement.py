@@ -245,8 +245,12 @@ def _agree(group: tuple[int, ...], report: GraphReport, context: str) -> None:
     )
     effect = _digest(
         [
-            # Of a part's reduction also between which of the group's own it stands.
-            (d.pattern, d.flavour, site.eps, d.lowered, d.quantizer, *(() if own[n] else ("over all",)))
+            # Of a part's reduction also between which of the group's own it stands. In a part of one row a vector, (1, H), is
+            # another addend; the ops of both wait for the same.
+            (
+                *((d.pattern,) if own[n] else (d.pattern.replace("bias", "add"), "over all")),
+                *(d.flavour, site.eps, d.lowered, d.quantizer),
+            )
             # Relaxed, two sums may be one reduction, of half of the bytes.
             + ((report.numerics,) if _has_two_sums(d.pattern) else ())
             if d.fused
