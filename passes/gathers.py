@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.fx import Node
@@ -28,6 +28,7 @@ GATHERS = frozenset(
     if (packet := getattr(getattr(torch.ops, space), "all_gather_into_tensor", None)) is not None
 )
 ALL = 2**63 - 1  # as the end of a slice
+WHOLE = values.overloads("slice.Tensor")
 SIZES = values.overloads("sym_size.int")
 
 
@@ -131,8 +132,9 @@ def _over_replicas(
 
 def _takes_all(node: Node) -> bool:
     """Whether a slice takes all of its input, however much that is."""
-    _, _, start, end, step = (*node.args, *(0, None, None, 1)[len(node.args) - 1 :])
-    return node.target in values.overloads("slice.Tensor") and not start and (end is None or end == ALL) and step == 1
+    given: tuple[Any, ...] = (*node.args[2:], *(0, ALL, 1)[len(node.args[2:]) :])
+    start, end, step = (0 if given[0] is None else given[0]), (ALL if given[1] is None else given[1]), given[2]
+    return node.target in WHOLE and not node.kwargs and (start, end, step) == (0, ALL, 1)
 
 
 def _waits(start: Node) -> list[Node]:

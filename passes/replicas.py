@@ -95,7 +95,8 @@ def proved(
     rows = math.prod(tensor.shape[:-1])
     number = compat.number_of(rows)
     largest = _holder(rows, order) if number is None else number
-    missing = pads[0].args[1][3] if largest is None and pads else 0  # type: ignore[index]
+    amounts: Any = pads[0].args[1] if pads else ()
+    missing = amounts[3] if largest is None and len(amounts) > 3 else 0
     return Replicas(ranks, min(names), name, len(across), largest, missing)
 
 
