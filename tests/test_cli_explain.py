@@ -222,7 +222,8 @@ def test_progress_counts_every_layer(tmp_path):
 # -- the command ----------------------------------------------------------------------------------------------------
 
 
-def test_the_command_prints_groups_plan_sites_and_steps(tmp_path):
+def test_the_command_prints_groups_plan_sites_and_steps(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")  # no line is broken, whatever the terminal
     folder = folder_of("deepseek_v3", tmp_path / "model", num_hidden_layers=4)
     html, data = tmp_path / "page.html", tmp_path / "found.json"
     sizes = ("--tp-size", 8, "--attn-dp-size", 2, "--moe-dense-tp-size", 4, "--rank", 5, "--rows", "1,64,4096")
