@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 
 import layers
 import pytest
@@ -148,6 +149,30 @@ def changes_its_mind(rank, world_size):
     limits = ({}, {"TPFUSE_AGREEMENT_SECONDS": "1"})
     off = {**OPTIONS, "tpfuse.policy": "off"}
     return compiled(rank, world_size, (off, off), environment_of_rank=limits)[1]
+
+
+def test_each_of_two_decisions_was_agreed_on_before_and_ranks_take_one_each():
+    """The rank whose decision is not that of the last time compares, and is told that the other one does not."""
+    first, second = run_ranks(one_of_two_decisions_each, 2)
+    assert "AgreementError" in first and "rank 1 of [0, 1] decided otherwise about it before" in first, first
+    assert second == "fine", second
+
+
+def one_of_two_decisions_each(rank, world_size):
+    import tpfuse
+    from tpfuse.parallel.agreement import agree_on
+
+    compiled(rank, world_size, (OPTIONS, OPTIONS))
+    (fused,) = tpfuse.reports()
+    other = replace(fused, sites=[replace(site, eps=0.5) for site in fused.sites])
+    os.environ["TPFUSE_AGREEMENT_SECONDS"] = "1"
+    for report in (fused, other):
+        agree_on([report])
+    try:
+        agree_on([fused if rank == 0 else other])
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "fine"
 
 
 @pytest.mark.slow

@@ -191,7 +191,9 @@ class _Compared:
     """What the ranks of one group have compared so far, from this rank's point of view."""
 
     number: int = 0
-    agreed: set[tuple[str, str]] = field(default_factory=set)
+    agreed: dict[tuple[str, str], str] = field(
+        default_factory=dict
+    )  # (structure, context) -> the effect agreed on last
     given_up: bool = False
 
 
@@ -210,8 +212,9 @@ def agree_on(reports: Sequence[GraphReport], context: str = "") -> None:
     """Compare what was just compiled with the other ranks of each group; called when a compile ends.
 
     Entry k of a group holds the k-th graph of each rank: its *structure* (dtype and hidden size of each all-reduce over the
-    group, nothing about rows, names or paths) and its decisions. A graph whose structure and decisions have been agreed on
-    before, one compiled again for other rows say, is not compared again, so nobody waits for a rank that need not recompile.
+    group, nothing about rows, names or paths) and its decisions. A graph with the decisions that were agreed on last for its
+    structure and options, one compiled again for other rows say, is not compared again, so nobody waits for a rank that
+    need not recompile.
     All of it comes from the report, which a compile cache supplies as well.
 
     Args:
@@ -258,7 +261,7 @@ def _agree(group: tuple[int, ...], report: GraphReport, context: str) -> None:
             for n, (d, site) in enumerate(zip(decisions, sites, strict=True))
         ]
     )
-    if compared.given_up or (structure, effect) in compared.agreed:
+    if compared.given_up or compared.agreed.get((structure, context)) == effect:
         return
     limit = AGREEMENT_SECONDS.value()
     if not any(site.fused for site in sites):
@@ -283,7 +286,7 @@ def _agree(group: tuple[int, ...], report: GraphReport, context: str) -> None:
         return
     if any(entry["effect"] != effect for entry in found.values()):
         raise _disagreement(found)
-    before = any(known == structure for known, _ in compared.agreed)
+    before = any(known == structure for known, *_ in compared.agreed)
     if missing and (before or any(site.fused for site in sites)):
         what = "decided otherwise about it before, and" if before else "compiled no graph like this one, and"
         raise AgreementError(
@@ -293,7 +296,7 @@ def _agree(group: tuple[int, ...], report: GraphReport, context: str) -> None:
             missing,
         )
     if not missing:
-        compared.agreed.add((structure, effect))
+        compared.agreed[structure, context] = effect
 
 
 def _has_two_sums(pattern: str) -> bool:
