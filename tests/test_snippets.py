@@ -460,7 +460,7 @@ NAMES: dict[str, Any] = {
 def program(lines: list[str]) -> Callable[..., Any]:
     """A function of x, residual, weight, a and b: these lines, and the reduction and the norm where they leave them out."""
     text = "\n".join(lines)
-    body = ["routed, shared, statistics, tokens = x * 3, x * 5, x * 7, x"]
+    body = ["routed, shared, statistics, tokens, gate = x * 3, x * 5, x * 7, x, torch.sigmoid(x[..., :1])"]
     if not re.search(r"all_reduce\((?!y)", text):
         body.append("y = x * 2" if "all_reduce(y" in text else "y = all_reduce(x * 2)")
     if re.search(r"\bh\b", text) and "h = " not in text:
