@@ -16,12 +16,13 @@ from torch.fx import Graph, GraphModule, Node
 from . import collectives, gathers, lowering, quantization, region, rewrite, second_sum, sharing, square_sums
 from .candidate import Candidate, Found
 from .failure import guarded, internal, kept
+from .fused_call import build
 from .judge import judge
 from .legality import Legality, reduction, settle
 from .merged import merge
 from .options import PassOptions
 from .reasons import Reason, Refusal
-from .replacement import Replacement, build
+from .replacement import Replacement
 from .report import GraphReport, LayerAudit, Site
 from .site_of import site_of
 

@@ -18,10 +18,10 @@ from . import collectives, storages, values
 from .candidate import Candidate, Found
 from .collectives import Collective
 from .failure import internal
+from .fused_call import build
 from .legality import ADD, MUL, Legality
 from .options import PassOptions
 from .reasons import Reason, Refusal
-from .replacement import build
 from .second_sum import lonely, meetings
 
 GATHERED = frozenset({"all_reduce", "all_reduce_", "all_gather_into_tensor", "broadcast"})

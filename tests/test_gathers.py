@@ -209,7 +209,7 @@ def test_the_verifier_sees_a_wrong_weight_behind_a_gather(world):
     from dataclasses import replace
     from unittest.mock import patch
 
-    from tpfuse.passes import fusion, replacement
+    from tpfuse.passes import fused_call, fusion
 
     def f(x, r, w, v):
         h = r + scatter(x, W)
@@ -217,7 +217,7 @@ def test_the_verifier_sees_a_wrong_weight_behind_a_gather(world):
 
     def wrong(candidate):
         other = next(n for n in candidate.norm.out.graph.nodes if n.name.startswith("arg3"))
-        return replacement.build(replace(candidate, norm=replace(candidate.norm, weight=other)))
+        return fused_call.build(replace(candidate, norm=replace(candidate.norm, weight=other)))
 
     given = (*args(), random(H, seed=5))
     with patch.object(fusion, "build", wrong), pytest.raises(fusion.VerificationError, match="normed differs"):

@@ -282,13 +282,13 @@ def test_the_verifier_sees_a_wrong_number_of_rows(groups):
     from dataclasses import replace
     from unittest.mock import patch
 
-    from tpfuse.passes import fusion, replacement
+    from tpfuse.passes import fused_call, fusion
 
     def wrong(candidate):
         if not candidate.over:
-            return replacement.build(candidate)
+            return fused_call.build(candidate)
         other = next(n for n in candidate.norm.out.graph.nodes if n.name.startswith("arg4"))
-        return replacement.build(replace(candidate, norm=replace(candidate.norm, weight=other)))
+        return fused_call.build(replace(candidate, norm=replace(candidate.norm, weight=other)))
 
     def f(x, r, w, e, v):
         h = r + graphs.all_reduce(x, group=groups.block)

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from tpfuse.passes import replacement
+from tpfuse.passes import fused_call
 
 LAYERS, HIDDEN = 30, 16
 
@@ -53,7 +53,7 @@ class Model(torch.nn.Module):
 
 def plant(number: int) -> None:
     """Make the rewrite of this number (from 1) wrong."""
-    original, done = replacement._build, 0
+    original, done = fused_call._build, 0
 
     def wrong(new):
         nonlocal done
@@ -62,7 +62,7 @@ def plant(number: int) -> None:
             new.candidate = replace(new.candidate, norm=replace(new.candidate.norm, eps=1.0))
         return original(new)
 
-    replacement._build = wrong
+    fused_call._build = wrong
 
 
 def main() -> int:
