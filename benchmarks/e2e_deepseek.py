@@ -11,6 +11,7 @@ prefill has begun; a prefill is one sequence without a cache.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from e2e_measure import Case, Line, Plan, Recorder, Say, measure_shape, memory, prepare
+from e2e_rows import SymmetricEagerly
 from torch import Tensor, nn
 
 import tpfuse
@@ -157,8 +159,11 @@ class Step(nn.Module):
 class Decode:
     """One decode step at a time on a static cache of ``context`` tokens; ``start`` begins a new one."""
 
-    def __init__(self, step: Step, sequences: int, context: int, tokens: Callable[[int], Tensor]) -> None:
+    def __init__(
+        self, step: Step, sequences: int, context: int, tokens: Callable[[int], Tensor], symmetric: bool
+    ) -> None:
         self.step, self.sequences, self.context, self.tokens = step, sequences, context, tokens
+        self.symmetric = symmetric
         self.cache: Any = None
         self.positions = torch.zeros(0)
 
@@ -169,7 +174,8 @@ class Decode:
         prompt = torch.cat([self.tokens(2000 + n) for n in range(PROMPT)], dim=1)
         positions = torch.arange(PROMPT, device=prompt.device).unsqueeze(0)
         self.cache = StaticCache(config=self.step.model.config, max_cache_len=self.context)
-        self.step(prompt, positions, self.cache, prompt.numel())
+        with SymmetricEagerly() if self.symmetric else contextlib.nullcontext():
+            self.step(prompt, positions, self.cache, prompt.numel())
         self.positions = positions[:, -1:] + 1
 
     def __call__(self, compiled: Any, tokens: Tensor) -> Tensor:
@@ -210,7 +216,9 @@ def deepseek(rank: int, world: int, plan: Plan) -> list[Line]:
             say(f"{group}: tpfuse takes the {path.kind} path {path.cause}")
     if plan.symmetric and plan.device == "cuda":
         for group in ("tp", "attn_tp", "attn_dp"):  # before anything is captured, and for the largest shape
-            most = config.attn_dp_size * max(rows for _, rows in plan.shapes)
+            # A decode step begins with an eager prompt of every sequence.
+            rows_of = [rows * (PROMPT if phase == "decode" else 1) for phase, rows in plan.shapes]
+            most = config.attn_dp_size * max(rows_of)
             if len(groups.ranks_of(group)) > 1:
                 other_libraries.reserve(groups.name_of(group), most * sizes.hidden, sizes.dtype, device)
     say(f"weights made and cut{memory(plan)}; {expected} of {len(reductions)} reductions of the plan fuse")
@@ -230,7 +238,7 @@ def deepseek(rank: int, world: int, plan: Plan) -> list[Line]:
             return random_tokens(number, shape)
 
         if phase == "decode":
-            decode = Decode(step, rows, context, tokens)
+            decode = Decode(step, rows, context, tokens, plan.symmetric)
             case = Case(
                 step,
                 decode,

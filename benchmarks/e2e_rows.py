@@ -18,6 +18,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 from torch.fx import Graph
+from torch.utils._python_dispatch import TorchDispatchMode
 from tpfuse.passes import fusion, gathers, quantization, rows
 from tpfuse.passes.reasons import Reason, Refusal
 
@@ -109,25 +110,39 @@ torch.library.register_fake(
 )
 
 
+SYMMETRIC = {
+    c10d.all_reduce.default: torch.ops.tpfuse_e2e.symm_sum.default,
+    c10d.all_gather_into_tensor.default: torch.ops.tpfuse_e2e.symm_gather.default,
+}
+
+
+def symmetric_arguments(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Of ``all_reduce(x, "sum", group)`` and ``all_gather_into_tensor(x, size, group)``: what the other op takes."""
+    return tuple(a for a in args if not isinstance(a, str) or a != "sum")
+
+
+class SymmetricEagerly(TorchDispatchMode):
+    """Within, eager collectives are those of ``SymmetricCollectives``: gloo's gather reads GPU memory as the host's."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in SYMMETRIC:
+            return SYMMETRIC[func](*symmetric_arguments(args))
+        return func(*args, **(kwargs or {}))
+
+
 class SymmetricCollectives(compat.custom_graph_pass()):  # type: ignore[misc]
     """Puts torch's symmetric-memory all-reduce in the place of what is left of the group's own collectives."""
 
     def __call__(self, graph: Graph) -> None:
-        names = {
-            c10d.all_reduce.default: torch.ops.tpfuse_e2e.symm_sum.default,
-            c10d.all_gather_into_tensor.default: torch.ops.tpfuse_e2e.symm_gather.default,
-        }
         for node in list(graph.nodes):
             if node.target is c10d.reduce_scatter_tensor.default:
                 raise ValueError(
                     "a reduce-scatter is left, and there is none for ranks that share a GPU; give another --k"
                 )
-            if node.target not in names:
+            if node.target not in SYMMETRIC:
                 continue
-            # all_reduce(x, "sum", group), all_gather_into_tensor(x, size, group)
-            args = tuple(a for a in node.args if a != "sum")
             with graph.inserting_before(node):
-                new = graph.call_function(names[node.target], args)
+                new = graph.call_function(SYMMETRIC[node.target], symmetric_arguments(node.args))
             new.meta["val"] = node.meta["val"]
             for wait in list(node.users):
                 wait.replace_all_uses_with(new)
