@@ -303,7 +303,7 @@ STEPS = {
     "find": ("collectives", "_read"),
     "look": ("norms", "read"),
     "place": ("sharing", "place"),
-    "build": ("replacement", "_build"),
+    "build": ("fused_call", "_build"),
     "judge": ("fusion", "judge"),
     "insert": ("rewrite", "_insert"),
     "check": ("rewrite", "_check"),
