@@ -237,35 +237,19 @@ def deepseek(rank: int, world: int, plan: Plan) -> list[Line]:
         def tokens(number: int, shape: tuple[int, int] = shape) -> Tensor:
             return random_tokens(number, shape)
 
+        call: Callable[[Any, Tensor], Tensor]
+        start: Callable[[], None]
         if phase == "decode":
-            decode = Decode(step, rows, context, tokens, plan.symmetric)
-            case = Case(
-                step,
-                decode,
-                decode.start,
-                tokens,
-                expected,
-                same,
-                names,
-                expected - with_rows,
-                expected_gathered=gathered,
-            )
+            call = decode = Decode(step, rows, context, tokens, plan.symmetric)
+            start = decode.start
         else:
             positions = torch.arange(rows, device=device).unsqueeze(0)
 
             def prefill(compiled: Any, given: Tensor, positions: Tensor = positions, rows: int = rows) -> Tensor:
                 return compiled(given, positions, None, rows)
 
-            case = Case(
-                step,
-                prefill,
-                lambda: None,
-                tokens,
-                expected,
-                same,
-                names,
-                expected - with_rows,
-                expected_gathered=gathered,
-            )
+            call, start = prefill, lambda: None
+        rows_off = expected - with_rows
+        case = Case(step, call, start, tokens, expected, same, names, rows_off, expected_gathered=gathered)
         measure_shape("deepseek", phase, rows, case, plan, say, recorder)
     return recorder.lines

@@ -257,9 +257,7 @@ class Legality:
         while node is not None and node.op == "call_function":
             if collectives.spelling_of(node) is not None:
                 return node if self.order[node] > self.order[candidate.collective.node] else None
-            first = next(
-                (a for a in node.all_input_nodes if node.target is collectives.WAIT or values.is_alias(node, a)), None
-            )
+            first = node.all_input_nodes[0] if node.target is collectives.WAIT else values.aliased(node)
             node = _scaled_by(node) if first is None else first
         return None
 

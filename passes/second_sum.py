@@ -103,7 +103,7 @@ def _origin(node: Node) -> tuple[Node, tuple[Node, ...]]:
     """The node that computes a value, and the names of it that lead to ``node``."""
     names: list[Node] = []
     while True:
-        source = next((a for a in node.all_input_nodes if values.is_alias(node, a)), None)
+        source = values.aliased(node)
         if source is None:
             return node, tuple(reversed(names))
         names.append(node)
@@ -124,7 +124,7 @@ def _way(node: Node, sums: Mapping[Node, Collective]) -> _Way | None:
     factor: Node | float | None = None
     bias: Node | None = None
     while node not in sums:
-        source = next((a for a in node.all_input_nodes if values.is_alias(node, a)), None)
+        source = values.aliased(node)
         if source is None and node.target in MUL and factor is None:
             source, factor = _scaled(node, sums)
         elif source is None and node.target in ADD and factor is None and bias is None:
@@ -168,5 +168,5 @@ def _origin_in(node: Node, sums: Mapping[Node, Collective]) -> Node | None:
     """The finished sum of which ``node`` is a name, or None."""
     source: Node | None = node
     while source is not None and source not in sums:
-        source = next((a for a in source.all_input_nodes if values.is_alias(source, a)), None)
+        source = values.aliased(source)
     return source

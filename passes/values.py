@@ -141,6 +141,11 @@ def is_vector(node: Node, hidden: int) -> bool:
     )
 
 
+def aliased(node: Node) -> Node | None:
+    """The input of which a node is another name, or None where it computes a value."""
+    return next((a for a in node.all_input_nodes if is_alias(node, a)), None)
+
+
 def is_alias(node: Node, source: Node) -> bool:
     """Whether ``node`` holds the numbers of ``source`` in the same rows."""
     if node.op != "call_function":

@@ -191,9 +191,8 @@ class _Compared:
     """What the ranks of one group have compared so far, from this rank's point of view."""
 
     number: int = 0
-    agreed: dict[tuple[str, str], str] = field(
-        default_factory=dict
-    )  # (structure, context) -> the effect agreed on last
+    # (structure, context) -> the effect that was agreed on last
+    agreed: dict[tuple[str, str], str] = field(default_factory=dict)
     given_up: bool = False
 
 
