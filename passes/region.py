@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from torch.fx import Node
 
-from . import constants, legality, merged, norms, rows, values, widened
+from . import constants, equal_values, legality, norms, rows, values, widened
 from .candidate import Candidate, Found, Term, pattern_of
 from .collectives import Collective
 from .legality import ADD, MUL
@@ -149,7 +149,7 @@ def _own_of_a_rank(scalar: Node, ranks: tuple[int, ...]) -> str | None:
     A parameter or buffer that is one value, or one value of a vector, is held to be a copy of the same on all ranks, as models
     are cut. What is computed from a tensor must come from values that the ranks have reduced or gathered.
     """
-    unproved = merged.unequal(scalar, ranks)
+    unproved = equal_values.unequal(scalar, ranks)
     return unproved if unproved is None or not constants.of_inputs(scalar) else None
 
 
