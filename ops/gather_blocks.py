@@ -18,6 +18,7 @@ from tpfuse import compat
 
 from . import gather_schedule, invariant, library, paths, reference, settings
 from .arguments import Operands, check_one_dtype, refuse_gradients, same_sizes
+from .cuda import run
 from .flavour import LLAMA, Flavour
 from .gather_schedule import of_prepared
 from .op import empty_results
@@ -125,6 +126,11 @@ def _cuda(*args: Any) -> tuple[Tensor, Tensor]:
         schedule_of = partial(of_prepared, asked.blocks)
         if launch(prepared, p, x, given, (normed, residual_out), largest, rows, schedule_of, gathers=True):
             return normed, residual_out
+    if c is not None and paths.may_be_asked(block_group, x.device):
+        # Too many rows for a kernel that gathers, but among the ranks of the block there may be one that does the rest.
+        of_the_block = (*args[:8], block_group)
+        normed, residual_out = run(*of_the_block)
+        return gathered(normed, largest, asked.blocks, gather_group), residual_out
     reduced = _summed(asked, block_group, prepared.path.settings.batch_invariant)
     if c is None:
         normed, residual_out = reference.add_rms_norm(reduced, *given.after_the_sum)

@@ -18,9 +18,17 @@ from .schedule import Schedule, dependent_launch_of, kernel_of, launches_of, roo
 from .select import UNBOUNDED, Selection
 from .settings import Settings
 
-# Bytes of a block above which the library gathers. Not measured: half of where NCCL's reduce-scatter alone is as fast, for twice
-# as many bytes go over the links.
-GATHERED_BYTES = 6 << 20
+# Bytes of a block above which the library gathers, for four ranks: there the kernel takes 0.93 of the time of the op and NCCL's
+# gather at 16 MiB, and 1.03 at 28 MiB (four H200s, docs/results/rows.md). Between two ranks it wins at every size measured, up to
+# 28 MiB. With more ranks a row goes to more of them: not measured, in proportion.
+GATHERED_BYTES = 16 << 20
+
+
+def gathered_bytes(world: int, copies: int) -> int:
+    """Bytes of a block up to which one kernel gathers, where each partial row goes to ``copies`` others of its block."""
+    if world == 2:
+        return UNBOUNDED
+    return min(GATHERED_BYTES, GATHERED_BYTES * 3 // (world - 1)) // copies
 
 
 def algorithm_of(p: Plane, blocks: int) -> str:
@@ -42,13 +50,13 @@ def most_rows(p: Plane, settings: Settings, c: Constants, dtype: torch.dtype, bl
     """How many rows a block may have in a call that takes the kernel; 0 where none does."""
     if rows_of_a_launch(p, settings, c, blocks) == 0:
         return 0
-    taken = rows_taken(p, settings, c.hidden, dtype, p.world)
+    taken = rows_taken(p, settings, c.hidden, dtype, 1)
     shared = selection.entry(p.architecture, p.world, settings.table).two_shot_bytes == UNBOUNDED
     if settings.algorithm != "auto" or settings.batch_invariant or shared:
         return taken
     # With several ranks a block each row goes to all others of them, which a library's all-reduce need not do.
     copies = max(1, p.world // blocks - 1)
-    return min(taken, GATHERED_BYTES // copies // c.row_bytes)
+    return min(taken, gathered_bytes(p.world, copies) // c.row_bytes)
 
 
 def schedule_of(p: Plane, settings: Settings, c: Constants, dtype: torch.dtype, rows: int, blocks: int) -> Schedule:

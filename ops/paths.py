@@ -130,6 +130,13 @@ def path_of(group_name: str, device: torch.device) -> GroupPath:
         return path
 
 
+def may_be_asked(group_name: str, device: torch.device) -> bool:
+    """Whether :func:`path_of` has an answer: not for a group that would be voted on inside of CUDA-graph capture."""
+    found = _paths.get((group_name, device.index, current_stream_class()))
+    known = found is not None and is_current(group_name, found[1])
+    return known or not torch.cuda.is_current_stream_capturing()
+
+
 @contextlib.contextmanager
 def another(group_name: str, device: torch.device, path: GroupPath) -> Iterator[None]:
     """Inside, the group takes this path; for experiments."""

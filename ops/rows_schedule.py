@@ -18,7 +18,8 @@ from .settings import Settings
 ONE_SHOT, TWO_SHOT = "received_rows", "received_two_shot"
 
 # Bytes of a block above which NCCL's reduce-scatter, which sends every row once, is as fast: four H200s, docs/results/rows.md.
-# Where several ranks receive a block, the library reduces every row on every rank, and the kernels win further up.
+# Where several ranks receive a block, the library reduces every row on every rank, and the kernels win further up. So they do
+# between two ranks, at every size measured (28 MiB).
 SCATTERED_BYTES = 12 << 20
 
 
@@ -33,7 +34,7 @@ def rows_taken(p: Plane, settings: Settings, hidden: int, dtype: torch.dtype, bl
         return 0 if settings.algorithm == "library" else UNBOUNDED
     thresholds = selection.entry(p.architecture, p.world, settings.table)
     most = max(thresholds.one_shot_bytes, thresholds.two_shot_bytes)
-    if blocks == p.world and most < UNBOUNDED:  # unbounded: ranks that share a GPU have no such library
+    if 2 < blocks == p.world and most < UNBOUNDED:  # unbounded: ranks that share a GPU have no such library
         most = min(most, SCATTERED_BYTES)
     return most // (hidden * dtype.itemsize)
 

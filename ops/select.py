@@ -151,7 +151,7 @@ def select(
         algorithm = override
     elif size <= thresholds.one_shot_bytes:
         algorithm = "one_shot"
-    elif size <= thresholds.two_shot_bytes:
+    elif size // sums <= thresholds.two_shot_bytes:  # the library reduces every sum, too
         algorithm = "two_shot"
     elif batch_invariant:
         # In launches that fit a phase, however large the call is. Between two ranks one-shot moves no more bytes.

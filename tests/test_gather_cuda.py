@@ -13,6 +13,7 @@ import torch
 from interpreted_ranks import Call, expected_of_all, inputs, of_rank, patch_once, round_in_one_step, same_bits
 from interpreted_ranks import squares_in_kernel_order as in_kernel_order
 from test_quant_kernel import answer
+from torch import Tensor
 
 pytestmark = pytest.mark.ranks
 
@@ -189,7 +190,7 @@ def _wrong_blocks(way: str, kept: tuple[int, ...]) -> list[str]:
 
     fake = SimpleNamespace(current_device=lambda: None, current_stream_handle=lambda index: 0)
     gather_blocks.compat = rows_cuda.compat = library.compat = fake  # type: ignore[assignment]
-    path = SimpleNamespace(plane=None if way == "library" else p, settings=SimpleNamespace(batch_invariant=False))
+    path = SimpleNamespace(plane=p if way == "kernel" else None, settings=SimpleNamespace(batch_invariant=False))
     prepared = Prepared(path, LLAMA, c, None, call.dtype, call.dtype, 10**12)  # type: ignore[arg-type]
     after_x = (mine.residual, mine.weight, None, 1e-6, 1.0, str(LLAMA), False, "0")
     asked = Rows(mine.xs[rank], after_x, 2, "all_reduce", 1, (kept[rank], hidden), "op")
@@ -208,10 +209,19 @@ def _wrong_blocks(way: str, kept: tuple[int, ...]) -> list[str]:
             [wanted[0][:rows], torch.cat([own, filled[len(own) :]])]
         )
     )
+    gather_blocks.paths.may_be_asked = lambda *_: way == "block"  # type: ignore[assignment]
+
+    def of_the_block(*args: Any) -> tuple[Tensor, Tensor]:
+        launched.append(args[-1])
+        return wanted[0][rows : rows + kept[rank]], wanted[1]
+
+    gather_blocks.run = of_the_block  # type: ignore[assignment]
     got = gather_blocks._cuda(asked.x, *after_x, "block", "across", rows)
     wrong = [n for n, g, w in zip(("normed", "residual"), got, wanted, strict=True) if not same_bits(g, w)]
-    if way == "library":
+    if way == "library":  # inside of CUDA-graph capture, say
         return wrong + ([] if launched == ["add_norm_kernel"] * bool(kept[rank]) else [f"launched {launched}"])
+    if way == "block":
+        return wrong + ([] if launched == ["block"] else [f"launched {launched}"])
     # To the other rank of the block a part of each row; to both of the other block the norms of rows 0 and 2, which place 0 owns.
     pushed = [int(plane.count_nonzero()) // words for plane in planes]
     # The second launch has row 2 alone, which is its row 0.
@@ -220,6 +230,8 @@ def _wrong_blocks(way: str, kept: tuple[int, ...]) -> list[str]:
 
 
 def test_each_way_of_a_call_of_replicas_gives_the_reference_and_launches_what_it_should() -> None:
-    calls = [(way, kept) for way in ("kernel", "library") for kept in ((3, 3, 3, 3), (1, 1, 2, 2), (3, 3, 0, 0))]
+    calls = [
+        (way, kept) for way in ("kernel", "block", "library") for kept in ((3, 3, 3, 3), (1, 1, 2, 2), (3, 3, 0, 0))
+    ]
     found = answer(play_blocks, calls)
     assert found == [[]] * len(calls), [(call, wrong) for call, wrong in zip(calls, found, strict=True) if wrong]

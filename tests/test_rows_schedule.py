@@ -109,9 +109,11 @@ def test_what_takes_the_kernel_where_rows_are_gathered() -> None:
         p = plane(world, architecture)
         return gather_schedule.most_rows(p, settings(**changes), of_kind(H), BF16, blocks or world)
 
-    limit = gather_schedule.GATHERED_BYTES // (2 * H)
-    assert taken(4) == taken(8) == limit == taken(4, blocks=2) == taken(8, blocks=4)
-    assert taken(8, blocks=2) == gather_schedule.GATHERED_BYTES // 3 // (2 * H)  # four ranks a block: three copies
+    limit, row = gather_schedule.GATHERED_BYTES, 2 * H
+    assert taken(4) == limit // row == taken(4, blocks=2)
+    assert taken(2) == (64 << 20) // row  # as far as the all-reduce's kernels go
+    assert taken(8) == taken(8, blocks=4) == limit * 3 // 7 // row  # to seven others instead of three
+    assert taken(8, blocks=2) == limit * 3 // 7 // 3 // row  # four ranks a block: three copies
     assert taken(4, "sm_90-pcie") == (32 << 10) // (2 * H)
     assert taken(4, "sm_90-shared") == UNBOUNDED // (2 * H)
     assert taken(4, batch_invariant=True) == UNBOUNDED == taken(4, algorithm="one_shot")

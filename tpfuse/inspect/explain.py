@@ -329,7 +329,7 @@ def _algorithm(site: Site, rows: int, architecture: str) -> str:
         found = select(architecture, world, dtype, width, rows).algorithm
         if site.over:  # the rows of replicas: one algorithm, up to a size
             copies = max(1, len(site.group) - 1)
-            fits = copies * rows * width * dtype.itemsize <= gather_schedule.GATHERED_BYTES
+            fits = rows * width * dtype.itemsize <= gather_schedule.gathered_bytes(world, copies)
             return "gathered_blocks" if fits and found != "library" else "library"
         part = re.match(r"reduce_scatter|all_reduce\+rows/(\d+)", site.pattern)
         if part is None or found == "library":
