@@ -43,7 +43,8 @@ def summary(results: Sequence[tables.Result], names: Sequence[str], measured: Se
     against = {name: tables.ratios(results, "tpfuse", name) for name in names if name != "tpfuse"}
     for one in measured:
         against["t0 + L + B / bandwidth"] = {
-            (r.world, r.rows, r.hidden): r.median / links.floor(one, "one_shot", r.world, r.rows * r.hidden * 2)
+            (r.world, r.rows, r.hidden): r.median
+            / min(links.floor(one, a, r.world, r.rows * r.hidden * 2) for a in ("one_shot", "two_shot"))
             for r in results
             if r.contender == "tpfuse" and r.world == one.world and r.median
         }
@@ -107,10 +108,13 @@ def stage_tables(found: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 def row_tables(lines: Sequence[dict[str, Any]]) -> Iterator[str]:
     """Rows with destinations, microseconds a call."""
-    yield from head(("W", "blocks", "H", "rows of a block", "tpfuse", "NCCL, then Inductor's add and norm", "ratio"))
+    gather = ("op, then NCCL's gather",) if "op + gather" in lines[0] else ()
+    names = ("tpfuse", "NCCL, then Inductor's add and norm", *gather, "ratio")
+    yield from head(("W", "blocks", "H", "rows of a block", *names))
     for one in lines:
-        times = (f"{one['tpfuse']:.2f}", f"{one['nccl']:.2f}", f"{one['tpfuse'] / one['nccl']:.2f}")
-        yield row((one["ranks"], one["blocks"], one["hidden"], one["rows"], *times))
+        times = [f"{one[name]:.2f}" for name in ("tpfuse", "nccl", "op + gather") if name in one]
+        where = (one["ranks"], one["blocks"], one["hidden"], one["rows"])
+        yield row((*where, *times, f"{one['tpfuse'] / one['nccl']:.2f}"))
 
 
 def quant_tables(lines: Sequence[dict[str, Any]]) -> Iterator[str]:
