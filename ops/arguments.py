@@ -12,6 +12,7 @@ from torch import Tensor
 from tpfuse import compat
 
 from .flavour import Flavour
+from .reference import NARROW, sum_dtype
 
 NAME = "all_reduce_add_rms_norm"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -48,14 +49,19 @@ class Operands(NamedTuple):
         given = given._replace(flavour=Flavour.parse(str(given.flavour)))
         refuse_gradients(given.x, given.residual, given.weight, given.bias, given.scale_tensor)
         check(given.x, given.residual, given.weight, given.bias, given.flavour, given.post_norm, same)
-        check_scale(given.x, given.scale, given.scale_tensor)
+        check_scale(given.x, given.scale, given.scale_tensor, given.dtype)
         if given.partial_bias or given.residual_first:
             given.check_two_sums(same)
         return given
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype to which the sum over ranks is rounded, in which everything behind it is given."""
+        return sum_dtype(self.x.dtype, None if self.residual is None else self.residual.dtype)
+
     def check_two_sums(self, same: Callable[[Any, Any], bool] = operator.eq) -> None:
         """Raise ``ValueError`` unless a bias that is a partial sum, and an order of additions, are such as the op takes."""
-        check_partial(NAME, "bias", "partial_bias", self.x, self.bias, self.partial_bias, same)
+        check_partial(NAME, "bias", "partial_bias", self.x, self.bias, self.partial_bias, self.dtype, same)
         if self.residual_first:
             scaled = self.scale != 1.0 or self.scale_tensor is not None or self.scale_first
             check_order(NAME, "partial_bias", self.partial_bias, self.residual, scaled)
@@ -65,16 +71,18 @@ class Operands(NamedTuple):
                     f"post_norm={self.post_norm} and a flavour that reads {self.flavour.reads!r}; expected False and 'rounded'"
                 )
 
-    def reduced(self, summed: Callable[[Tensor, str], Tensor]) -> tuple[Tensor, Operands]:
+    def reduced(self, summed: Callable[[Tensor, str, torch.dtype], Tensor]) -> tuple[Tensor, Operands]:
         """The sum of ``x``, and the operands with the sum of a bias that is a partial one.
 
         Args:
-            summed: (partial sum, name of the group) -> the sum over its ranks.
+            summed: (partial sum, name of the group, dtype) -> the sum over its ranks, rounded to the dtype.
         """
-        total = summed(self.x.contiguous(), self.group_name)
+        total = summed(self.x.contiguous(), self.group_name, self.dtype)
         if not self.partial_bias or self.bias is None:
             return total, self
-        return total, self._replace(bias=summed(self.bias.contiguous(), self.group_name), partial_bias=False)
+        return total, self._replace(
+            bias=summed(self.bias.contiguous(), self.group_name, self.dtype), partial_bias=False
+        )
 
     @property
     def after_the_sum(self) -> tuple[Any, ...]:
@@ -104,7 +112,8 @@ def check(
     if x.dtype not in DTYPES:
         raise ValueError(f"{name}: x has dtype {x.dtype}; expected one of {DTYPES}")
     hidden = x.shape[-1]
-    if residual is not None and residual.dtype != x.dtype:
+    dtype = sum_dtype(x.dtype, None if residual is None else residual.dtype)
+    if residual is not None and residual.dtype != dtype:
         check_wide(x, residual, flavour, name)
     if residual is not None and not same(residual.shape, x.shape):
         raise ValueError(
@@ -127,22 +136,22 @@ def check(
     if weight is not None and not same(tuple(weight.shape), (hidden,)):
         raise ValueError(f"{name}: weight has shape {tuple(weight.shape)}; expected ({hidden},)")
     if bias is not None and (
-        bias.dtype != x.dtype or not same(tuple(bias.shape), (hidden,) if bias.dim() == 1 else tuple(x.shape))
+        bias.dtype != dtype or not same(tuple(bias.shape), (hidden,) if bias.dim() == 1 else tuple(x.shape))
     ):
         raise ValueError(
-            f"{name}: bias is {bias.dtype} {tuple(bias.shape)}; expected {x.dtype} of shape "
+            f"{name}: bias is {bias.dtype} {tuple(bias.shape)}; expected {dtype} of shape "
             f"({hidden},) or {tuple(x.shape)}"
         )
 
 
 def check_wide(x: Tensor, residual: Tensor, flavour: Flavour, name: str) -> None:
     """Raise ``ValueError`` unless a residual of another dtype than ``x`` is fp32, and its sum with ``x`` is normed unrounded."""
-    wide = residual.dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16)
+    wide = residual.dtype == torch.float32 and x.dtype in NARROW
     if not wide or flavour.reads != "unrounded":
         raise ValueError(
             f"{name}: residual is {residual.dtype} {tuple(residual.shape)}; expected the dtype and "
             f"shape of x, {x.dtype} {tuple(x.shape)}, or torch.float32 beside bf16 or fp16 with a flavour that has "
-            "reads='unrounded'"
+            "reads='unrounded', or bf16 or fp16 beside torch.float32"
         )
 
 
@@ -153,17 +162,24 @@ def check_partial(
     x: Tensor,
     partial: Tensor | None,
     asked: bool,
+    dtype: torch.dtype,
     same: Callable[[Any, Any], bool] = operator.eq,
 ) -> None:
     """Raise ``ValueError`` unless an addend that is a partial sum is there, with the shape and dtype of ``x``.
 
     Args:
         name, argument, flag: of the op, of the addend and of what says that it is a partial sum; for messages.
+        dtype: to which the sum of ``x`` is rounded.
     """
     if not asked:
         return
     if partial is None:
         raise ValueError(f"{name}: {flag}=True without {argument}: pass this rank's partial sum as {argument}")
+    if dtype != x.dtype:
+        raise ValueError(
+            f"{name}: {flag}=True with x in {x.dtype} and a residual in {dtype}; a sum that is rounded from fp32 is made alone: "
+            f"pass x in {dtype}, or all-reduce {argument} before"
+        )
     if partial.dtype != x.dtype or not same(tuple(partial.shape), tuple(x.shape)):
         raise ValueError(
             f"{name}: {argument} is {partial.dtype} {tuple(partial.shape)} with {flag}=True; expected the dtype and shape of x, "
@@ -184,21 +200,25 @@ def check_order(name: str, flag: str, asked: bool, residual: Tensor | None, scal
 
 
 def check_one_dtype(name: str, x: Tensor, residual: Tensor | None) -> None:
-    """Raise ``ValueError`` where the residual has another dtype than ``x``: for ops that take no fp32 residual beside 16 bits."""
+    """Raise ``ValueError`` where the residual has another dtype than ``x``: for ops that take no fp32 beside 16 bits."""
     if residual is not None and residual.dtype != x.dtype:
         raise ValueError(
             f"{name}: residual is {residual.dtype} {tuple(residual.shape)}; expected the dtype of x, {x.dtype}"
         )
 
 
-def check_scale(x: Tensor, scale: float, scale_tensor: Tensor | None) -> None:
-    """Raise ``ValueError`` unless a scale that is a tensor is one value of ``x``'s kind, and no number is given beside it."""
+def check_scale(x: Tensor, scale: float, scale_tensor: Tensor | None, dtype: torch.dtype) -> None:
+    """Raise ``ValueError`` unless a scale that is a tensor is one value of the sum's kind, and no number is given beside it.
+
+    Args:
+        dtype: to which the sum of ``x`` is rounded.
+    """
     if scale_tensor is None:
         return
-    if scale_tensor.dim() or scale_tensor.dtype != x.dtype or scale_tensor.device != x.device:
+    if scale_tensor.dim() or scale_tensor.dtype != dtype or scale_tensor.device != x.device:
         raise ValueError(
             f"all_reduce_add_rms_norm: scale_tensor is {scale_tensor.dtype} {tuple(scale_tensor.shape)} on "
-            f"{scale_tensor.device}; expected one value without dimensions, {x.dtype} () on {x.device}"
+            f"{scale_tensor.device}; expected one value without dimensions, {dtype} () on {x.device}"
         )
     if scale != 1.0:
         raise ValueError(f"all_reduce_add_rms_norm: scale is {scale} beside a scale_tensor; pass one of the two")

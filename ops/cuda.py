@@ -17,8 +17,10 @@ from tpfuse import compat
 from . import invariant, library, paths
 from .arguments import Operands, check, check_memory, check_out, check_scale, refuse_gradients
 from .flavour import Flavour
+from .kernels.variant import torch_dtype
 from .plane import Plane
 from .prepare import PREPARED, Prepared, prepare_once
+from .reference import sum_dtype
 from .schedule import Launch, schedule_of
 
 
@@ -82,7 +84,7 @@ def run(
         prepared = prepare_once(key, x, residual, weight, bias, scale, flavour, post_norm, group_name, **rest)
     else:
         check(x, residual, weight, bias, prepared.flavour, post_norm)
-        check_scale(x, scale, scale_tensor)
+        check_scale(x, scale, scale_tensor, sum_dtype(x.dtype, None if residual is None else residual.dtype))
     if out is None:
         normed = torch.empty_like(x, dtype=prepared.normed_dtype, memory_format=torch.contiguous_format)
         residual_out = torch.empty_like(x, dtype=prepared.residual_dtype, memory_format=torch.contiguous_format)
@@ -110,7 +112,8 @@ def run(
             p.raise_if_failed()
         schedule = prepared.schedules.get(rows)
         if schedule is None:
-            schedule = prepared.schedules.setdefault(rows, schedule_of(p, prepared.path.settings, c, x.dtype, rows))
+            made = schedule_of(p, prepared.path.settings, c, torch_dtype(c.dtype), rows)
+            schedule = prepared.schedules.setdefault(rows, made)
         if schedule.launches:
             stream = compat.current_stream_handle(index)
             if stream != p.streams.last:
@@ -140,10 +143,12 @@ def run(
                     start(launch, stream, p, prepared, xs, rs, weight, bs, ns, hs, eps, factor)  # type: ignore[arg-type]
             return normed, residual_out
     # The add and norm behind it take one program a row, with the sums of the other kernels: no row sees another.
-    summed = invariant.sum_in_rank_order if prepared.path.settings.batch_invariant else library.all_reduce
-    reduced = summed(x, group_name)
-    if partial_bias:
-        bias, c = summed(bias, group_name), c.sums_known  # type: ignore[arg-type]
+    in_order = prepared.path.settings.batch_invariant
+    summed = invariant.sum_in_rank_order if in_order else library.all_reduce
+    # A sum that is taken here is rounded here, its zeros made positive; another one by the kernel behind it.
+    reduced = summed(x, group_name, torch_dtype(c.dtype) if in_order else None)
+    if partial_bias or (in_order and c.wide_sum):
+        bias, c = summed(bias, group_name) if partial_bias else bias, c.sums_known  # type: ignore[arg-type]
     library.add_norm(reduced, residual, weight, bias, normed, residual_out, eps, factor, c)
     return normed, residual_out
 

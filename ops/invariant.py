@@ -105,14 +105,17 @@ def agree(group_name: str) -> None:
     remember(group_name)
 
 
-def sum_in_rank_order(x: Tensor, group_name: str) -> Tensor:
+def sum_in_rank_order(x: Tensor, group_name: str, dtype: torch.dtype | None = None) -> Tensor:
     """Sum of ``x`` over the group as the kernels take it: in fp32 from +0.0, rank 0 first, rounded once, zeros positive.
+
+    Args:
+        dtype: to which it is rounded (default: that of ``x``).
 
     Moves W - 1 times the bytes of ``x`` to every rank. fp64 is summed in fp64.
     """
     world = compat.resolve_group(group_name).size()
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    out = torch.empty_like(rows)
+    out = torch.empty_like(rows, dtype=dtype)
     step = max(1, GATHERED_BYTES // (rows.shape[1] * rows.element_size()))
     wide = torch.promote_types(x.dtype, torch.float32)
     for start in range(0, rows.shape[0], step):
@@ -122,7 +125,7 @@ def sum_in_rank_order(x: Tensor, group_name: str) -> Tensor:
         total = torch.zeros(part.shape, dtype=wide, device=x.device)
         for contribution in gathered:
             total += contribution
-        out[start : start + step] = total.to(x.dtype) + 0.0
+        out[start : start + step] = total.to(out.dtype) + 0.0
     return out.view(x.shape)
 
 

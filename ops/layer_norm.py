@@ -42,7 +42,8 @@ def _fake(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
 def _empty(given: LayerNormOperands) -> tuple[Tensor, Tensor]:
     x = given.x
     weight, shift = (None if t is None else t.dtype for t in (given.weight, given.norm_bias))
-    return x.new_empty(x.shape, dtype=output_dtype(x.dtype, weight, shift, given.flavour)), x.new_empty(x.shape)
+    normed = output_dtype(given.dtype, weight, shift, given.flavour)
+    return x.new_empty(x.shape, dtype=normed), x.new_empty(x.shape, dtype=given.dtype)
 
 
 registry.impl(NAME, _cpu, "CPU")
@@ -70,7 +71,8 @@ def all_reduce_add_layer_norm(
 
     Args:
         x: ``(..., H)`` fp32, bf16, fp16 or fp64: this rank's partial sum. Every rank passes the same shape and dtype.
-        residual: ``x``'s shape and dtype, or None for the variant without a residual.
+        residual: ``x``'s shape and dtype, or None for the variant without a residual. Beside fp32 ``x`` it may be bf16 or fp16:
+            the sum is taken in fp32 and rounded once to that dtype, which everything behind it has.
         weight: ``(H,)``, or None exactly with a flavour whose gain is ``"none"``.
         norm_bias: ``(H,)``, added behind the weight, or None exactly with a flavour whose shift is ``"none"``.
         eps: added to the biased variance.

@@ -9,6 +9,7 @@ from tpfuse import compat
 
 from . import invariant, library, paths
 from .cuda import aligned
+from .kernels.variant import torch_dtype
 from .layer_norm_flavour import LayerNormFlavour
 from .layer_norm_operands import LayerNormOperands
 from .plane import Plane
@@ -45,7 +46,7 @@ def run(
     key = (
         *(group_name, "layer_norm", x.dtype, x.shape[-1], flavour, scale != 1.0, residual is None, x.dim(), index),
         *(None if weight is None else weight.dtype, shift, 0 if bias is None else bias.dim(), addend is None),
-        *(paths.current_stream_class(), partial_addend, addend_bias is None, residual_first),
+        *(paths.current_stream_class(), partial_addend, addend_bias is None, residual_first, given.dtype),
     )
     prepared = PREPARED.get(key)
     if prepared is None or not paths.is_current(group_name, prepared.held):
@@ -53,7 +54,7 @@ def run(
         asked = (scale, str(parsed.scaling), False, group_name, None, kind)
         prepared = prepare_once(key, x, residual, weight, bias, *asked, residual_first=residual_first)
     normed = torch.empty_like(x, dtype=prepared.normed_dtype, memory_format=torch.contiguous_format)
-    residual_out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    residual_out = torch.empty_like(x, dtype=prepared.residual_dtype, memory_format=torch.contiguous_format)
     c, rows = prepared.constants, x.numel() // x.shape[-1] if x.numel() else 0
     if rows == 0:
         return normed, residual_out  # every rank of the group has zero rows: nothing to exchange
@@ -74,13 +75,14 @@ def run(
             p.raise_if_failed()
         schedule = prepared.schedules.get(rows)
         if schedule is None:
-            schedule = prepared.schedules.setdefault(rows, schedule_of(p, settings, c, x.dtype, rows))
+            found = schedule_of(p, settings, c, torch_dtype(c.dtype), rows)
+            schedule = prepared.schedules.setdefault(rows, found)
         if schedule.launches:
             _launch(schedule.launches, p, prepared, given, normed, residual_out)
             return normed, residual_out
     summed = invariant.sum_in_rank_order if settings.batch_invariant else library.all_reduce
-    reduced, given = given.reduced(summed)
-    if partial_addend:
+    reduced, given = given.reduced(summed)  # rounded
+    if partial_addend or c.wide_sum:
         c = c.sums_known
         if addend_bias is not None:
             given = given._replace(addend=given.addend + addend_bias)  # type: ignore[operator]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .arguments import DTYPES, check, check_order, check_partial, refuse_gradients
 from .layer_norm_flavour import LayerNormFlavour
+from .reference import sum_dtype
 
 NAME = "all_reduce_add_layer_norm"
 
@@ -47,6 +48,11 @@ class LayerNormOperands(NamedTuple):
         given.check(same)
         return given
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype to which the sum over ranks is rounded, in which everything behind it is given."""
+        return sum_dtype(self.x.dtype, None if self.residual is None else self.residual.dtype)
+
     def check(self, same: Callable[[Any, Any], bool] = operator.eq) -> None:
         """Raise as :meth:`of` does."""
         refuse_gradients(self.x, self.residual, self.weight, self.bias, name=NAME)
@@ -58,8 +64,10 @@ class LayerNormOperands(NamedTuple):
                     "torch.no_grad() or torch.inference_mode(), or detach its operands"
                 )
         added = self.addend
-        if added is not None and (added.dtype != self.x.dtype or not same(tuple(added.shape), tuple(self.x.shape))):
-            raise ValueError(f"{NAME}: addend is {_text(added)}; expected the dtype and shape of x, {_text(self.x)}")
+        if added is not None and (added.dtype != self.dtype or not same(tuple(added.shape), tuple(self.x.shape))):
+            raise ValueError(
+                f"{NAME}: addend is {_text(added)}; expected {self.dtype} and the shape of x, {_text(self.x)}"
+            )
         check(self.x, self.residual, self.weight, self.bias, self.flavour.scaling, False, same, NAME)
         self._check_two_sums(same)
         shift = self.norm_bias
@@ -74,7 +82,7 @@ class LayerNormOperands(NamedTuple):
             self._check_native()
 
     def _check_two_sums(self, same: Callable[[Any, Any], bool]) -> None:
-        check_partial(NAME, "addend", "partial_addend", self.x, self.addend, self.partial_addend, same)
+        check_partial(NAME, "addend", "partial_addend", self.x, self.addend, self.partial_addend, self.dtype, same)
         if self.residual_first:
             check_order(NAME, "partial_addend", self.partial_addend, self.residual, self.scale != 1.0)
         vector, hidden = self.addend_bias, self.x.shape[-1]
@@ -85,21 +93,23 @@ class LayerNormOperands(NamedTuple):
         if vector.dtype != self.x.dtype or not same(tuple(vector.shape), (hidden,)):
             raise ValueError(f"{NAME}: addend_bias is {_text(vector)}; expected {self.x.dtype} of shape ({hidden},)")
 
-    def reduced(self, summed: Callable[[Tensor, str], Tensor]) -> tuple[Tensor, LayerNormOperands]:
+    def reduced(self, summed: Callable[[Tensor, str, torch.dtype], Tensor]) -> tuple[Tensor, LayerNormOperands]:
         """The sum of ``x``, and the operands with the sum of an addend that is a partial one.
 
         Args:
-            summed: (partial sum, name of the group) -> the sum over its ranks.
+            summed: (partial sum, name of the group, dtype) -> the sum over its ranks, rounded to the dtype.
         """
-        total = summed(self.x.contiguous(), self.group_name)
+        total = summed(self.x.contiguous(), self.group_name, self.dtype)
         if not self.partial_addend or self.addend is None:
             return total, self
-        return total, self._replace(addend=summed(self.addend.contiguous(), self.group_name), partial_addend=False)
+        return total, self._replace(
+            addend=summed(self.addend.contiguous(), self.group_name, self.dtype), partial_addend=False
+        )
 
     def _check_native(self) -> None:
         """What torch's operator asks of weight and bias: one dtype, that of its operand or, of a 16-bit one, fp32."""
-        operand = torch.float32 if self.flavour.compute == "float32" else self.x.dtype
-        gain = {"own": None, "float32": torch.float32, "input": self.x.dtype}[self.flavour.gain_dtype]
+        operand = torch.float32 if self.flavour.compute == "float32" else self.dtype
+        gain = {"own": None, "float32": torch.float32, "input": self.dtype}[self.flavour.gain_dtype]
         dtypes = [] if self.weight is None else [gain or self.weight.dtype]
         dtypes += [] if self.norm_bias is None else [self.norm_bias.dtype]
         valid = {operand, torch.float32} if operand.itemsize == 2 else {operand}

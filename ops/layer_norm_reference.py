@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .layer_norm_flavour import LayerNormFlavour
+from .reference import sum_dtype
 
 
 def layer_norm(
@@ -78,7 +79,8 @@ def add_layer_norm(
     """Everything after the all-reduce: bias, scale, residual add and norm, each rounded as eager mode does.
 
     Args:
-        reduced: ``(..., H)``, the sum over ranks, rounded to its dtype.
+        reduced: ``(..., H)``, the sum over ranks, rounded to its dtype; in fp32 beside a 16-bit residual, to whose dtype it is
+            rounded first.
         residual: the shape and dtype of ``reduced``, or None.
         bias: ``(H,)`` or the shape of ``reduced``, added to the sum before the scale; or None.
         addend: the shape of ``reduced``, added behind the bias; or None.
@@ -90,7 +92,7 @@ def add_layer_norm(
     """
     if addend is not None and addend_bias is not None:
         addend = addend + addend_bias
-    h = reduced
+    h = reduced.to(sum_dtype(reduced.dtype, None if residual is None else residual.dtype))
     if bias is not None:
         h = h + bias
     if residual_first and residual is not None:

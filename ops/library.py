@@ -25,10 +25,10 @@ from .quantizer import Quantizer
 MOST_PROGRAMS = 1 << 16
 
 
-def all_reduce(x: Tensor, group_name: str) -> Tensor:
-    """Sum of ``x`` over the group, by its own backend."""
+def all_reduce(x: Tensor, group_name: str, dtype: torch.dtype | None = None) -> Tensor:
+    """Sum of ``x`` over the group, by its own backend, rounded to ``dtype`` (default: that of ``x``)."""
     reduced = torch.ops._c10d_functional.all_reduce(x, "sum", group_name)
-    return torch.ops._c10d_functional.wait_tensor(reduced)
+    return torch.ops._c10d_functional.wait_tensor(reduced).to(dtype or x.dtype)
 
 
 @lru_cache(maxsize=512)
@@ -63,6 +63,7 @@ def add_norm(
     """Bias, scale, residual add and norm of reduced rows in one kernel. Tensors are contiguous and 16-byte aligned.
 
     Args:
+        reduced: in the dtype of the partial sums; the kernel rounds it where the residual is narrower.
         behind: of a LayerNorm: what it adds behind its weight, and the addend behind the bias.
     """
     kernel = _kernel(constants)

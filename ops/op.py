@@ -66,9 +66,9 @@ def empty_results(given: Operands) -> tuple[Tensor, Tensor]:
 
 def _dtypes(given: Operands) -> tuple[torch.dtype, torch.dtype]:
     weight = None if given.weight is None else given.weight.dtype
-    normed = reference.output_dtype(given.x.dtype, weight, given.flavour)
+    normed = reference.output_dtype(given.dtype, weight, given.flavour)
     residual = None if given.residual is None else given.residual.dtype
-    return normed, reference.residual_dtype(given.x.dtype, normed, given.post_norm, residual)
+    return normed, reference.residual_dtype(given.dtype, normed, given.post_norm, residual)
 
 
 def _cpu_out(*args: Any) -> None:
@@ -128,7 +128,8 @@ def all_reduce_add_rms_norm(
     Args:
         x: ``(..., H)`` fp32, bf16, fp16 or fp64: this rank's partial sum. Every rank passes the same shape and dtype.
         residual: ``x``'s shape and dtype, or None for the variant without a residual. Beside 16-bit ``x`` it may be fp32, with a
-            flavour that has ``reads="unrounded"`` (autocast): it stays fp32, and so does ``residual_out``.
+            flavour that has ``reads="unrounded"`` (autocast): it stays fp32, and so does ``residual_out``. Beside fp32 ``x`` it
+            may be bf16 or fp16: the sum is taken in fp32 and rounded once to that dtype, which everything behind it has.
         weight: ``(H,)``, or None with a flavour whose gain is ``"none"``.
         eps: added to the mean of squares.
         bias: ``(H,)`` or ``x``'s shape, added to the sum before scale and residual, or None.

@@ -98,13 +98,14 @@ def prepare(
     """
     parsed = Flavour.parse(flavour)
     check(x, residual, weight, bias, parsed, post_norm)
-    check_scale(x, scale, scale_tensor)
+    dtype = reference.sum_dtype(x.dtype, None if residual is None else residual.dtype)
+    check_scale(x, scale, scale_tensor, dtype)
     weight_dtype = None if weight is None else weight.dtype
     hidden = x.shape[-1]
     path = paths.path_of(group_name, x.device)
-    why_not = supports(x.dtype, weight_dtype, hidden, parsed)
-    if why_not is None and layer_norm is not None and layer_norm.shift not in (None, x.dtype, torch.float32):
-        why_not = f"a {layer_norm.shift} norm_bias with {x.dtype} activations"
+    why_not = supports(dtype, weight_dtype, hidden, parsed)
+    if why_not is None and layer_norm is not None and layer_norm.shift not in (None, dtype, torch.float32):
+        why_not = f"a {layer_norm.shift} norm_bias with {dtype} activations"
     if why_not and path.settings.batch_invariant:
         raise RuntimeError(
             f"tpfuse: batch_invariant is on, and no kernel takes this call: {why_not}. The group's own all-reduce and torch's "
@@ -112,15 +113,15 @@ def prepare(
             "(docs/op.md), or switch batch_invariant off on all ranks"
         )
     invariant.remember(group_name)
-    normed_dtype = reference.output_dtype(x.dtype, weight_dtype, parsed)
-    wide = residual is not None and residual.dtype != x.dtype
+    normed_dtype = reference.output_dtype(dtype, weight_dtype, parsed)
+    wide = residual is not None and residual.dtype != dtype
     prepared = Prepared(
         path=path,
         flavour=parsed,
         constants=None
         if why_not
         else constants(
-            x.dtype,
+            dtype,
             weight_dtype,
             hidden,
             parsed,
@@ -132,22 +133,23 @@ def prepare(
             scale_first=scale_first,
             wide_residual=wide,
             residual_first=residual_first,
+            wide_sum=x.dtype != dtype,
         ),
         why_not=why_not,
         normed_dtype=normed_dtype,
         residual_dtype=reference.residual_dtype(
-            x.dtype, normed_dtype, post_norm, None if residual is None else residual.dtype
+            dtype, normed_dtype, post_norm, None if residual is None else residual.dtype
         ),
         limit=int(path.settings.watchdog_seconds * 1e9),
         held=compat.group_reference(compat.resolve_group(group_name)),
     )
     if layer_norm is not None:
         kind, shift, *addend = layer_norm
-        prepared.normed_dtype = layer_norm_reference.output_dtype(x.dtype, weight_dtype, shift, kind)
+        prepared.normed_dtype = layer_norm_reference.output_dtype(dtype, weight_dtype, shift, kind)
         if prepared.constants is not None:
             prepared.constants = centered(prepared.constants, shift, prepared.normed_dtype, *addend)
     if prepared.constants is not None and path.plane is not None:
-        (load or _load_kernels)(prepared, path.plane, x.dtype)
+        (load or _load_kernels)(prepared, path.plane, dtype)
     PREPARED[key] = prepared
     return prepared
 
@@ -200,17 +202,19 @@ def samples(c: Constants, p: Plane, counts: int = 1, quantizer: Quantizer | None
         counts: how many numbers of rows the kernel takes.
         quantizer: of a kernel that quantizes.
     """
-    x, weight, normed, residual_out = (torch_dtype(d) for d in (c.dtype, c.weight_dtype, c.out_dtype, c.residual_dtype))
+    x, own, normed, residual_out = (torch_dtype(d) for d in (c.x_in, c.dtype, c.out_dtype, c.residual_dtype))
     tables = (torch.int64, torch.int32)
-    more: tuple[Any, ...] = (torch_dtype(c.shift_dtype or c.dtype), x) if c.centered else ()
+    # What there is not, x stands for.
+    shift, addend = torch_dtype(c.shift_dtype or c.x_in), own if c.has_addend else x
+    more: tuple[Any, ...] = (shift, addend) if c.centered else ()
     more += (x,) if c.partial_addend else ()
     if quantizer is not None:
         more = (torch.uint8, scales_like((1, c.hidden), quantizer)[2], torch.float32, 1)
     return (
         x,
-        torch_dtype(c.residual_in),
-        weight,
-        x,
+        torch_dtype(c.residual_in) if c.has_residual else x,
+        torch_dtype(c.weight_dtype) if c.has_weight else x,
+        own if c.bias != "none" else x,
         normed,
         residual_out,
         *more,
@@ -220,7 +224,7 @@ def samples(c: Constants, p: Plane, counts: int = 1, quantizer: Quantizer | None
         p.phase_bytes,
         1 << 40,
         1e-6,
-        x if c.scale_loaded else 1.0,
+        own if c.scale_loaded else 1.0,
     )
 
 

@@ -11,6 +11,13 @@ from torch import Tensor
 
 from .flavour import Flavour
 
+NARROW = (torch.bfloat16, torch.float16)
+
+
+def sum_dtype(partial: torch.dtype, residual: torch.dtype | None) -> torch.dtype:
+    """The dtype to which a sum over ranks is rounded: that of the partial sums, or of a 16-bit residual beside fp32 ones."""
+    return residual if partial == torch.float32 and residual in NARROW else partial  # type: ignore[return-value]
+
 
 def rms_norm(
     h: Tensor, weight: Tensor | None, eps: float, flavour: Flavour, input_dtype: torch.dtype | None = None
@@ -86,7 +93,8 @@ def add_rms_norm(
     """Everything after the all-reduce: bias, scale, residual add and norm. See ``docs/op.md`` for the contract.
 
     Args:
-        reduced: ``(..., H)``, the sum over ranks, rounded to its dtype.
+        reduced: ``(..., H)``, the sum over ranks, rounded to its dtype; in fp32 beside a 16-bit residual, to whose dtype it is
+            rounded first.
         residual: the shape and dtype of ``reduced``, or None; with a flavour that reads the unrounded sum also fp32.
         weight: ``(H,)`` or None.
         bias: ``(H,)`` or the shape of ``reduced``, added before the scale; or None.
@@ -102,6 +110,7 @@ def add_rms_norm(
     With a flavour that reads the unrounded sum the norm is that of ``residual + y`` in fp32; what is returned is rounded to the
     residual's dtype.
     """
+    reduced = reduced.to(sum_dtype(reduced.dtype, None if residual is None else residual.dtype))
     if residual_first and residual is not None and bias is not None:
         h = (residual + reduced) + bias
         return rms_norm(h, weight, eps, flavour), h

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch.fx import Node
 
 from . import values
@@ -88,6 +89,8 @@ class Candidate:
         scale_tensor: a scalar tensor in the dtype of the sum by which each rank multiplies the reduced sum, in the place of
             ``scale``, or None.
         scale_first: the scale comes before the bias.
+        narrowed: of an fp32 sum that is rounded to 16 bits before anything else is done with it, what leads to its rounded
+            value; see :mod:`.narrowed`.
     """
 
     collective: Collective
@@ -109,6 +112,12 @@ class Candidate:
     addend: Node | None = None
     scale_tensor: Node | None = None
     scale_first: bool = False
+    narrowed: tuple[Node, ...] = ()
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The dtype in which the sum is added to and normed."""
+        return values.dtype(self.narrowed[-1] if self.narrowed else self.collective.value)
 
     @property
     def outputs(self) -> tuple[Node, ...]:
@@ -129,7 +138,7 @@ class Candidate:
 
     @property
     def pattern(self) -> str:
-        parts = [start_of(self.collective, self.block)]
+        parts = [Start(self.collective, self.block, self.narrowed).name]
         if self.merged is not None:
             # A number may come from the rank: in the pattern, which ranks compare.
             factor = f"*{self.merged.factor!r}" if isinstance(self.merged.factor, float) else ""
@@ -195,6 +204,7 @@ class Candidate:
         if self.merged is not None:
             other = self.merged.collective
             region += [other.node, *other.waits, *self.merged.nodes]
+        region += self.narrowed
         region += [node for term in self.terms for node in (*term.path, *term.casts, term.node)]
         region += [*(self.rounded or ()), *self.norm.steps, self.norm.out]
         if self.post_add is not None:
@@ -216,11 +226,23 @@ class Found:
     admitted: str | None = None  # the rule that lets the policy rewrite it, see passes.judge
 
 
-def start_of(c: Collective, block: RowBlock | None) -> str:
-    """How a pattern begins: ``all_reduce``, ``reduce_scatter``, or ``all_reduce+rows/2`` with one of two blocks kept."""
-    return c.kind if block is None or not block.nodes else f"{c.kind}+rows/{block.blocks}"
+@dataclass(frozen=True)
+class Start:
+    """Where a walk begins: a sum, the rows of it that this rank keeps, and what rounds it first."""
 
+    collective: Collective
+    block: RowBlock | None
+    narrowed: tuple[Node, ...] = ()
 
-def pattern_of(c: Collective, block: RowBlock | None, terms: list[Term], end: str | None) -> str:
-    names = {"bias": "bias", "full": "add", "scale": "scale", "factor": "scale"}
-    return "+".join([start_of(c, block), *(names[t.kind] for t in terms), *([end] if end else [])])
+    @property
+    def name(self) -> str:
+        """How a pattern begins: ``all_reduce``, ``reduce_scatter``, ``all_reduce+rows/2`` with one of two blocks kept, or
+        ``all_reduce+cast`` where the sum is rounded first."""
+        parts = [self.collective.kind]
+        if self.block is not None and self.block.nodes:
+            parts.append(f"rows/{self.block.blocks}")
+        return "+".join([*parts, *(["cast"] if self.narrowed else [])])
+
+    def pattern(self, terms: list[Term], end: str | None) -> str:
+        names = {"bias": "bias", "full": "add", "scale": "scale", "factor": "scale"}
+        return "+".join([self.name, *(names[t.kind] for t in terms), *([end] if end else [])])

@@ -236,6 +236,8 @@ def _added(new: Replacement, value: Node | Value, operand: Node | None = None) -
 def _followed(new: Replacement, value: Node | Value, start: int) -> Node | Value:
     """``value`` in the shape that the sum has at the end: through the changes of shape from step ``start`` on."""
     candidate = new.candidate
+    if start == 0 and candidate.narrowed:
+        value = new.fit(new.repeat(candidate.narrowed, value), candidate.narrowed[-1])
     for term in candidate.terms[start:]:
         value = new.fit(new.repeat(term.path, value), term.node)
     if candidate.post_add is not None:

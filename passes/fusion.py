@@ -200,6 +200,10 @@ def _quantized(candidate: Candidate, legality: Legality, options: PassOptions) -
             return replace(candidate, note="the norm is quantized, but the residual is added to it as well")
         if candidate.block is not None:
             return replace(candidate, note="the norm is quantized, but each rank keeps some rows of the sum only")
+        if candidate.narrowed:
+            return replace(
+                candidate, note=f"the norm is quantized, but the sum is fp32 and rounded to {candidate.dtype}"
+            )
         start = region.before_the_sum(candidate) if options.numerics == "relaxed" else None
         start = start or candidate
         if start.scale_tensor is not None or start.scale_first:

@@ -122,6 +122,8 @@ def _over_replicas(
         return None, stays + "the norm is a LayerNorm"
     if candidate.scale_tensor is not None or candidate.scale_first:
         return None, stays + "the sum is multiplied by a tensor, or before an addend"
+    if candidate.narrowed:
+        return None, stays + f"the sum is fp32 and rounded to {candidate.dtype}"
     if not _is_waited_for(start):
         return None, stays + "it is not read through a wait"
     path = [*filled[0].path(start.args[0]), start] if pads else [start]  # type: ignore[arg-type]

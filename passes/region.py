@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch.fx import Node
 
-from . import constants, equal_values, legality, norms, rows, values, widened
-from .candidate import Candidate, Found, Term, pattern_of
+from . import constants, equal_values, legality, narrowed, norms, rows, values, widened
+from .candidate import Candidate, Found, Start, Term
 from .collectives import Collective
 from .legality import ADD, MUL
 from .norms import NormForm
@@ -38,24 +39,28 @@ def follow(c: Collective, order: dict[Node, int], relaxed: bool = False) -> Foun
             return Found(c, kept, c.kind)
         if kept is not None:
             block, current = kept
+    rounded = narrowed.find(current)
+    if rounded:
+        current = values.aliases(rounded[-1], order)
+    start = Start(c, block, rounded)
     while True:
         wide = widened.find(current, order)
         if isinstance(wide, WideAdd) and wide.readers:
-            found = _unrounded(c, terms, wide, order, relaxed)
-            return Found(c, _of_block(found, block), pattern_of(c, block, terms, "add+norm?"))
+            found = _unrounded(start, terms, wide, values.dtype(current.root), order, relaxed)
+            return Found(c, _of_block(found, block), start.pattern(terms, "add+norm?"))
         term = wide if isinstance(wide, Refusal) else _term(current) if wide is None else _rounded(wide)
         # A scalar of the rows that a rank keeps is another one on each rank: not to be multiplied in before the sum.
-        if relaxed and not terms and block is None:
+        if relaxed and not terms and block is None and not rounded:
             term = _factor(c, current, term)
         # A scaled sum is normalised after the scale: s and 2 * s have one norm, up to eps and rounding.
         scaled = isinstance(term, Term) and term.kind in ("scale", "factor")
         norm = None if scaled else norms.match(current, order, relaxed)
         if isinstance(norm, NormForm):
-            found = _candidate(c, terms, current, norm, order)
-            return Found(c, _of_block(found, block), pattern_of(c, block, terms, norm.kind))
+            found = _candidate(start, terms, current, norm, order)
+            return Found(c, _of_block(found, block), start.pattern(terms, norm.kind))
         if isinstance(norm, Refusal) and term is None:
-            return Found(c, norm, pattern_of(c, block, terms, "norm?"))
-        pattern = pattern_of(c, block, terms, None)
+            return Found(c, norm, start.pattern(terms, "norm?"))
+        pattern = start.pattern(terms, None)
         refusal = legality.several_readers(current, terms)
         if refusal is not None:
             return Found(c, refusal, pattern)
@@ -201,13 +206,12 @@ def _rounded(wide: WideAdd) -> Term | Refusal:
 
 
 def _unrounded(
-    c: Collective, terms: list[Term], wide: WideAdd, order: dict[Node, int], relaxed: bool
+    start: Start, terms: list[Term], wide: WideAdd, dtype: torch.dtype | None, order: dict[Node, int], relaxed: bool
 ) -> Candidate | Refusal:
-    """A norm that reads the residual sum before it is rounded."""
+    """A norm that reads the residual sum before it is rounded. ``dtype``: of the sum."""
     term = _wide_term(wide)
     if isinstance(term, Refusal):
         return term
-    dtype = values.dtype(c.value)
     norm = norms.match(wide.result, order, relaxed, dtype)
     readers = ", ".join(r.name for r in wide.readers)
     if norm is None and wide.stays:
@@ -229,25 +233,26 @@ def _unrounded(
             f"the norm reads {wide.node.name}, which adds a vector to the sum in fp32, unrounded",
         )
     if wide.stays:
-        return _candidate(c, [*terms, term], wide.result, norm, order)
+        return _candidate(start, [*terms, term], wide.result, norm, order)
     inside = {*norm.steps, norm.out}
     kept = [n for n in norm.steps if any(user not in inside and not values.is_dead(user) for user in n.users)]
     outside = [r for r in wide.readers if r not in inside] + kept
     if outside and wide.unrounded().stays:  # something else needs the fp32 value: it is the residual to come
-        return _unrounded(c, terms, wide.unrounded(), order, relaxed)
+        return _unrounded(start, terms, wide.unrounded(), dtype, order, relaxed)
     if outside:
         return Refusal(
             Reason.EXTRA_READER,
             f"{outside[0].name} needs the residual sum before it is rounded, besides the norm; the fused op gives it rounded, "
             f"unless what is added, {wide.given.name}, is cast to fp32 before",
         )
-    found = _candidate(c, [*terms, term], wide.result, norm, order)
+    found = _candidate(start, [*terms, term], wide.result, norm, order)
     return found if isinstance(found, Refusal) else replace(found, rounded=wide.rounded)
 
 
 def _candidate(
-    c: Collective, terms: list[Term], h: values.Aliases, norm: NormForm, order: dict[Node, int]
+    start: Start, terms: list[Term], h: values.Aliases, norm: NormForm, order: dict[Node, int]
 ) -> Candidate | Refusal:
+    c = start.collective
     factor = terms[0].operand if terms and terms[0].kind == "factor" else None
     kinds = [t.kind for t in terms if t.kind != "factor"]
     residual = terms[-1].operand if kinds and kinds[-1] == "full" else None
@@ -283,9 +288,12 @@ def _candidate(
         scale_tensor=tensor,
         scale_first=scale_first,
         addend=addend,
+        narrowed=start.narrowed,
     )
     # An add behind a LayerNorm stays outside: no model that we know adds its residual there.
-    return candidate if residual is not None or norm.kind == "layer_norm" else post(candidate, order)
+    if residual is None and norm.kind != "layer_norm":
+        candidate = post(candidate, order)
+    return narrowed.refusal(start.narrowed, candidate.residual, start.block is not None) or candidate
 
 
 def post(candidate: Candidate, order: dict[Node, int]) -> Candidate:

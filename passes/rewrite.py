@@ -228,7 +228,7 @@ def verify(decision: Decision) -> str | None:
                 return (
                     f"{name} is {model.dtype} {tuple(model.shape)} in the model, {got.dtype} {tuple(got.shape)} fused"
                 )
-            if not same_bytes(model, got) and (candidate.exact or not _close(model, got, values.dtype(c.value))):
+            if not same_bytes(model, got) and (candidate.exact or not _close(model, got, candidate.dtype)):
                 worst = (model.double() - got.double()).abs().max().item()
                 return f"{name} differs by up to {worst:.3g} (in {model.dtype})"
     return None

@@ -40,6 +40,8 @@ def site_of(item: Found, spot: sharing.Place, audits: list[LayerAudit], within: 
             whose = f"replicas, over {list(outcome.over)}" if outcome.over else "ranks"
             replaced = ", ".join(n.name for n in outcome.gather.starts)
             quantized += f"; the normed rows of all {whose}: it replaces {replaced}"
+        if outcome.narrowed:
+            quantized += f"; the fp32 sum is rounded once, to {outcome.dtype}, before anything is added"
         if outcome.merged is not None:
             quantized += f"; one op with {outcome.merged.collective.node.name}"
         note = f"; {outcome.note}" if outcome.note else ""

@@ -45,6 +45,7 @@ class Call:
     scale_tensor: bool = False  # the scale is given as a tensor
     scale_first: bool = False
     wide_residual: bool = False  # fp32 beside 16-bit sums
+    wide_sum: bool = False  # every rank's part is fp32, and its sum is rounded to ``dtype``
     post_norm: bool = False
     special: str = "none"  # "zeros", "negative_zeros", "nonfinite", "denormals", "order" (sums depend on their order)
     seed: int = 0
@@ -120,7 +121,7 @@ def inputs(call: Call, world: int) -> Inputs:
     g = torch.Generator().manual_seed(call.seed)
     shape = (call.rows * call.blocks, call.hidden)
 
-    def make(*size: int) -> torch.Tensor:
+    def make(*size: int, dtype: torch.dtype = call.dtype) -> torch.Tensor:
         t = torch.randn(*size, generator=g)
         if call.special == "zeros":
             t = torch.where(torch.rand(*size, generator=g) < 0.7, torch.zeros(()), t)
@@ -132,16 +133,17 @@ def inputs(call: Call, world: int) -> Inputs:
             t.view(-1)[:: max(1, t.numel() // 7)] = bad[torch.randint(3, (1,), generator=g)]
         elif call.special == "denormals":
             t = t * 1e-39 if call.dtype != torch.float16 else t * 1e-7
-        return t.to(call.dtype)
+        return t.to(dtype)
 
-    xs = [make(*shape) for _ in range(world)]
+    of_x = torch.float32 if call.wide_sum else call.dtype
+    xs = [make(*shape, dtype=of_x) for _ in range(world)]
     if call.mean:
-        xs = [(x.float() + call.mean).to(call.dtype) for x in xs]
+        xs = [(x.float() + call.mean).to(of_x) for x in xs]
     if call.special == "order":
         # Each element is 2**24, 1, -2**24 (and 1, 3, ...) over the ranks, in an order of its own: other orders, other sums.
         terms = torch.tensor([2.0**24, 1.0, -(2.0**24), 1.0, 3.0, 5.0, 7.0, 9.0][:world])
         orders = torch.rand(*shape, world, generator=g).argsort(dim=-1)
-        xs = [terms[orders[..., r]].to(call.dtype) for r in range(world)]
+        xs = [terms[orders[..., r]].to(of_x) for r in range(world)]
     weight = None
     if call.flavour not in ("weightless", "olmo"):
         weight = torch.randn(call.hidden, generator=g).to(call.weight_dtype or call.dtype)
@@ -205,6 +207,7 @@ def constants_of(call: Call, given: Inputs) -> Any:
         scale_first=call.scale_first,
         wide_residual=call.wide_residual,
         residual_first=call.residual_first,
+        wide_sum=call.wide_sum,
     )
     if not call.layer_norm:
         return c
@@ -728,7 +731,7 @@ def run(
     context = warm.context(interpret=True)
     biggest = max(c.rows * c.hidden * 4 * (world if c.gathers else 1) for c in calls)
     row = max(c.hidden * 4 for c in calls)
-    sums = 1 + any(c.two_sums for c in calls)
+    sums = 1 + any(c.two_sums or c.wide_sum for c in calls)
     plane_bytes = 2 * sums * (world * max(biggest, 4) + 2 * world * row)
     from tpfuse.ops.kernels.state import STATE_WORDS
 

@@ -63,9 +63,11 @@ def _compile(
 ) -> Any:
     split = -(-c.groups // part.groups)
     ptx = target.backend == "cuda"
-    x, weight, out, residual = (TYPES[torch_dtype(d)] for d in (c.dtype, c.weight_dtype, c.out_dtype, c.residual_dtype))
+    x, own, weight, out, residual = (
+        TYPES[torch_dtype(d)] for d in (c.x_in, c.dtype, c.weight_dtype, c.out_dtype, c.residual_dtype)
+    )
     counts = ("i32",) * (4 if blocks > 1 else 2)
-    scale = x if c.scale_loaded else "fp32"
+    scale = own if c.scale_loaded else "fp32"
     read = TYPES[torch_dtype(c.residual_in)]
     kinds = (x, read, weight, x, out, residual, "*i64", "*i32", *counts, "i32", "i64", "fp32", scale)
     gathers = algorithm.startswith("gathered")

@@ -1,6 +1,7 @@
-"""The way of a call with two partial sums to its kernel on a GPU, played without one: what is prepared, launched and summed.
+"""The way of a call with two partial sums, or a wide one, to its kernel on a GPU, played without one: what is prepared,
+launched and summed.
 
-One process plays rank 0 of two; what rank 1 would have pushed of both sums lies in the plane already.
+One process plays rank 0 of two; what rank 1 would have pushed of both rows of words lies in the plane already.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from interpreted_ranks import Call, expected, inputs, layer_norm_flavour, patch_
 from interpreted_ranks import squares_in_kernel_order as in_kernel_order
 from test_quant_kernel import answer
 from test_two_sums_kernel import layer, two
+from test_wide_sums_kernel import layer as wide_layer
+from test_wide_sums_kernel import wide
 
 pytestmark = pytest.mark.ranks
 ROWS, HIDDEN, WORLD = 3, 72, 2
@@ -26,6 +29,9 @@ CALLS = [
     layer(ROWS, seed=4),
     layer(ROWS, bias="row", addend_bias=True, seed=5),
     layer(ROWS, flavour="cohere", bias="row", addend_bias=True, residual_first=True, seed=6),
+    wide(ROWS, seed=7),
+    wide(ROWS, dtype=torch.float16, flavour="olmo2", post_norm=True, bias="row", scale=2.5, scale_tensor=True, seed=8),
+    wide_layer(ROWS, addend=True, seed=9),
 ]
 
 
@@ -74,9 +80,14 @@ def _wrong(way: str, call: Call) -> list[str]:
     for phase, part in ((0, slice(0, 2)), (1, slice(2, ROWS))):  # a launch each, in the two phases in turn
         count = part.stop - part.start
         slots = mine[phase, : 2 * WORLD * count * words].view(count, 2, WORLD, words)
-        for which, pushed in enumerate((given.xs[1], given.seconds[1])):
-            theirs_of = pushed.contiguous().view(torch.int32).view(ROWS, words)[part]
-            slots[:, which, 1] = torch.where(theirs_of == 0, 0x8000, theirs_of)
+        if call.wide_sum:  # of eight values the first four, then the other four
+            halves = given.xs[1].view(ROWS, HIDDEN // 8, 2, 4).transpose(1, 2).reshape(ROWS, 2, words)
+            pushes, mark = halves.contiguous().view(torch.int32).unbind(1), -(2**31)
+        else:
+            both_sums = given.xs[1], given.seconds[1]
+            pushes, mark = tuple(s.contiguous().view(torch.int32).view(ROWS, words) for s in both_sums), 0x8000
+        for which, pushed in enumerate(pushes):
+            slots[:, which, 1] = torch.where(pushed[part] == 0, mark, pushed[part])
     plane = SimpleNamespace(
         seen=[0],
         streams=SimpleNamespace(last=0),
@@ -91,11 +102,11 @@ def _wrong(way: str, call: Call) -> list[str]:
         kernel = Interpreted(schedule.kernel_of("one_shot", c, variant).function, (c, variant))
         return Schedule(Selection("one_shot", 2), (Launch(kernel, 2, 0, 2), Launch(kernel, 1, 2, 1)))  # type: ignore[arg-type]
 
-    def all_reduce(x: torch.Tensor, group_name: str) -> torch.Tensor:
-        both = {"x": given.xs, "second": given.seconds}
+    def all_reduce(x: torch.Tensor, group_name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        both = {"x": given.xs, "second": given.seconds} if given.seconds else {"x": given.xs}
         name = next(n for n, ranks in both.items() if torch.equal(x, ranks[0]))
         done.append(f"all-reduce of {name}")
-        return (both[name][0].float() + both[name][1].float()).to(x.dtype) + 0.0
+        return (both[name][0].float() + both[name][1].float()).to(dtype or x.dtype) + 0.0
 
     def group() -> None: ...
 
@@ -112,11 +123,12 @@ def _wrong(way: str, call: Call) -> list[str]:
     library._kernel = lambda c: Interpreted(  # type: ignore[assignment]
         kernels[c.kind], (c, Variant(world=1, lanes=128, steps=c.groups, split=1, ptx=False))
     )
-    x, second = given.xs[0].clone(), given.seconds[0].clone()
+    x, second = given.xs[0].clone(), given.seconds[0].clone() if given.seconds else given.bias
     if call.layer_norm:
+        addend = second if call.two_sums else given.addend
         got = layer_norm_cuda.run(
-            *(x, given.residual, given.weight, given.shift, given.bias, second, call.eps, call.scale),
-            *(str(layer_norm_flavour(call)), "0", True, given.addend_bias, call.residual_first),
+            *(x, given.residual, given.weight, given.shift, given.bias, addend, call.eps, call.scale),
+            *(str(layer_norm_flavour(call)), "0", call.two_sums, given.addend_bias, call.residual_first),
         )
     else:
         from tpfuse.ops.flavour import NAMED
@@ -125,18 +137,20 @@ def _wrong(way: str, call: Call) -> list[str]:
         out = (torch.full_like(x, float("nan")), torch.full_like(x, float("nan"))) if call.seed == 2 else None
         got = cuda.run(
             *(x, given.residual, given.weight, second, call.eps, 1.0, str(NAMED[call.flavour]), call.post_norm, "0"),
-            *(tensor, call.scale_first, True, call.residual_first),
+            *(tensor, call.scale_first, call.two_sums, call.residual_first),
             out=out,
         )
         if out is not None and (got[0] is not out[0] or got[1] is not out[1]):
             done.append("not into the given outputs")
     wrong = [n for n, g, w in zip(("normed", "residual"), got, wanted, strict=True) if not same_bits(g, w)]
-    if not (torch.equal(x, given.xs[0]) and torch.equal(second, given.seconds[0])):
+    if not torch.equal(x, given.xs[0]) or (given.seconds and not torch.equal(second, given.seconds[0])):
         wrong.append("an operand was written")
     if way == "library":
         behind = "add_norm_layer_norm_kernel" if call.layer_norm else "add_norm_kernel"
-        return wrong + ([] if done == ["all-reduce of x", "all-reduce of second", behind] else [f"done {done}"])
-    name = "one_shot_layer_norm_of_two_kernel" if call.layer_norm else "one_shot_kernel"
+        sums = ["all-reduce of x", "all-reduce of second"][: 1 + call.two_sums]
+        return wrong + ([] if done == [*sums, behind] else [f"done {done}"])
+    of_two = "_of_two" if call.two_sums else ""
+    name = f"one_shot_layer_norm{of_two}_kernel" if call.layer_norm else "one_shot_kernel"
     wrong += [] if done == [name] * 2 else [f"done {done}"]
     wrong += ["words left in the plane"] if bool(mine.any()) else []
     sent = int((theirs.view(-1, words) != 0).any(-1).sum())

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .epilogue import accept, finish, loaded, prefetch
-from .rows import lane_elements, load_words
+from .rows import lane_elements, load_words, values_of, words_of
 
 
 @triton.jit
@@ -28,7 +28,9 @@ def add_norm(reduced_rows, io, rows, eps, scale, C: tl.constexpr, S: tl.constexp
             element, active = lane_elements(0, i, C, S)
             start = row.to(tl.int64) * C.hidden + element
             load = prefetch(row, 0, i, io, C, S)
-            words = load_words(reduced_rows, start, active, C.dtype, C.values, S.ptx)
+            words = load_words(reduced_rows, start, active, C.x_in, C.values, S.ptx)
+            if C.wide_sum:
+                words = words_of(values_of(words, C.x_in), C.dtype, S.ptx)
             loads = loads + (load,)
             held = held + (accept(words, row, 0, i, io, scale, load, C, S),)
         # One program a row exchanges nothing: no state, no phase, nothing to watch.
@@ -49,7 +51,7 @@ def add_norm_kernel(
     C: tl.constexpr,
     S: tl.constexpr,
 ):
-    """Arguments as in ``one_shot_kernel``; ``reduced_rows`` is the all-reduced ``x``."""
+    """Arguments as in ``one_shot_kernel``; ``reduced_rows`` is the all-reduced ``x``, rounded here where it is wide."""
     add_norm(reduced_rows, (residual, weight, bias, normed, residual_out), rows, eps, scale, C, S)
 
 

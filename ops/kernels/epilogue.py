@@ -32,7 +32,7 @@ _NAN: tl.constexpr = tl.constexpr(NAN_WORD)
 @triton.constexpr_function
 def gain_ahead(c, s):
     """Whether the weight, and the shift of a LayerNorm, are loaded before the poll: where registers are left."""
-    return s.steps <= 2 and (s.affine_ahead or not c.centered) and not (c.second and s.world > 4)
+    return s.steps <= 2 and (s.affine_ahead or not c.centered) and not (c.sums == 2 and s.world > 4)
 
 
 @triton.jit
@@ -124,9 +124,12 @@ def addends(row, element, active, io, C: tl.constexpr, S: tl.constexpr):
 
 
 @triton.jit
-def second_of(io, C: tl.constexpr):
-    """The rows of the second partial sum: the addend of a LayerNorm, else the bias."""
-    if C.partial_addend:
+def second_of(x, io, C: tl.constexpr):
+    """Where the second rows of words are: the other half of ``x``, or the second partial sum: the addend of a LayerNorm, else the
+    bias."""
+    if C.wide_sum:
+        return x
+    elif C.partial_addend:
         return io[6]
     else:
         return io[2]

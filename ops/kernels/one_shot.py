@@ -16,15 +16,15 @@ import triton.language as tl
 from .call import begin, end, failed, let_next_kernel_start, poison, wait_for_previous_kernel
 from .epilogue import accept, finish, loaded, prefetch, second_of, with_second
 from .memory import marked, push
-from .reduction import sum_over_ranks
-from .rows import clear_ranks, lane_elements, own_part, poll_ranks, poll_ranks_of_two
+from .reduction import both_halves, sum_over_ranks
+from .rows import clear_ranks, lane_elements, own_part, own_words, poll_ranks, poll_ranks_of_two
 from .stamps import keep_stamps, now
 
 
 @triton.constexpr_function
 def polls_together(c, s):
-    """Whether a thread waits for the words of two sums at once: those of so few ranks fit its registers."""
-    return c.second and (s.world == 2 or (s.world <= 4 and s.steps == 1 and not c.centered))
+    """Whether a thread waits for both rows of words at once: those of so few ranks fit its registers."""
+    return c.sums == 2 and (s.world == 2 or (s.world <= 4 and s.steps == 1 and not c.centered))
 
 
 @triton.jit
@@ -34,7 +34,7 @@ def push_to_peers(held, item, allowed, bases, offset, rank, C: tl.constexpr, S: 
     WORLD: tl.constexpr = S.world
     row = item // S.split
     for i in tl.static_range(STEPS):
-        words = marked(held[i], C.zero_mark)
+        words = marked(held[i], C.pushed_mark)
         element, active = lane_elements(item % S.split, i, C, S)
         slot = offset + (row.to(tl.int64) * (C.sums * S.world) + rank) * C.row_bytes + element * C.item_bytes
         for r in tl.static_range(WORLD):
@@ -45,7 +45,7 @@ def push_to_peers(held, item, allowed, bases, offset, rank, C: tl.constexpr, S: 
 def begin_one_shot(x, io, peers, state, rank, rows, C: tl.constexpr, S: tl.constexpr):
     """What comes before the first push: addresses of all planes, own plane, own first words, phase, two stamps.
 
-    Behind them own first words of the second sum, where there is one.
+    Behind them own first words of the second row of words, where there is one.
     """
     WORLD: tl.constexpr = S.world
     PDL: tl.constexpr = S.pdl  # Triton 3.6 passes no plain string on
@@ -63,8 +63,8 @@ def begin_one_shot(x, io, peers, state, rank, rows, C: tl.constexpr, S: tl.const
     # Before the phase is asked for: both are on their way together.
     to_push = own_part(x, first, has_first, C, S)
     second = ()
-    if C.second:
-        second = own_part(second_of(io, C), first, has_first, C, S)
+    if C.sums == 2:
+        second = own_part(second_of(x, io, C), first, has_first, C, S, 1)
     return (bases, own_base, to_push, begin(state), launched, begun, second)
 
 
@@ -91,13 +91,14 @@ def one_shot(x, io, begun, peers, state, rank, rows, phase_bytes, limit, eps, sc
     watch = (state.to(tl.int64), peers.to(tl.int64), limit.to(tl.int64))
     # All pushes first: the later ones travel while the first rows are being reduced.
     push_to_peers(to_push, first, (first < items).to(tl.int32), bases, offset, rank, C, S)
-    BEHIND: tl.constexpr = S.world * C.row_bytes  # from the slots of a row to those of its second sum
-    if C.second:
+    BEHIND: tl.constexpr = S.world * C.row_bytes  # from the slots of a row to those of its second words
+    if C.sums == 2:
         push_to_peers(begun[6], first, (first < items).to(tl.int32), bases, offset + BEHIND, rank, C, S)
     for item in range(first + tl.num_programs(0), items, tl.num_programs(0)):
         push_to_peers(own_part(x, item, 1, C, S), item, 1, bases, offset, rank, C, S)
-        if C.second:
-            push_to_peers(own_part(second_of(io, C), item, 1, C, S), item, 1, bases, offset + BEHIND, rank, C, S)
+        if C.sums == 2:
+            more = own_part(second_of(x, io, C), item, 1, C, S, 1)
+            push_to_peers(more, item, 1, bases, offset + BEHIND, rank, C, S)
     pushed = now(S)
     received = pushed
     for item in range(first, items, tl.num_programs(0)):
@@ -110,14 +111,14 @@ def one_shot(x, io, begun, peers, state, rank, rows, phase_bytes, limit, eps, sc
                 loads = loads + (prefetch(row, part, i, io, C, S),)
         for i in tl.static_range(STEPS):
             element, active = lane_elements(part, i, C, S)
-            source = x.to(tl.int64) + (row.to(tl.int64) * C.hidden + element) * C.item_bytes
+            source = own_words(x, row, element, C)
             slots = own_plane + row.to(tl.int64) * (C.sums * S.world * C.row_bytes) + element * C.item_bytes
             if S.steps > 2:
                 load = prefetch(row, part, i, io, C, S)
             else:
                 load = loads[i]
-            if C.second:
-                more = second_of(io, C).to(tl.int64) + (row.to(tl.int64) * C.hidden + element) * C.item_bytes
+            if C.sums == 2:
+                more = own_words(second_of(x, io, C), row, element, C, 1)
             if polls_together(C, S):
                 both = poll_ranks_of_two(slots, source, more, rank, active, row, phase, watch, C, S)
                 words = both[0]
@@ -126,14 +127,17 @@ def one_shot(x, io, begun, peers, state, rank, rows, phase_bytes, limit, eps, sc
             received = now(S)
             clear_ranks(slots, rank, active, C, S)
             reduced = sum_over_ranks(words, C, S)
-            if C.second:
+            if C.sums == 2:
                 if polls_together(C, S):
                     words = both[1]
                 else:
                     words = poll_ranks(slots + BEHIND, more, rank, active, row, phase, watch, C, S)
                     received = now(S)
                 clear_ranks(slots + BEHIND, rank, active, C, S)
-                load = with_second(load, sum_over_ranks(words, C, S), C)
+                if C.wide_sum:
+                    reduced = both_halves(reduced, sum_over_ranks(words, C, S), C, S)
+                else:
+                    load = with_second(load, sum_over_ranks(words, C, S), C)
             held = held + (accept(reduced, row, part, i, io, scale, load, C, S),)
         finish(held, row, part, io, state, phase, watch, eps, loads, C, S)
     end(state, phase)
@@ -163,7 +167,8 @@ def one_shot_kernel(
     C: tl.constexpr,
     S: tl.constexpr,
 ):
-    """Slot of (row, rank) in a phase: ``(row * W + rank) * row_bytes``; with two sums ``((2 * row + which) * W + rank)``.
+    """Slot of (row, rank) in a phase: ``(row * W + rank) * row_bytes``; with two rows of words (two
+    sums, or the halves of a wide one) ``((2 * row + which) * W + rank)``.
 
     Args:
         x, residual, weight, bias, normed, residual_out: contiguous, 16-byte aligned; unused ones are any pointer. With

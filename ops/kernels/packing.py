@@ -45,9 +45,9 @@ def half_bits(value, DTYPE: tl.constexpr):
 
 @triton.jit
 def pack(values, DTYPE: tl.constexpr, PTX: tl.constexpr):
-    """Round fp32 values to ``DTYPE`` (nearest even) and pack them into four words."""
+    """Round fp32 values to ``DTYPE`` (nearest even) and pack them into four words; four values of 16 bits into two."""
     words = ()
-    for i in tl.static_range(4):
+    for i in tl.static_range(4 if tl.float32 == DTYPE else len(values) // 2):
         if tl.float32 == DTYPE:
             words = words + (values[i].to(tl.int32, bitcast=True),)
         elif PTX:

@@ -106,14 +106,33 @@ def sums_over_lanes(values, GROUPS: tl.constexpr):
 
 @triton.jit
 def sum_over_ranks(words, C: tl.constexpr, S: tl.constexpr):
-    """Words of the fp32 sum in rank order, rounded once to the dtype; a zero is +0.0, whatever signs it was made of."""
+    """Words of the fp32 sum in rank order, rounded once to the dtype; a zero is +0.0, whatever signs it was made of.
+
+    Of a half of a wide one two words, whose zeros have signs still; see :func:`both_halves`.
+    """
     WORLD: tl.constexpr = S.world
     total = (words[0], words[1], words[2], words[3])
-    if WORLD == 2:
-        total = plus_words(total, (words[4], words[5], words[6], words[7]), C.dtype, S.ptx)
-    else:
-        values = unpack(total, C.dtype)
+    if C.wide_sum:
+        values = unpack(total, tl.float32)
         for r in tl.static_range(1, WORLD):
-            values = plus(values, unpack((words[4 * r], words[4 * r + 1], words[4 * r + 2], words[4 * r + 3]), C.dtype))
-        total = pack(values, C.dtype, S.ptx)
-    return positive_zeros(total, C.dtype, S.ptx)
+            values = plus(
+                values, unpack((words[4 * r], words[4 * r + 1], words[4 * r + 2], words[4 * r + 3]), tl.float32)
+            )
+        return pack(values, C.dtype, S.ptx)
+    else:
+        if WORLD == 2:
+            total = plus_words(total, (words[4], words[5], words[6], words[7]), C.dtype, S.ptx)
+        else:
+            values = unpack(total, C.dtype)
+            for r in tl.static_range(1, WORLD):
+                values = plus(
+                    values, unpack((words[4 * r], words[4 * r + 1], words[4 * r + 2], words[4 * r + 3]), C.dtype)
+                )
+            total = pack(values, C.dtype, S.ptx)
+        return positive_zeros(total, C.dtype, S.ptx)
+
+
+@triton.jit
+def both_halves(first, other, C: tl.constexpr, S: tl.constexpr):
+    """Words of a wide sum from those of the halves of each lane's values; a zero is +0.0."""
+    return positive_zeros(first + other, C.dtype, S.ptx)

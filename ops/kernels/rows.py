@@ -75,14 +75,26 @@ def store_words(pointer, element, words, active, DTYPE: tl.constexpr, PTX: tl.co
 
 
 @triton.jit
-def own_part(x, item, allowed, C: tl.constexpr, S: tl.constexpr):
-    """This rank's words of an item, one tuple a step. All loads are in flight before any push."""
+def own_words(x, row, element, C: tl.constexpr, HALF: tl.constexpr = 0):
+    """Address of this rank's words of a row of ``x`` from ``element`` on; of a wide sum those of one half of a lane's values."""
+    if C.wide_sum:
+        return x.to(tl.int64) + (row.to(tl.int64) * C.hidden + element) * 4 + 16 * HALF
+    else:
+        return x.to(tl.int64) + (row.to(tl.int64) * C.hidden + element) * C.item_bytes
+
+
+@triton.jit
+def own_part(x, item, allowed, C: tl.constexpr, S: tl.constexpr, HALF: tl.constexpr = 0):
+    """This rank's words of an item, one tuple a step. All loads are in flight before any push.
+
+    ``HALF``: see :func:`own_words`.
+    """
     STEPS: tl.constexpr = S.steps
     row = item // S.split
     held = ()
     for i in tl.static_range(STEPS):
         element, active = lane_elements(item % S.split, i, C, S)
-        source = x.to(tl.int64) + (row.to(tl.int64) * C.hidden + element) * C.item_bytes
+        source = own_words(x, row, element, C, HALF)
         held = held + (load16(source, active & allowed, S.ptx),)
     return held
 

@@ -17,8 +17,8 @@ from .call import begin, end, failed, let_next_kernel_start, poison, wait_for_pr
 from .epilogue import accept, finish, loaded, prefetch, second_of, with_second
 from .memory import clear, marked, poll, push
 from .packing import positive_zeros
-from .reduction import sum_over_ranks
-from .rows import clear_ranks, lane_elements, own_part, poll_ranks
+from .reduction import both_halves, sum_over_ranks
+from .rows import clear_ranks, lane_elements, own_part, own_words, poll_ranks
 from .stamps import keep_stamps, now
 
 RECORD_BYTES: tl.constexpr = tl.constexpr(at.RECORD_BYTES)
@@ -53,32 +53,42 @@ def push_to_owner(held, item, allowed, peers, offset, rank, C: tl.constexpr, S: 
     target = tl.load(peers + row % S.world) + offset + slot
     for i in tl.static_range(STEPS):
         element, active = lane_elements(item % S.split, i, C, S)
-        push(target + element * C.item_bytes, marked(held[i], C.zero_mark), active & allowed, S.ptx)
+        push(target + element * C.item_bytes, marked(held[i], C.pushed_mark), active & allowed, S.ptx)
 
 
 @triton.jit
-def reduce_for_all(x, item, peers, rank, offset, own_plane, gather, phase, watch, C: tl.constexpr, S: tl.constexpr):
+def reduce_for_all(
+    x, item, peers, rank, offset, own_plane, gather, behind, phase, watch, C: tl.constexpr, S: tl.constexpr
+):
     """Reduce what the ranks pushed of an item whose row this rank owns, and push the sum to all of them.
 
     Args:
         x: this rank's own rows.
         gather: bytes from the start of an area to the sums of its rows.
+        behind: bytes to the second rows of words of a wide sum.
     """
     WORLD: tl.constexpr = S.world
     STEPS: tl.constexpr = S.steps
     row = item // S.split
     for i in tl.static_range(STEPS):
         element, active = lane_elements(item % S.split, i, C, S)
-        source = x.to(tl.int64) + (row.to(tl.int64) * C.hidden + element) * C.item_bytes
+        source = own_words(x, row, element, C)
         slots = own_plane + (row // S.world * S.world).to(tl.int64) * C.row_bytes + element * C.item_bytes
         words = poll_ranks(slots, source, rank, active, row, phase, watch, C, S)
         clear_ranks(slots, rank, active, C, S)
-        total = marked(sum_over_ranks(words, C, S), C.zero_mark)
+        total = sum_over_ranks(words, C, S)
+        full = words[4 * WORLD]
+        if C.wide_sum:
+            words = poll_ranks(slots + behind, own_words(x, row, element, C, 1), rank, active, row, phase, watch, C, S)
+            clear_ranks(slots + behind, rank, active, C, S)
+            total = both_halves(total, sum_over_ranks(words, C, S), C, S)
+            full = full & words[4 * WORLD]
+        total = marked(total, C.zero_mark)
         place = gather + row.to(tl.int64) * C.row_bytes + element * C.item_bytes
         for r in tl.static_range(WORLD):
             # What a poll gave up is pushed to nobody: see memory.py.
-            # Volatile, so that the addresses of all ranks are not kept in registers from one sum to the next.
-            push(tl.load(peers + r, volatile=C.second) + offset + place, total, active & words[4 * WORLD], S.ptx)
+            # Volatile, so that the addresses of all ranks are not kept in registers from one poll to the next.
+            push(tl.load(peers + r, volatile=C.sums == 2) + offset + place, total, active & full, S.ptx)
 
 
 @triton.jit
@@ -122,8 +132,8 @@ def two_shot(x, io, peers, state, rank, rows, phase_bytes, limit, eps, scale, C:
     first = item_of(0, S)
     # Before the phase is asked for: both are on their way together.
     to_push = own_part(x, first, for_others(first, items, rank, S), C, S)
-    if C.second:
-        second = own_part(second_of(io, C), first, for_others(first, items, rank, S), C, S)
+    if C.sums == 2:
+        second = own_part(second_of(x, io, C), first, for_others(first, items, rank, S), C, S, 1)
     phase = begin(state)
     items = tl.where(failed(state), 0, items)  # no push and no poll on a failed plane; see one_shot_kernel
     turns = (items + tl.num_programs(0) - 1) // tl.num_programs(0)
@@ -133,16 +143,17 @@ def two_shot(x, io, peers, state, rank, rows, phase_bytes, limit, eps, scale, C:
     gather = ((rows + S.world - 1) // S.world * S.world).to(tl.int64) * C.row_bytes
 
     push_to_owner(to_push, first, for_others(first, items, rank, S), peers, offset, rank, C, S)
-    if C.second:
-        # Its two areas lie behind those of the first sum.
+    behind = 0
+    if C.sums == 2:
+        # Their two areas lie behind those of the first rows of words; a wide sum, which is one row, leaves the last one empty.
         behind = gather + rows.to(tl.int64) * C.row_bytes
         push_to_owner(second, first, for_others(first, items, rank, S), peers, offset + behind, rank, C, S)
     for turn in range(1, turns):
         item = item_of(turn, S)
         inside = for_others(item, items, rank, S)
         push_to_owner(own_part(x, item, inside, C, S), item, inside, peers, offset, rank, C, S)
-        if C.second:
-            more = own_part(second_of(io, C), item, inside, C, S)
+        if C.sums == 2:
+            more = own_part(second_of(x, io, C), item, inside, C, S, 1)
             push_to_owner(more, item, inside, peers, offset + behind, rank, C, S)
 
     pushed = now(S)
@@ -150,10 +161,10 @@ def two_shot(x, io, peers, state, rank, rows, phase_bytes, limit, eps, scale, C:
         item = item_of(turn, S)
         row = item // S.split
         if (item < items) & (row % S.world == rank):
-            reduce_for_all(x, item, peers, rank, offset, own_plane, gather, phase, watch, C, S)
+            reduce_for_all(x, item, peers, rank, offset, own_plane, gather, behind, phase, watch, C, S)
             if C.second:
-                more, plane = second_of(io, C), own_plane + behind
-                reduce_for_all(more, item, peers, rank, offset + behind, plane, gather, phase, watch, C, S)
+                more, plane = second_of(x, io, C), own_plane + behind
+                reduce_for_all(more, item, peers, rank, offset + behind, plane, gather, 0, phase, watch, C, S)
 
     reduced_all = now(S)
     received = reduced_all
@@ -215,7 +226,7 @@ def two_shot_kernel(
 
     A phase holds two areas: scatter, where the slot of (row, rank) at the row's owner is
     ``((row // W) * W + rank) * row_bytes``, and behind its ``ceil(rows / W) * W`` rows gather, where row ``t`` is at
-    ``t * row_bytes``. Those of a second sum follow, laid out alike.
+    ``t * row_bytes``. Those of a second sum, or of the second half of a wide one's words, follow, laid out alike.
     """
     io = (residual, weight, bias, normed, residual_out)
     two_shot(x, io, peers, state, rank, rows, phase_bytes, limit, eps, scale, C, S)

@@ -20,6 +20,7 @@ except ImportError:  # a torch for CPUs, or for macOS: the op's exact path needs
     _TL = {}
 else:
     _TL = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+FP32_MARK = -(2**31)  # the bits of -0.0
 _TORCH = {ours: theirs for theirs, ours in _TL.items()}
 
 
@@ -30,7 +31,9 @@ def torch_dtype(dtype: tl.dtype) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Constants:
-    """Compile-time facts of one kernel. ``dtype`` is the dtype of ``x``; see :class:`tpfuse.ops.Flavour` for the rest."""
+    """Compile-time facts of one kernel. ``dtype`` is that of the rounded sum, and of ``x`` without ``wide_sum``.
+
+    See :class:`tpfuse.ops.Flavour` for the rest."""
 
     hidden: int
     dtype: tl.dtype
@@ -49,7 +52,7 @@ class Constants:
     round_normed: bool
     unrounded: bool  # the residual is added in fp32, and the norm reads that before it is rounded
     item_bytes: int
-    values: int  # values a lane: 16 bytes of x
+    values: int  # values a lane: 16 bytes of the rounded sum
     row_bytes: int
     zero_mark: int  # what a zero word becomes on push: a zero with a sign
     quant: Quant | None = None  # the normed rows are quantized
@@ -62,6 +65,7 @@ class Constants:
     scale_loaded: bool = False  # the scale is a pointer to one value of the dtype of x, not a number
     scale_first: bool = False  # it is multiplied in before the bias is added
     wide_residual: bool = False  # the residual is fp32 beside a 16-bit sum, and stays so; ``unrounded`` then
+    wide_sum: bool = False  # x is fp32 beside all else in ``dtype``, to which its sum is rounded
 
     @property
     def groups(self) -> int:
@@ -104,14 +108,25 @@ class Constants:
 
     @property
     def sums(self) -> int:
-        """Partial sums of each row that travel."""
-        return 2 if self.second else 1
+        """Rows of words of ``row_bytes`` that travel of each row: those of each partial sum, or of each half of the words of a
+        wide one: a lane's first four fp32 values, and its other four."""
+        return 2 if self.second or self.wide_sum else 1
 
     @property
     def sums_known(self) -> Constants:
-        """The same where both sums are rows in memory, and what is added to the second has been added."""
+        """The same where all sums are rounded rows in memory, and what is added to the second has been added."""
         bias = "full" if self.bias == "partial" else self.bias
-        return replace(self, bias=bias, partial_addend=False, addend_bias=False)
+        return replace(self, bias=bias, partial_addend=False, addend_bias=False, wide_sum=False)
+
+    @property
+    def x_in(self) -> tl.dtype:
+        """The dtype of ``x``."""
+        return _TL[torch.float32] if self.wide_sum else self.dtype
+
+    @property
+    def pushed_mark(self) -> int:
+        """What a zero word of ``x`` becomes on push; ``zero_mark`` is for one of the sum."""
+        return FP32_MARK if self.wide_sum else self.zero_mark
 
     @property
     def kind(self) -> str:
@@ -219,6 +234,7 @@ def constants(
     scale_first: bool = False,
     wide_residual: bool = False,
     residual_first: bool = False,
+    wide_sum: bool = False,
 ) -> Constants:
     """Constants of a supported call (:func:`supports` returned None)."""
     normed = torch.float32 if flavour.normed == "float32" else dtype
@@ -247,11 +263,12 @@ def constants(
         item_bytes=dtype.itemsize,
         values=16 // dtype.itemsize,
         row_bytes=hidden * dtype.itemsize,
-        zero_mark=-(2**31) if dtype == torch.float32 else 0x8000,
+        zero_mark=FP32_MARK if dtype == torch.float32 else 0x8000,
         scale_loaded=scale_loaded,
         scale_first=scale_first and bias != "none",
         wide_residual=wide_residual,
         residual_first=residual_first,
+        wide_sum=wide_sum,
     )
 
 
