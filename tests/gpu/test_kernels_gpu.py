@@ -236,3 +236,34 @@ def test_graphs_of_one_and_of_two_sums_equal_eager() -> None:
     import two_sums_on_ranks
 
     _all_well(run_ranks(two_sums_on_ranks.replays, 2))
+
+
+@pytest.mark.parametrize("algorithm", ("one_shot", "two_shot", "library"))
+@pytest.mark.parametrize("world", (2, 4))
+@pytest.mark.timeout(400)
+def test_wide_parts_have_the_bits_of_the_reference_on_every_way_to_them(world: int, algorithm: str) -> None:
+    import wide_sums_on_ranks
+
+    missing = why_not(world)
+    if algorithm == "library" and (world > 2 or gpu_count() < world):
+        missing = "NCCL needs a GPU for each rank, and sums more than two in an order of its own"
+    if missing:
+        pytest.skip(missing)
+    _all_well(run_ranks(wide_sums_on_ranks.edges, world, timeout=380, env={"TPFUSE_ALGORITHM": algorithm}))
+
+
+@pytest.mark.parametrize("world", (2, 4))
+@pytest.mark.timeout(400)
+def test_random_calls_of_wide_and_of_narrow_parts(world: int) -> None:
+    import wide_sums_on_ranks
+
+    missing = why_not(world)
+    if missing:
+        pytest.skip(missing)
+    _all_well(run_ranks(wide_sums_on_ranks.random_calls, world, timeout=380))
+
+
+def test_graphs_of_wide_and_of_narrow_parts_equal_eager() -> None:
+    import wide_sums_on_ranks
+
+    _all_well(run_ranks(wide_sums_on_ranks.replays, 2))
