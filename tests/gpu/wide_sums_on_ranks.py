@@ -1,4 +1,4 @@
-"""What the GPU tests of fp32 parts beside a 16-bit residual run on every rank; they return complaints, none where all was well."""
+"""What the GPU tests of fp32 parts beside a 16-bit residual run on every rank. Complaints come back, none where all was well."""
 
 from __future__ import annotations
 
