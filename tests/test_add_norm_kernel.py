@@ -55,6 +55,8 @@ def test_it_has_the_bits_of_the_reference():
         Call(3, hidden, dtype=dtype, flavour=flavour, wide_residual=True)
         for hidden, dtype, flavour in ((72, torch.bfloat16, "sglang"), (2056, torch.float16, "vllm"))
     ]
+    # Values of a row that are not finite spoil its norm, and of its residual themselves alone.
+    calls += [Call(3, 2056, special="nonfinite", seed=n) for n in (1, 2)]
     calls += [Call(2, 72, residual=False, flavour="vllm"), Call(2, 72, post_norm=True, flavour="olmo2")]
     context = warm.context(interpret=True)
     receive, send = context.Pipe(duplex=False)

@@ -323,6 +323,7 @@ def test_add_and_norm_compiles_for_every_nvidia_target(
     )
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     assert _resources(compiled.asm["ptx"], tmp_path)[1] == 0, "spills"
+    assert "ld.relaxed" not in compiled.asm["ptx"], "it has no failure record, and what it takes for one is data"
 
 
 @pytest.mark.parametrize("algorithm", sorted(KERNELS))

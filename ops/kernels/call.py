@@ -95,8 +95,12 @@ def spoil(mean, state, residual_out, start, active, C: tl.constexpr, S: tl.const
     Lanes and sibling programs that had their own words have stored good values; the mean tells them. It is also NaN for rows
     with such values in them, so the record decides. It was written before this program, or the sibling whose sum is NaN, met
     at the barrier behind its polls. The stores of :func:`accept` are this thread's own: program order.
+
+    A kernel of one rank polls nothing and has no record: ``state`` is any pointer there.
     """
-    if S.ptx:
+    if S.world == 1:
+        pass
+    elif S.ptx:
         tl.inline_asm_elementwise(
             """
             {
