@@ -185,8 +185,8 @@ def prepare(plan: Plan) -> torch.device:
     """Settings of a rank's process, and its device."""
     # A pool of compiler processes forked from a client of MPS has hung.
     torch._inductor.config.compile_threads = 1  # type: ignore[attr-defined]
-    # Inductor's own kernels are the same for all contenders and on all ranks. Left to itself it times variants of them, and what it
-    # takes differs from compile to compile by more than what is measured here.
+    # Inductor's own kernels are the same for all contenders and on all ranks. Left to itself it times variants of them, and what
+    # it takes differs from compile to compile by more than what is measured here.
     torch._inductor.config.deterministic = True  # type: ignore[attr-defined]
     torch._inductor.config.autotune_local_cache = False  # type: ignore[attr-defined]
     if plan.device == "cpu":
