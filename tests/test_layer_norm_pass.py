@@ -198,6 +198,7 @@ REFUSED = {
         lambda h, w, b: (h - h.mean(-1, keepdim=True)) / (h.var(-1, correction=0, keepdim=True).sqrt() + 1e-5),
         "layer-norm",
     ),
+    "rows and columns at once": (lambda h, w, b: nn.functional.layer_norm(h, h.shape[-2:]), "mean-dim"),
     "the weight twice": (lambda h, w, b: native(h, w, b) * w, None),
 }
 
