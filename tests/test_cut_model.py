@@ -51,6 +51,7 @@ def refusals(rank, world_size, folder):
         "asks only": model.resize_token_embeddings() is model.get_input_embeddings(),
         "files": sorted(name for name in os.listdir(folder) if name.endswith(str(rank))),
         "whole vocabulary": cut(vocabulary=False).resize_token_embeddings(130).num_embeddings,
+        "layer": said(lambda: model.model.layers[0](torch.zeros(1, 2, 64))),
         "one rank": said(lambda: _one_rank(folder, rank)),
     }
 
@@ -62,6 +63,7 @@ def test_what_would_take_a_part_for_the_whole_is_refused(pool, tmp_path):
         assert found["asks only"]
         assert found["files"] == [f"own{rank}"]  # nothing was written for the refused call
         assert found["whole vocabulary"] == 130
+        assert "layer 0 was called by itself" in found["layer"]
         assert found["one rank"] == "nothing was raised"
 
 

@@ -147,6 +147,7 @@ def compile(
         The compiled model; attributes and ``generate`` are the model's own.
     """
     transformers = _transformers()
+    model = getattr(model, "_orig_mod", model)  # compiled before: the new settings hold
     if mode is not None and options is not None:
         # torch.compile takes one of the two.
         mode, options = None, {**options, "tpfuse.mode": mode}
