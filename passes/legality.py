@@ -23,6 +23,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ADD = values.overloads("add.Tensor")
 MUL = values.overloads("mul.Tensor", "mul.Scalar")
 WHERE = values.overloads("where.self")
+NORMS = values.overloads("native_layer_norm.default", "_fused_rms_norm.default")
 DROPOUTS = values.overloads("native_dropout.default", "dropout.default")
 MASKS = values.CASTS | MUL | values.overloads("div.Tensor", "div.Scalar", "gt.Scalar", "lt.Scalar", "ge.Scalar")
 MASK_DEPTH = 4
@@ -120,6 +121,13 @@ def no_norm(current: values.Aliases, terms: list[Term]) -> Refusal:
         if reader.target in values.CASTS:
             return Refusal(
                 Reason.DTYPE, f"the {what} is cast from {values.dtype(current.root)} to {values.dtype(reader)}"
+            )
+    for reader in current.readers:
+        sizes = reader.args[1] if reader.target in NORMS else None
+        if isinstance(sizes, Sequence) and len(sizes) > 1:
+            return Refusal(
+                Reason.MEAN_DIM,
+                f"{reader.name} ({reader.target}) normalizes the {what} over its last {len(sizes)} dimensions",
             )
     readers = ", ".join(f"{r.name} ({r.target})" for r in current.readers[:3]) or "nothing"
     return Refusal(Reason.NO_NORM, f"the {what} is read by {readers}; no norm follows")

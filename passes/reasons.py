@@ -104,8 +104,8 @@ REMEDIES: dict[Reason, str] = {
     Reason.WEIGHT_INSIDE_MEAN: "The weight is multiplied in before the mean. Apply it to the normalised value.",
     Reason.WEIGHT_SHAPE: "The weight is not a vector of the hidden size.",
     Reason.EPS_NOT_CONSTANT: "eps is computed in the graph or is a graph input. Make it a Python float of the module.",
-    Reason.UNKNOWN_FLAVOUR: "It is an RMSNorm, but it casts or rounds in an order that the fused op does not repeat. Use "
-    "numerics='relaxed' to accept a different rounding, or a standard spelling.",
+    Reason.UNKNOWN_FLAVOUR: "It is a norm that the fused op computes, but it casts or rounds in an order that the op does not "
+    "repeat. Use numerics='relaxed' to accept a different rounding, or a standard spelling.",
     Reason.DYNAMIC_WIDTH: "The hidden size is symbolic. Mark only the row dimensions as dynamic.",
     Reason.GROUP_MISMATCH: "Attention and MLP reduce over different ranks, so the group is not shared. Set "
     "moe_dense_tp_size equal to attn_tp_size, or use policy='all'.",

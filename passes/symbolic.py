@@ -130,9 +130,7 @@ class Meaning:
     def _fused(self, step: Step, a: Any) -> Any:
         shape, weight, eps = ([*list(step.args[1:]), None, None])[:3]
         if tuple(shape) != (self.hidden,):
-            self.notes[Reason.PARTIAL_WIDTH] = (
-                f"{step.target} normalises over {tuple(shape)}, the width is {self.hidden}"
-            )
+            self._over_other_sizes(step, shape)
             return None
         if a != S:
             return None
@@ -152,13 +150,15 @@ class Meaning:
         variance = factor**2 * V
         return sympy.Tuple(variance, factor * M) if step.dtype is None else variance
 
+    def _over_other_sizes(self, step: Step, shape: Any) -> None:
+        reason = Reason.PARTIAL_WIDTH if len(shape) == 1 else Reason.MEAN_DIM
+        self.notes[reason] = f"{step.target} normalises over {tuple(shape)}, the width is {self.hidden}"
+
     def _layer_norm(self, step: Step, a: Any) -> Any:
         shape, weight, bias, eps = step.args[1:5]
         if tuple(shape) != (self.hidden,):
             del self.notes[Reason.LAYER_NORM]  # this says more
-            self.notes[Reason.PARTIAL_WIDTH] = (
-                f"{step.target} normalises over {tuple(shape)}, the width is {self.hidden}"
-            )
+            self._over_other_sizes(step, shape)
             return None
         if a != S or isinstance(eps, Ref):
             return None

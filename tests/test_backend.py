@@ -319,6 +319,24 @@ def test_reports_round_trip_and_survive_clear():
     assert tpfuse.reports() == []
 
 
+def test_a_compile_that_fails_leaves_no_report(monkeypatch):
+    from tpfuse import compat
+
+    args, layer = inputs(), Layer()
+    with torch.no_grad(), monkeypatch.context() as broken:
+        broken.setattr(compat, "boxed", lambda _: 1 / 0)  # behind the pass
+        with pytest.raises(Exception, match="division by zero"):
+            compiled(layer)(*args)
+        assert tpfuse.reports() == []
+        torch._dynamo.reset()
+        with torch._dynamo.config.patch(suppress_errors=True):  # the model's own code runs: nothing of it is fused
+            assert graphs.equal(compiled(layer)(*args), layer(*args))
+        assert not any(report.fused for report in tpfuse.reports())
+    torch._dynamo.reset()
+    with torch.no_grad(), tpfuse.expect(fused=1):
+        compiled(layer)(*args)
+
+
 # -- graphs that must not be touched --------------------------------------------------------------------------------------
 
 

@@ -278,6 +278,15 @@ def test_a_folder_without_a_config(tmp_path):
     refused(tpfuse("explain", tmp_path, "--tp-size", 2), "has no config.json")
 
 
+def test_a_config_with_code_of_its_own_is_refused_without_a_question(tmp_path):
+    config = {"model_type": "somebodys_own", "auto_map": {"AutoConfig": "configuration_own.OwnConfig"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "configuration_own.py").write_text("raise SystemExit('this code was run')")
+    result = tpfuse("explain", tmp_path, "--tp-size", 2)
+    refused(result, "brings code of its own")
+    assert "[y/N]" not in result.stdout + result.stderr
+
+
 def test_a_config_that_is_broken(tmp_path):
     (tmp_path / "config.json").write_text("{")
     refused(tpfuse("explain", tmp_path, "--tp-size", 2), "config.json cannot be read")

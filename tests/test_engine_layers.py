@@ -188,6 +188,30 @@ def test_a_group_of_one_rank_calls_the_norm():
             assert got[0] is x and got[1] is residual and graphs.equal(got, want)
 
 
+class Gated(Norm):
+    """``RMSNormGated`` of Mamba 2: what it takes beside the rows is no residual."""
+
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        f = x.float() if gate is None else x.float() * nn.functional.silu(gate.float())
+        return self.weight * self.scaled(f).to(x.dtype)
+
+
+@pytest.mark.parametrize("ranks", [[0], [0, 1]], ids=str)
+def test_a_second_argument_that_is_no_residual_is_refused(ranks):
+    group, (x, residual) = dist.new_group(ranks), rows()
+    with torch.no_grad(), pytest.raises(ValueError, match="its second argument is no residual"):
+        fused_allreduce_rms_norm(x.view(-1, H)[:2], residual.view(-1, H)[:2], Gated(), group=group)
+
+
+def test_a_norm_that_was_cast_since_the_last_call_gets_another_rounding():
+    norm, (x, residual) = Vllm(), rows()
+    with torch.no_grad():
+        for cast in (norm.bfloat16, norm.float, norm.bfloat16):
+            cast()
+            got = fused_allreduce_rms_norm(x, residual, norm, group=dist.group.WORLD)
+            assert graphs.equal(got, unfused(norm, x, residual))
+
+
 def test_under_a_compile_the_rounding_is_given():
     torch._dynamo.reset()
     norm, (x, residual) = Vllm(), rows()

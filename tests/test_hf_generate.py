@@ -382,6 +382,11 @@ def test_stop_strings(llama):
     assert got.tolist() == expected.tolist()
 
 
+def test_a_prompt_that_is_looked_up_gets_a_cache_that_gives_tokens_back(llama):
+    prompt = {"input_ids": torch.tensor([[3, 4, 3, 4, 3, 4]])}
+    assert ours(llama, **prompt, prompt_lookup_num_tokens=5).tolist() == reference(llama, **prompt).tolist()
+
+
 def test_beams_and_flash_attention_are_transformers_business(llama):
     assert ours(llama, **PLAIN, num_beams=2).tolist() == reference(llama, **PLAIN, num_beams=2).tolist()
     config = llama.generation_config

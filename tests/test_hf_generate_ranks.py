@@ -110,3 +110,46 @@ def layout_of_ours(rank, world_size, config):
 )
 def test_models_that_tpfuse_cut(pool, config, loop):
     assert pool.run(layout_of_ours, config) == [(True, loop)] * 2
+
+
+def differing(rank, world_size, folder):
+    """What calls say whose ranks do not agree, and tokens of those that do."""
+    torch._dynamo.reset()
+    cut = hf.parallelize(unsharded("llama", **ONE), ParallelConfig(world_size))
+    models = {
+        "cut": cut,
+        "transformers": hf.compile(sharded(folder, world_size), options={"tpfuse.inner": "aot_eager"}),
+    }
+    found = {}
+    for name, model in models.items():
+        for what, prompt, draws, seed in (
+            ("prompts", torch.tensor([[3, 4, 5 + rank]]), False, 5),
+            ("seeds", PLAIN["input_ids"], True, 5 + rank),
+            ("settings", PLAIN["input_ids"], rank == 1, 5),
+            ("greedy", PLAIN["input_ids"], False, 5 + rank),
+            ("drawn", PLAIN["input_ids"], True, 5),
+        ):
+            torch.manual_seed(seed)
+            try:
+                found[name, what] = model.generate(prompt, **COMMON, do_sample=draws, disable_compile=True).tolist()
+            except ValueError as error:
+                found[name, what] = str(error)
+    torch.manual_seed(rank)
+    try:
+        found["cut", "ours"] = hf.generate(cut, **PLAIN, do_sample=True, max_new_tokens=2)
+    except ValueError as error:
+        found["cut", "ours"] = str(error)
+    return found
+
+
+def test_ranks_that_would_choose_other_tokens_are_named_before_anything_runs(pool, tmp_path):
+    save("llama", str(tmp_path), **ONE)
+    one, two = pool.run(differing, str(tmp_path))
+    assert one == two
+    for name in ("cut", "transformers"):
+        assert "the prompt on rank 1 is not that of rank 0" in one[name, "prompts"]
+        assert "the state of the random number generator on rank 1" in one[name, "seeds"]
+        assert "whether tokens are drawn on rank 1" in one[name, "settings"]
+        assert isinstance(one[name, "greedy"], list)
+        assert isinstance(one[name, "drawn"], list)
+    assert "torch.manual_seed" in one["cut", "ours"]

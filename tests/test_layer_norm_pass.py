@@ -198,6 +198,11 @@ REFUSED = {
         lambda h, w, b: (h - h.mean(-1, keepdim=True)) / (h.var(-1, correction=0, keepdim=True).sqrt() + 1e-5),
         "layer-norm",
     ),
+    "rows and columns at once": (lambda h, w, b: nn.functional.layer_norm(h, h.shape[-2:]), "mean-dim"),
+    "rows and columns at once, with a weight": (
+        lambda h, w, b: nn.functional.layer_norm(h, h.shape[-2:], w.expand(h.shape[-2:])),
+        "mean-dim",
+    ),
     "the weight twice": (lambda h, w, b: native(h, w, b) * w, None),
 }
 

@@ -16,14 +16,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from tpfuse import unfused
+from tpfuse import hf_agreement, unfused
 from tpfuse.hf_generate import generate, install, release
 from tpfuse.hf_local import localize
 from tpfuse.load import load
 from tpfuse.load.shares import has_adapter, progress_of_rank_0
 from tpfuse.parallel import ARCHITECTURES, ConfigError, ParallelConfig, exchange_rows
 from tpfuse.parallel import parallelize as _parallelize
-from tpfuse.parallel.model import ATTRIBUTE, LARGEST, token_shape
+from tpfuse.parallel.model import ATTRIBUTE, LARGEST, token_shape, without_adapter_wrapper
 from tpfuse.parallel.qk_norms import GATHER, check_mode
 
 __all__ = ["compile", "from_pretrained", "generate", "hidden_norms", "localize", "one_group", "parallelize", "release"]
@@ -104,6 +104,8 @@ def from_pretrained(
         model = load(auto_class, path, cut, progress, device, kwargs)
     _tell_when_generate_compiles_nothing(model)
     localize(model.eval())
+    if config.world_size > 1:
+        hf_agreement.install(without_adapter_wrapper(model))
     return model.requires_grad_(False)
 
 
@@ -111,6 +113,7 @@ def parallelize(model: nn.Module, config: ParallelConfig, **kwargs: Any) -> nn.M
     """Shard a loaded transformers model in place. See :func:`tpfuse.parallel.parallelize`."""
     _transformers()
     model = _parallelize(model, config, **kwargs)
+    hf_agreement.install(without_adapter_wrapper(model))
     _tell_when_generate_compiles_nothing(model)
     return model
 
@@ -144,6 +147,7 @@ def compile(
         The compiled model; attributes and ``generate`` are the model's own.
     """
     transformers = _transformers()
+    model = getattr(model, "_orig_mod", model)  # compiled before: the new settings hold
     if mode is not None and options is not None:
         # torch.compile takes one of the two.
         mode, options = None, {**options, "tpfuse.mode": mode}

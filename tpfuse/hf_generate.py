@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tpfuse import hf_compat, unfused
+from tpfuse import hf_agreement, hf_compat, unfused
 from tpfuse.hf_buffers import Pool, holds_full_attention_only
 from tpfuse.hf_loop import Call, run
 from tpfuse.hf_step import Forward, plain_mode
@@ -22,6 +22,7 @@ from tpfuse.parallel.model import ATTRIBUTE
 DECODER = "tpfuse_decoder"
 # What generate may prepare for a text decoder; anything else (images, token types) changes from step to step in ways of its own.
 KNOWN_INPUTS = {"attention_mask", "position_ids", "cache", "past_key_values", "use_cache", "logits_to_keep"}
+ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
 # The attentions whose mask says, at every position, what may be read. The others read lengths off a mask's shape.
 MASKED_ATTENTION = ("eager", "sdpa", None)
 
@@ -58,14 +59,18 @@ def generate(model: Any, inputs: Tensor | None = None, *, cuda_graph: bool = Tru
         model: a transformers model, compiled by :func:`tpfuse.hf.compile` or not.
         inputs: as for transformers, shape (batch, length).
         cuda_graph: capture the step on a GPU.
-        kwargs: as for transformers. Without a cache in them it is ``cache_implementation="static"``.
+        kwargs: as for transformers. Without a cache in them it is ``cache_implementation="static"``, but for assisted
+            generation, which takes tokens back out of its cache.
     Returns:
         What transformers returns: the same tokens, with the same random numbers.
+    Raises:
+        ValueError: ranks that share a replica were called with different prompts or random numbers.
     """
     model = getattr(model, "_orig_mod", model)
     config = kwargs.get("generation_config") or model.generation_config
     chosen = kwargs.get("cache_implementation") or getattr(config, "cache_implementation", None)
-    if chosen is None and hf_compat.cache_name(kwargs) is None and kwargs.get("use_cache", True):
+    assisted = any(kwargs.get(name, getattr(config, name, None)) is not None for name in ASSISTED)
+    if chosen is None and hf_compat.cache_name(kwargs) is None and kwargs.get("use_cache", True) and not assisted:
         kwargs["cache_implementation"] = "static"
     return _generate(model, inputs, cuda_graph, **kwargs)
 
@@ -87,6 +92,7 @@ def install(model: Any) -> None:
 def _compiled_generate(model: Any, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
     """``model.generate`` after :func:`install`: as transformers documents it."""
     if args:  # by position, as few call it: transformers sorts them out
+        hf_agreement.check_call(model, inputs, kwargs)
         return type(model).generate(model, inputs, *args, **kwargs)
     return _generate(model, inputs, True, compiled_only=True, **kwargs)
 
@@ -112,6 +118,7 @@ def _generate(
     custom_generate: Any = None,
     **kwargs: Any,
 ) -> Any:
+    hf_agreement.check_call(model, inputs, kwargs)
     original = type(model).generate
     kwargs = {**kwargs, "streamer": streamer} if streamer is not None else kwargs
     foreign = custom_generate is not None or kwargs.get("assistant_model") is not None or kwargs.get("synced_gpus")

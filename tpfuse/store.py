@@ -39,6 +39,21 @@ def add(report: GraphReport) -> None:
     log.info("%s", report.summary())
 
 
+@contextmanager
+def forgotten_on_failure() -> Iterator[None]:
+    """Forget the reports made inside when an exception leaves: nothing of their graphs will run.
+
+    The caller sees the exception, or Dynamo runs the model's own code (``suppress_errors``) or traces it again.
+    """
+    before = {id(report) for report in reports()}
+    try:
+        yield
+    except BaseException:
+        with _lock:
+            _reports[:] = [report for report in _reports if id(report) in before]
+        raise
+
+
 def fuel_left(fuel: int | None) -> int | None:
     """What is left of a process-wide limit of rewrites."""
     return None if fuel is None else max(0, fuel - sum(len(r.fused) for r in reports()))

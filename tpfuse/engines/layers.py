@@ -53,7 +53,9 @@ class Rounding:
     weight: str | None
 
 
-_known: WeakKeyDictionary[nn.Module, dict[tuple[int, torch.dtype, bool], Rounding]] = WeakKeyDictionary()
+_known: WeakKeyDictionary[nn.Module, dict[tuple[int, torch.dtype, bool, torch.dtype | None], Rounding]] = (
+    WeakKeyDictionary()
+)
 
 
 def fused_allreduce_rms_norm(
@@ -131,7 +133,13 @@ def _call(
         found = norm(x)
         return (found[0], x) if isinstance(found, tuple) else (found, x)
     if takes_a_residual:
-        return norm(x, residual)
+        found = norm(x, residual)
+        if not isinstance(found, tuple) or len(found) != 2:  # a tensor of two rows could be taken apart as well
+            raise ValueError(
+                "fused_allreduce_rms_norm: called as norm(x, residual), the norm gave "
+                f"{type(found).__name__}, expected (normed, residual); its second argument is no residual, a gate for example"
+            )
+        return found
     summed = residual + x
     return norm(summed), summed
 
@@ -156,7 +164,8 @@ def _rounding(norm: nn.Module, x: Tensor, residual: bool, group: str) -> Roundin
             "fused_allreduce_rms_norm: inside torch.compile the rounding order of the norm has to be given: pass flavour=, which "
             "tpfuse.engines.layers.rounding_of(norm, hidden_size, dtype, group=group).flavour finds beforehand"
         )
-    key = (x.shape[-1], x.dtype, residual)
+    weight = getattr(norm, "weight", None)  # a model may have been cast since the last call
+    key = (x.shape[-1], x.dtype, residual, None if weight is None else weight.dtype)
     known = _known.get(norm)
     found = None if known is None else known.get(key)
     if found is None:

@@ -12,4 +12,12 @@ INNERS = {"inductor": "inductor", "aot_eager": "aot", "eager": "aot", "tensorrt"
 
 def compiler(name: str) -> Callable[..., Callable[..., Any]]:
     """The ``compile`` of an inner compiler. Imported when it is asked for: some are extras."""
-    return importlib.import_module(f"{__name__}.{INNERS[name]}").compile
+    from tpfuse import store  # tpfuse's options import this package
+
+    compile = importlib.import_module(f"{__name__}.{INNERS[name]}").compile
+
+    def run(*args: Any) -> Callable[..., Any]:
+        with store.forgotten_on_failure():
+            return compile(*args)
+
+    return run

@@ -29,8 +29,14 @@ def config_of(model: str) -> Any:
         if not (path / "config.json").is_file():
             raise ModelError(f"{model} has no config.json; give a folder that a transformers model was saved to")
         try:
-            return AutoConfig.from_pretrained(model, local_files_only=True)
+            # Without False transformers asks on the terminal whether to run code that a folder brings, and waits.
+            return AutoConfig.from_pretrained(model, local_files_only=True, trust_remote_code=False)
         except (ValueError, KeyError, OSError, json.JSONDecodeError) as error:
+            if "trust_remote_code" in str(error):
+                raise ModelError(
+                    f"{model} brings code of its own for its model type, which is not run here; give the config of a model type "
+                    "that transformers itself has"
+                ) from error
             raise ModelError(f"{path / 'config.json'} cannot be read: {error}") from error
     if os.sep in model or model.startswith("."):
         raise ModelError(f"{model} does not exist; give a folder with a config.json, or a model type such as llama")

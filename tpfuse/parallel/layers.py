@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .architecture import Architecture
+from .config import ConfigError
 from .groups import Groups
 from .layout import Boundary, Op, Plan, Step
 from .steps import Batch, BoundStep, bind, run
@@ -20,7 +21,7 @@ BATCH = "tpfuse_batch"  # keyword through which the model hands a forward's Batc
 def install(layer: nn.Module, number: int, plan: Plan, names: Architecture, groups: Groups) -> None:
     """Replace the forward of one decoder layer. Its submodules stay as they are and are called as before."""
     enter, middle, leave = plan.boundaries[2 * number : 2 * number + 3]
-    forward = layer_forward(names, _bound(enter, groups), _bound(middle, groups), _bound(leave, groups))
+    forward = layer_forward(number, names, _bound(enter, groups), _bound(middle, groups), _bound(leave, groups))
     # A method, which finds its submodules by name on the layer: graphs then know them as layers.0.self_attn and so on.
     layer.forward = MethodType(forward, layer)  # type: ignore[method-assign]
 
@@ -44,7 +45,7 @@ def _bound(boundary: Boundary, groups: Groups) -> BoundBoundary:
 
 
 def layer_forward(
-    names: Architecture, enter: BoundBoundary, middle: BoundBoundary, leave: BoundBoundary
+    number: int, names: Architecture, enter: BoundBoundary, middle: BoundBoundary, leave: BoundBoundary
 ) -> Callable[..., Tensor]:
     """The forward method of a decoder layer.
 
@@ -53,7 +54,12 @@ def layer_forward(
     """
 
     def forward(layer: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        batch: Batch = kwargs.pop(BATCH)
+        batch: Batch | None = kwargs.pop(BATCH, None)
+        if batch is None:
+            raise ConfigError(
+                f"layer {number} was called by itself: the layers of a model that parallelize cut hand each other rows in the "
+                "layout of its plan. Call the model, or the module that runs its layers"
+            )
         residual = hidden_states
         y = getattr(layer, names.attention_norm)(residual) if names.attention_norm else residual
         y, residual = run(enter.after_norm, y, residual, batch)

@@ -16,6 +16,7 @@ from . import layers as layer_forwards
 from .architecture import Architecture, architecture_of
 from .config import ConfigError, ParallelConfig
 from .cut import Cut
+from .cut_model import refuse_what_needs_the_whole
 from .groups import Groups, build_groups
 from .layout import Plan
 from .layout import plan as make_plan
@@ -50,6 +51,9 @@ class Parallelized:
     vocabulary: Vocabulary
     cuts: dict[str, Cut]
     qk_norm: str = ""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Parallelized:
+        return self  # a copy of the model is cut alike, over the same groups, which cannot be copied
 
 
 def parallelize(
@@ -123,6 +127,9 @@ def parallelize(
     done = qk_norm if any(found.norms for found in of_layers) else ""
     setattr(inner, ATTRIBUTE, Parallelized(config, groups, plan, tuple(shards), tokens, cuts, done))
     stack.register_forward_pre_hook(_batch_hook(inner), with_kwargs=True)
+    if cuts:
+        for whole in dict.fromkeys((inner, model)):  # an adapter's wrapper saves by itself
+            refuse_what_needs_the_whole(whole, bool(tokens.cuts))
     return model.eval().requires_grad_(False)
 
 

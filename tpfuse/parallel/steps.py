@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .cut_model import for_inference
 from .groups import Groups
 from .layout import Op, Step
 
@@ -89,6 +90,7 @@ def run(
     Returns:
         ``(y, residual)``; after an ``ADD`` both are the new residual.
     """
+    y = for_inference(y)
     for step in steps:
         if step.op is Op.ADD:
             residual = residual + (y if before_add is None else before_add(y))

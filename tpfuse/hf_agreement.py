@@ -1,0 +1,90 @@
+"""Do the ranks that share one replica make the same call of ``generate``?
+
+They decode one sequence together, each with a part of the model, and choose every token on their own. Ranks that are given other
+prompts, or draw from another state of the random number generator, choose other tokens: what they make together is no text,
+and a rank that finishes early leaves the others waiting. Asked once a call, before anything runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import types
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tpfuse.hf_local import WRAPPED
+from tpfuse.parallel.model import ATTRIBUTE
+
+ASKED = ("the prompt", "whether tokens are drawn", "the state of the random number generator")
+
+
+def install(model: nn.Module) -> None:
+    """Let transformers' own ``model.generate`` ask first."""
+    if hasattr(type(model), "generate"):
+        model.generate = types.MethodType(_generate, model)  # type: ignore[assignment]
+
+
+def _generate(model: Any, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
+    check_call(model, inputs, kwargs)
+    return type(model).generate(model, inputs, *args, **kwargs)
+
+
+def check_call(model: Any, inputs: Any, kwargs: dict[str, Any]) -> None:
+    """Raise on all ranks of a replica unless they are about to choose the same tokens. Collective over these ranks.
+
+    Args:
+        model: a transformers model; one that is not cut is not asked about.
+        inputs, kwargs: of ``generate``. A prompt that is not a tensor of ids is not compared.
+    Raises:
+        ValueError: names the ranks and what differs.
+    """
+    group = _replica(model)
+    if group is None or dist.get_world_size(group) == 1 or dist.get_backend(group) == "fake":
+        return
+    config = kwargs.get("generation_config") or model.generation_config
+    asked = kwargs.get("do_sample")
+    draws = bool(config.do_sample if asked is None else asked)
+    prompt = inputs if isinstance(inputs, Tensor) else kwargs.get("input_ids")
+    ids = prompt if isinstance(prompt, Tensor) and not prompt.is_floating_point() else None
+    mine = (
+        0 if ids is None else _digest(ids, tuple(ids.shape)),
+        int(draws),
+        _digest(_random_state(model.device)) if draws else 0,
+    )
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else "cpu"
+    rows = [torch.zeros(len(mine), dtype=torch.int64, device=device) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(rows, torch.tensor(mine, dtype=torch.int64, device=device), group=group)
+    found = [row.tolist() for row in rows]
+    ranks = dist.get_process_group_ranks(group)
+    for number, what in enumerate(ASKED):
+        others = [rank for rank, row in zip(ranks, found, strict=True) if row[number] != found[0][number]]
+        if others:
+            names = f"{'rank' if len(others) == 1 else 'ranks'} {', '.join(map(str, others))}"
+            raise ValueError(
+                f"generate: {what} on {names} is not that of rank {ranks[0]}, and ranks {list(ranks)} decode the tokens of "
+                "one replica together. Give all of them the same prompts and settings, and call torch.manual_seed with one "
+                "number on each before do_sample=True"
+            )
+
+
+def _replica(model: nn.Module) -> dist.ProcessGroup | None:
+    """The ranks that are called with the same rows; None where the model is whole."""
+    parallelized = getattr(model, ATTRIBUTE, None)
+    if parallelized is not None:
+        return parallelized.groups.group("attn_tp")
+    records = next((held for m in model.modules() if (held := vars(m).get(WRAPPED))), None)
+    return next(iter(records.values())).mesh.get_group() if records else None
+
+
+def _random_state(device: torch.device) -> Tensor:
+    """Of the generator that tokens on a device are drawn from."""
+    return torch.get_rng_state() if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
+
+
+def _digest(values: Tensor, shape: tuple[int, ...] = ()) -> int:
+    """63 bits: they travel in an int64."""
+    data = values.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    return int.from_bytes(hashlib.sha256(repr(shape).encode() + data).digest()[:8], "big") >> 1
