@@ -214,6 +214,7 @@ class Found:
     outcome: Candidate | Refusal
     pattern: str
     admitted: str | None = None  # the rule that lets the policy rewrite it, see passes.judge
+    over: tuple[int, ...] = ()  # of a refused op: its ranks where they are more than those of the sum
 
 
 def start_of(c: Collective, block: RowBlock | None) -> str:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -326,6 +327,24 @@ def cache_folder() -> str:
     except ImportError:  # before that module was split off
         from torch._inductor.codecache import cache_dir
     return cache_dir()
+
+
+def copy_of(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """A Dynamo graph for a second compile: a compiler owns what it is given and may edit it. Shares parameters and constants.
+
+    Why private: AOTAutograd asks each input of the graph for ``_dynamo_source``, which copies of a node lose.
+    """
+    new = torch.fx.GraphModule(gm, copy.deepcopy(gm.graph), type(gm).__name__)
+    for name, value in vars(gm).items():
+        vars(new).setdefault(name, value)
+    new.meta = dict(gm.meta)
+    for old, copied in zip(gm.graph.nodes, new.graph.nodes, strict=True):
+        if hasattr(old, "_dynamo_source"):
+            copied._dynamo_source = old._dynamo_source
+    for name, child in gm.named_children():  # graphs that this one calls
+        if isinstance(child, torch.fx.GraphModule) and hasattr(new, name):
+            setattr(new, name, copy_of(child))
+    return new
 
 
 def aot_autograd(**compilers: Any) -> Callable[..., Any]:

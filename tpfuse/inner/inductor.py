@@ -58,6 +58,12 @@ def group_shapes() -> list[tuple[int, int, tuple[int, ...]]]:
     ]
 
 
+def _refused(parsed: Options) -> list[list[int]]:
+    """The groups whose ops are left out because their ranks disagree, by their places in :func:`group_shapes`."""
+    known = [ranks for _, ranks in compat.known_groups()]
+    return sorted([n for n, ranks in enumerate(known) if ranks == refused] for refused in parsed.refused)
+
+
 def registered_spellings() -> list[str]:
     """The all-reduces and quantizers that users registered: with another set the pass finds other sites."""
     found = collectives.registered()
@@ -99,6 +105,7 @@ class InductorPass(compat.custom_graph_pass()):  # type: ignore[misc]
             left,
             self.training,
             self.lower,
+            _refused(p),
             theirs,
         )
         return report_cache.key([*parts, *registered_spellings(), *group_shapes()])
