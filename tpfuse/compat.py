@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import importlib
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -476,6 +477,19 @@ def room_for_recompiles() -> AbstractContextManager[Any]:
     """
     config = torch._dynamo.config
     return config.patch(recompile_limit=max(64, config.recompile_limit))  # type: ignore[no-any-return]
+
+
+def with_room_for_recompiles(call: Callable[..., Any]) -> Callable[..., Any]:
+    """What ``torch.compile`` returned, called inside of :func:`room_for_recompiles`."""
+
+    @functools.wraps(call)
+    def roomy(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # part of another compiled function, whose limit counts
+            return call(*args, **kwargs)
+        with room_for_recompiles():
+            return call(*args, **kwargs)
+
+    return roomy
 
 
 def generator_offset(generator: torch.Generator) -> int:
