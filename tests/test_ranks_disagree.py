@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -89,12 +90,27 @@ def blocks(rank, world_size, inner, width, rows=(4,), tags=("a", "a")):
 
 @pytest.mark.parametrize(("inner", "width"), [("aot_eager", 16), ("inductor", 24)])
 def test_what_one_rank_proves_and_the_other_cannot_runs_as_it_was(pool, inner, width):
-    for same, sites, told in pool.run(blocks, inner, width):
+    """The second time from the caches, which both ranks share: their graphs are equal, and one is right on rank 0 only."""
+    for same, sites, told in pool.run(blocks, inner, width) + pool.run(blocks, inner, width):
         assert same
         assert sites == [REFUSED]
         (only,) = told
         assert "rank 1 decided differently from rank 0 about one graph: All-reduce 0 on rank 0" in only
         assert "fused over [0, 1]; on rank 1: " in only and "kept (rows-move)" in only
+
+
+def dumped(rank, world_size, folder, width):
+    import tpfuse
+    from tpfuse.inspect import load
+
+    ran(first_block(world()), [inputs(rank, 4, width)], {"tpfuse.inner": "aot_eager", "tpfuse.dump": folder})
+    (graph,) = [graph for graph in load.read(Path(folder)).graphs if graph.report.rank == rank]
+    (after,) = Path(folder).glob(f"rank-{rank}/*/after.py")
+    return graph.report == tpfuse.reports()[0], after.read_text().count("torch.ops.tpfuse")
+
+
+def test_the_dump_shows_the_graph_that_runs(pool, tmp_path):
+    assert pool.run(dumped, str(tmp_path), 80) == [(True, 0)] * 2
 
 
 def test_a_graph_that_is_compiled_again_stays_refused(pool):

@@ -6,6 +6,7 @@ pass is mounted where each inner compiler (:mod:`tpfuse.inner`) has a functional
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -23,6 +24,8 @@ from tpfuse.parallel import comparison
 from tpfuse.passes import GraphReport
 
 __all__ = ["graph_pass", "tpfuse"]
+
+log = logging.getLogger("tpfuse")
 
 
 def tpfuse(
@@ -58,7 +61,7 @@ def tpfuse(
         isinstance(x, torch.Tensor) and x.requires_grad for x in (*example_inputs, *gm.parameters())
     )
     inputs = list(example_inputs)
-    spare = compat.copy_of(gm) if comparison.has_peers() else gm
+    spare = _spare(gm) if comparison.has_peers() else gm
 
     def run(graph: GraphModule, chosen: Options) -> tuple[Callable[..., Any], list[GraphReport]]:
         before = {id(report) for report in store.reports()}
@@ -80,6 +83,18 @@ def tpfuse(
     unfused.look(new, parsed.policy, parsed.fuel)
     wrappers.look(new, example_inputs)
     return compiled
+
+
+def _spare(gm: GraphModule) -> GraphModule:
+    """A copy of the graph in case that it must be compiled again: a compiler may edit the one that it is given.
+
+    What cannot be copied serves itself. Compilers that edit it leave a graph that computes the same.
+    """
+    try:
+        return compat.copy_of(gm)
+    except Exception as error:
+        log.debug("a graph could not be copied: %s: %s", type(error).__name__, error)
+        return gm
 
 
 # DTensor looks specs up by hash, and the hash of one with a symbolic size raises. Under torch 2.13 the backward pass of a

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tpfuse import store, unfused
+from tpfuse.inspect import dump
 from tpfuse.parallel.decision import AgreementError
 from tpfuse.parallel.disagreement import Disagreement, Ranks, explained, without
 from tpfuse.passes.report import GraphReport, Site
@@ -38,10 +39,13 @@ def roll_back(
         new = first  # what others fused was never fused here
     else:
         store.remove(first)
+        for report in first:
+            dump.remove(report)
         compiled, new = again({ranks: found.text for ranks, found in refused.items()})
         _check(new, expected, refused)
     for number, (report, before) in enumerate(zip(new, first, strict=True)):
         report.sites = explained(report, before, refused, number)
+        dump.correct(report)
     return compiled, new
 
 
