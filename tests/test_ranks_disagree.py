@@ -212,6 +212,37 @@ def test_the_ops_of_parts_of_the_group_stay(four):
         assert "rank 1 decided differently from ranks 0, 2, 3" in only
 
 
+def with_fuel(rank, world_size, width, fuel):
+    """The second replica has no rows, and leaves the sum over its own ranks out as a layer of tpfuse's does."""
+    pair, everyone = names()
+    empty = rank >= 2
+
+    def step(x, residual):
+        for _ in range(2):
+            if not empty:
+                residual = total(x, pair) + residual
+                x = norm(residual).sigmoid() * (1 + rank)
+            residual = total(x, everyone) + residual
+            x = norm(residual)
+        return x
+
+    return ran(step, [inputs(rank // 2, 4, width)], {**ALL, "tpfuse.fuel": fuel})
+
+
+def test_fuel_that_a_replica_without_rows_counts_otherwise(four):
+    """Of two ops over all ranks the other replica has used up its fuel before the second one."""
+    answers = four.run(with_fuel, 32, 3)
+    for rank, (same, sites, told) in enumerate(answers):
+        assert same
+        part, whole = [(True, None)], [(False, "ranks-disagree")]
+        assert sites == [[*whole, *whole] if rank >= 2 else [*part, *whole, *part, *whole]]
+        (only,) = told
+        assert "a replica without rows makes fewer of them" in only
+    for rank, (_, sites, told) in enumerate(four.run(with_fuel, 40, 0)):
+        assert sites == [[(False, "fuel")] * (2 if rank >= 2 else 4)]
+        assert not told
+
+
 def cached(rank, world_size, folders, width):
     from torch._dynamo.utils import counters
 

@@ -176,8 +176,8 @@ def _compare(group: Ranks, report: GraphReport, context: str) -> Disagreement | 
     if any(entry["effect"] != effect for entry in found.values()):
         if any(entry["outside"] != mine["outside"] for entry in found.values()):
             # What these ranks do not share with the rest of the op's, who have agreed on it and come to no further comparison.
-            raise difference(found).error()
-        return _refuse(history, structure, found)
+            raise difference(found, group).error()
+        return _refuse(history, structure, found, group)
     before = structure in history.fused or any(known == structure for known, _ in history.agreed)
     if missing and (before or any(site.fused for site in sites)):
         what = "decided otherwise about it before, and" if before else "compiled no graph like this one, and"
@@ -223,10 +223,10 @@ def _agree(history: _History, structure: str, found: Mapping[int, Mapping[str, A
         history.fused.add(structure)
 
 
-def _refuse(history: _History, structure: str, found: Mapping[int, Mapping[str, Any]]) -> Disagreement:
+def _refuse(history: _History, structure: str, found: Mapping[int, Mapping[str, Any]], group: Ranks) -> Disagreement:
     for key in [key for key in history.agreed if key[0] == structure]:
         del history.agreed[key]
-    history.refused[structure] = difference(found)
+    history.refused[structure] = difference(found, group)
     return history.refused[structure]
 
 
@@ -237,7 +237,7 @@ def _close(history: _History, store: Any, group: Ranks, structure: str) -> None:
     if {entry["structure"] for entry in found.values()} != {structure}:
         return
     if len(effects) > 1:
-        _refuse(history, structure, found)
+        _refuse(history, structure, found, group)
     elif not missing:
         _agree(history, structure, found)
     else:

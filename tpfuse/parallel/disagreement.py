@@ -10,9 +10,13 @@ from typing import Any
 from tpfuse.passes import Reason
 from tpfuse.passes.report import GraphReport, Site
 
-from .decision import AgreementError, Decision, first_difference, ranks_in_words, read
+from .decision import AgreementError, Decision, first_difference, ranks_in_words, read, without_ranks
 
 Ranks = tuple[int, ...]
+FUEL = (
+    "tpfuse.fuel counts the rewrites of each rank, and a replica without rows makes fewer of them, so that it has fuel left "
+    "where others have none; give every replica rows"
+)
 
 
 @dataclass(frozen=True)
@@ -87,13 +91,25 @@ def _kept(site: Site, why: Disagreement) -> Site:
     )
 
 
-def _of_both(decisions: list[Decision], others: list[Decision]) -> list[Decision]:
-    places = {(d.role, d.layer) for d in others}
-    return [d for d in decisions if (d.role, d.layer) in places]
+def _of_both(decisions: list[Decision], others: list[Decision], group: Ranks) -> tuple[list[Decision], list[Decision]]:
+    """What two ranks of different replicas decided about reductions that both have: one without rows has fewer.
+
+    Those over the whole group, where the difference is among them. Else those at the same places of the model.
+    """
+    shared = [[d for d in both if d.ranks == group] for both in (decisions, others)]
+    if any(without_ranks(a) != without_ranks(b) for a, b in zip(*shared, strict=False)):
+        return shared[0], shared[1]
+    places = [{(d.role, d.layer) for d in both} for both in (others, decisions)]
+    common = [[d for d in both if (d.role, d.layer) in p] for both, p in zip((decisions, others), places, strict=True)]
+    return common[0], common[1]
 
 
-def difference(found: Mapping[int, Mapping[str, Any]]) -> Disagreement:
-    """The largest party is taken as right, of equals the one with the lowest rank."""
+def difference(found: Mapping[int, Mapping[str, Any]], group: Ranks) -> Disagreement:
+    """The largest party is taken as right, of equals the one with the lowest rank.
+
+    Args:
+        found: what each rank of ``group`` has left for the others, see :mod:`.comparison`.
+    """
     parties: dict[str, list[int]] = {}
     for rank, entry in found.items():
         parties.setdefault(entry["effect"], []).append(rank)
@@ -101,10 +117,12 @@ def difference(found: Mapping[int, Mapping[str, Any]]) -> Disagreement:
     others = sorted(rank for ranks in ordered[1:] for rank in ranks)
     a, b = ordered[0][0], others[0]
     right, wrong = ([read(data) for data in found[rank]["decisions"]] for rank in (a, b))
-    if len(right) != len(wrong):  # a replica without rows has fewer
-        right, wrong = _of_both(right, wrong), _of_both(wrong, right)
+    if len(right) != len(wrong):
+        right, wrong = _of_both(right, wrong, group)
     said = [found[rank]["context"] for rank in (a, b)]
     why = f" ({said[0]} on rank {a}, {said[1]} on rank {b})" if said[0] != said[1] else ""
+    if not why and any(decision.reason == Reason.FUEL.value for decision in (*right, *wrong)):
+        why = f" ({FUEL})"
     text = f"{ranks_in_words(others)} decided differently from {ranks_in_words(ordered[0])} about one graph"
     return Disagreement(
         tuple(others),
