@@ -224,6 +224,7 @@ class Found:
     outcome: Candidate | Refusal
     pattern: str
     admitted: str | None = None  # the rule that lets the policy rewrite it, see passes.judge
+    over: tuple[int, ...] = ()  # of a refused op: its ranks where they are more than those of the sum
 
 
 @dataclass(frozen=True)

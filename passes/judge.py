@@ -1,4 +1,4 @@
-"""What may be rewritten of what could be: training, policy and fuel, in this order."""
+"""What may be rewritten of what could be: training, policy, fuel and what ranks disagree about, in this order."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ def judge(
     options: PassOptions,
     training: bool,
 ) -> list[Found]:
-    """Apply training, policy and fuel to what is legal.
+    """Apply training, policy, fuel and ``options.refused`` to what is legal.
+
+    The last comes last: what ranks disagree about has cost its fuel, and nothing else here depends on it. So the decisions about
+    all other ranks' ops are those of a compile without it.
 
     Args:
         refuted: rank lists that the graph shows to be those of attention or of the MLP alone, with what shows it.
@@ -36,6 +39,7 @@ def judge(
     judged, left = [], options.fuel
     for item, spot in zip(looked, places, strict=True):
         outcome, rule = item.outcome, None
+        over: tuple[int, ...] = ()
         if training:
             outcome = Refusal(Reason.TRAINING, "the graph was compiled for training (some input requires grad)")
         elif isinstance(outcome, Candidate):
@@ -47,10 +51,14 @@ def judge(
             elif left is None or left >= cost:
                 rule = admitted
                 left = None if left is None else left - cost
+                said = options.refused.get(outcome.over or item.collective.ranks)
+                if said is not None:
+                    rule, over = None, outcome.over
+                    outcome = Refusal(Reason.RANKS_DISAGREE, said)
             else:
                 left = 0
                 outcome = Refusal(Reason.FUEL, f"tpfuse.fuel={options.fuel} was used up by earlier rewrites")
-        judged.append(replace(item, outcome=outcome, admitted=rule))
+        judged.append(replace(item, outcome=outcome, admitted=rule, over=over))
     return judged
 
 

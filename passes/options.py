@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 POLICIES = ("shared", "strict", "all", "off")
 NUMERICS = ("exact", "relaxed")
@@ -21,6 +22,7 @@ class PassOptions:
         fuel: stop after this many rewrites; None is no limit.
         verify: compare old and new region on random numbers at compile time.
         lower: leave fused sites to the compiler where :mod:`tpfuse.passes.lowering` says so; for Inductor.
+        refused: ranks whose ops are left out because these ranks decided differently, each list with what was different.
     """
 
     policy: str = "shared"
@@ -28,6 +30,7 @@ class PassOptions:
     fuel: int | None = None
     verify: bool = False
     lower: bool = False
+    refused: Mapping[tuple[int, ...], str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:

@@ -51,6 +51,7 @@ class Reason(str, Enum):
     POLICY = "policy"
     FUEL = "fuel"
     # What went wrong here
+    RANKS_DISAGREE = "ranks-disagree"
     INTERNAL = "internal"
 
     def __str__(self) -> str:
@@ -110,6 +111,9 @@ REMEDIES: dict[Reason, str] = {
     Reason.GROUP_MISMATCH: "Attention and MLP reduce over different ranks, so the group is not shared. Set "
     "moe_dense_tp_size equal to attn_tp_size, or use policy='all'.",
     Reason.POLICY: "Legal, but not selected by the policy. Use policy='all' to fuse every legal site.",
+    Reason.RANKS_DISAGREE: "Its ranks decided differently, and ranks that run different ops would wait for each other. Compile "
+    "with the same options and versions on all ranks; code that is written for one rank (rows of its own, a padding of its own) "
+    "shows each rank another graph.",
     Reason.INTERNAL: "The pass itself failed here and left this all-reduce as it was. Please report the detail; "
     "tpfuse.verify=True raises the exception with its traceback.",
     Reason.FUEL: "The limit of tpfuse.fuel was reached. Raise or unset it.",

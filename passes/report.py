@@ -52,7 +52,7 @@ class Site:
         quantizer: how the fused op quantizes the norm, as ``str(tpfuse.ops.Quantizer)``, or None where it does not.
         note: what else is to know about a fused site: why a quantization or a gather behind its norm stays outside; or ``""``.
         over: global ranks of the fused op where they are more than ``group``: it gathers the normed rows of all replicas, block
-            by block. Empty for every other site.
+            by block. So too of a site that such ranks disagree about. Empty for every other site.
     """
 
     fused: bool
@@ -76,6 +76,11 @@ class Site:
     quantizer: str | None = None
     note: str = ""
     over: tuple[int, ...] = ()
+
+    @property
+    def callers(self) -> tuple[int, ...]:
+        """Global ranks that call the fused op, all of which have to."""
+        return self.over or self.group
 
     @property
     def remedy(self) -> str:

@@ -76,6 +76,7 @@ def site_of(item: Found, spot: sharing.Place, audits: list[LayerAudit], within: 
             pattern=within.pattern,
             nodes=[n.name for n in dict.fromkeys([c.node, *c.waits])],
             admitted=within.admitted,
+            over=within.outcome.over,
             **common,
         )
     names = dict.fromkeys([c.node.name, *(w.name for w in c.waits)])
@@ -86,5 +87,6 @@ def site_of(item: Found, spot: sharing.Place, audits: list[LayerAudit], within: 
         pattern=item.pattern,
         nodes=list(names),
         matched=outcome.matched,
+        over=item.over,
         **common,
     )

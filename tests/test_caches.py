@@ -205,8 +205,9 @@ def identities(rank: int, world_size: int) -> dict[str, Any]:
     split = identity()
     register_collective(torch.ops._c10d_functional.broadcast, group=2)
     registered = identity()
+    by_place = inductor.InductorPass(Options(), False, None, by_place=True).uuid()
     unregister_collective(torch.ops._c10d_functional.broadcast)
-    return {"alone": alone, "split": split, "registered": registered, "name": mine.group_name}
+    return {"alone": alone, "split": split, "registered": registered, "name": mine.group_name, "place": by_place}
 
 
 def test_the_identity_knows_the_layout_and_no_rank():
@@ -214,5 +215,6 @@ def test_the_identity_knows_the_layout_and_no_rank():
     assert len({r["name"] for r in results}) > 1, "group names differ between ranks"
     for key in ("alone", "split", "registered"):
         assert len({r[key] for r in results}) == 1
+    assert len({r["place"] for r in results}) == 4, "where the place in a group decides, ranks share nothing"
     first = results[0]
     assert len({first["alone"], first["split"], first["registered"]}) == 3

@@ -550,6 +550,37 @@ def test_room_for_recompiles():
     assert torch._dynamo.config.recompile_limit == before
 
 
+def test_with_room_for_recompiles():
+    def limit():
+        return torch._dynamo.config.recompile_limit
+
+    assert compat.with_room_for_recompiles(limit)() >= 64
+    assert compat.with_room_for_recompiles(limit).__name__ == "limit"
+
+
+def test_copy_of():
+    """A copy compiles as the graph itself does, whatever became of that; parameters are not copied."""
+
+    def same_after_an_edit(gm, inputs):
+        copied = compat.copy_of(gm)
+        gm.graph = torch.fx.Graph()
+        compiled.append(copied)
+        return compat.aot_autograd(fw_compiler=lambda graph, _: compat.boxed(graph.forward))(copied, inputs)
+
+    compiled: list[Any] = []
+    weight = torch.nn.Parameter(torch.rand(3))
+
+    def f(x, flag):
+        return torch.cond(flag, lambda y: y * weight, lambda y: y + weight, (x,))
+
+    torch._dynamo.reset()
+    x, flag = torch.rand(3), torch.tensor(True)
+    with torch.no_grad():
+        assert torch.equal(torch.compile(f, backend=same_after_an_edit)(x, flag), x * weight)
+    (copied,) = compiled
+    assert len([child for child in copied.children() if isinstance(child, torch.fx.GraphModule)]) == 2
+
+
 # Of a generator for CPUs torch keeps no offset; that the two functions exist is what can be checked without a GPU.
 def test_generator_offset():
     assert callable(torch.Generator.get_offset)

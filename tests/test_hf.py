@@ -9,6 +9,7 @@ from models import save, unsharded
 from ranks import RankPool
 from torch import nn
 
+import tpfuse
 from tpfuse import hf
 from tpfuse.parallel import ConfigError, ParallelConfig, layout_of
 
@@ -178,6 +179,35 @@ def test_a_mode_beside_options_reaches_both_compiles():
     assert arguments["mode"] is None
     assert arguments["options"] == {"tpfuse.policy": "all", "tpfuse.mode": "reduce-overhead"}
     torch.compile(model, **arguments)
+
+
+def test_a_compiled_model_may_have_a_graph_for_each_of_many_shapes():
+    """A replica that alone passed Dynamo's limit of 8 would run eagerly, and the others would wait for it in their op."""
+    model = nn.Linear(2, 2).eval()
+    compiled = hf.compile(model, options=AOT, dynamic=False, fullgraph=True)
+    for rows in range(2, 13):
+        x = torch.rand(rows, 2)
+        assert torch.equal(compiled(x), model(x))
+    assert len(tpfuse.reports()) == 11
+
+
+def test_transformers_own_loop_has_that_room_too(monkeypatch):
+    model = unsharded("llama", **LAYERS)
+    monkeypatch.setattr(
+        type(model), "get_compiled_call", lambda self, _: lambda: (self, torch._dynamo.config.recompile_limit)
+    )
+    hf.compile(model)
+    for one in (model, copy.deepcopy(model)):
+        of, limit = one.get_compiled_call(None)()
+        assert of is one
+        assert limit >= 64
+
+
+def test_compiled_inside_of_another_compiled_function_it_is_one_graph():
+    compiled = hf.compile(nn.Linear(2, 2).eval(), options=AOT)
+    outer = torch.compile(lambda x: compiled(x) + 1, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        assert torch.equal(outer(torch.ones(2, 2)), compiled(torch.ones(2, 2)) + 1)
 
 
 class LigerRMSNorm(nn.Module):

@@ -276,6 +276,11 @@ def _():
     return reported(f)
 
 
+@produces(Reason.RANKS_DISAGREE)
+def _():
+    return reported(plain, options=PassOptions(policy="all", refused={(0, 1, 2, 3): "rank 1 decided differently"}))
+
+
 @produces(Reason.INTERNAL)
 def _():
     with (

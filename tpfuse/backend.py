@@ -6,21 +6,26 @@ pass is mounted where each inner compiler (:mod:`tpfuse.inner`) has a functional
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.fx import GraphModule
 
 import tpfuse as package
-from tpfuse import compat, store, unfused, wrappers
+from tpfuse import compat, rollback, store, unfused, wrappers
 from tpfuse.inner import compiler
 from tpfuse.inner.inductor import graph_pass, set_batch_invariant
-from tpfuse.options import OptionError, parse
-from tpfuse.parallel.agreement import agree_on
+from tpfuse.options import OptionError, Options, parse
+from tpfuse.parallel import comparison
+from tpfuse.passes import GraphReport
 
 __all__ = ["graph_pass", "tpfuse"]
+
+log = logging.getLogger("tpfuse")
 
 
 def tpfuse(
@@ -44,6 +49,8 @@ def tpfuse(
     Raises:
         OptionError: an unknown option or value.
         ImportError: the inner compiler needs an extra that is not installed.
+        AgreementError: another rank did not compile the graph in time. Ranks that decide differently about it are no error: what
+            they disagree about is left as it was.
     """
     parsed = parse(options)
     if unknown:
@@ -53,19 +60,41 @@ def tpfuse(
     training = torch.is_grad_enabled() and any(
         isinstance(x, torch.Tensor) and x.requires_grad for x in (*example_inputs, *gm.parameters())
     )
-    before = {id(report) for report in store.reports()}
+    inputs = list(example_inputs)
+    spare = _spare(gm) if comparison.has_peers() else gm
+
+    def run(graph: GraphModule, chosen: Options) -> tuple[Callable[..., Any], list[GraphReport]]:
+        before = {id(report) for report in store.reports()}
+        made = compiler(chosen.inner)(graph, list(inputs), chosen, mode or chosen.mode, training)
+        return made, [report for report in store.reports() if id(report) not in before]
+
     try:
-        compiled = compiler(parsed.inner)(gm, example_inputs, parsed, mode or parsed.mode, training)
+        compiled, new = run(gm, parsed)
     except TypeError as error:
         if UNHASHABLE not in str(error):
             raise
         return _as_captured(gm, training)
-    new = [report for report in store.reports() if id(report) not in before]
     # Here, and not at the first call: nothing of the graph has run yet, and a call stays as cheap as it is.
-    agree_on(new, f"tpfuse {package.__version__}, {parsed.decisive()}")
+    refused = comparison.compare(new, f"tpfuse {package.__version__}, {parsed.decisive()}")
+    if refused:
+        compiled, new = rollback.roll_back(
+            compiled, new, refused, lambda said: run(spare, replace(parsed, refused=said))
+        )
     unfused.look(new, parsed.policy, parsed.fuel)
     wrappers.look(new, example_inputs)
     return compiled
+
+
+def _spare(gm: GraphModule) -> GraphModule:
+    """A copy of the graph in case that it must be compiled again: a compiler may edit the one that it is given.
+
+    What cannot be copied serves itself. Compilers that edit it leave a graph that computes the same.
+    """
+    try:
+        return compat.copy_of(gm)
+    except Exception as error:
+        log.debug("a graph could not be copied: %s: %s", type(error).__name__, error)
+        return gm
 
 
 # DTensor looks specs up by hash, and the hash of one with a symbolic size raises. Under torch 2.13 the backward pass of a

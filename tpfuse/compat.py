@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import importlib
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -328,6 +330,24 @@ def cache_folder() -> str:
     return cache_dir()
 
 
+def copy_of(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """A Dynamo graph for a second compile: a compiler owns what it is given and may edit it. Shares parameters and constants.
+
+    Why private: AOTAutograd asks each input of the graph for ``_dynamo_source``, which copies of a node lose.
+    """
+    new = torch.fx.GraphModule(gm, copy.deepcopy(gm.graph), type(gm).__name__)
+    for name, value in vars(gm).items():
+        vars(new).setdefault(name, value)
+    new.meta = dict(gm.meta)
+    for old, copied in zip(gm.graph.nodes, new.graph.nodes, strict=True):
+        if hasattr(old, "_dynamo_source"):
+            copied._dynamo_source = old._dynamo_source
+    for name, child in gm.named_children():  # graphs that this one calls
+        if isinstance(child, torch.fx.GraphModule) and hasattr(new, name):
+            setattr(new, name, copy_of(child))
+    return new
+
+
 def aot_autograd(**compilers: Any) -> Callable[..., Any]:
     """AOTAutograd with our compilers. Why private: the only public entry is the experimental functorch one."""
     from torch._dynamo.backends.common import aot_autograd as aot
@@ -457,6 +477,19 @@ def room_for_recompiles() -> AbstractContextManager[Any]:
     """
     config = torch._dynamo.config
     return config.patch(recompile_limit=max(64, config.recompile_limit))  # type: ignore[no-any-return]
+
+
+def with_room_for_recompiles(call: Callable[..., Any]) -> Callable[..., Any]:
+    """What ``torch.compile`` returned, called inside of :func:`room_for_recompiles`."""
+
+    @functools.wraps(call)
+    def roomy(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # part of another compiled function, whose limit counts
+            return call(*args, **kwargs)
+        with room_for_recompiles():
+            return call(*args, **kwargs)
+
+    return roomy
 
 
 def generator_offset(generator: torch.Generator) -> int:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from tpfuse import hf_agreement, unfused
+from tpfuse import compat, hf_agreement, unfused
 from tpfuse.hf_generate import generate, install, release
 from tpfuse.hf_local import localize
 from tpfuse.load import load
@@ -137,7 +137,8 @@ def compile(
     The whole model, because reductions cross layers: compiled layer by layer, a graph ends before the norm that reads its
     last sum. ``generate(..., cache_implementation="static")`` compiles its decode step with the same backend, on a CPU as
     well, and decodes as :func:`generate` does: on a GPU a step is one CUDA graph. DTensor parameters of transformers' own
-    tensor parallelism become plain ones, see :func:`localize`; the model is changed in place.
+    tensor parallelism become plain ones, see :func:`localize`; the model is changed in place. A call may compile for as many
+    shapes as a server's batches have (64), past Dynamo's own limit of 8.
 
     Args:
         model: a transformers model in eval mode, sharded or not.
@@ -154,22 +155,29 @@ def compile(
     for note in hidden_norms(model):
         warnings.warn(note, stacklevel=2)
     localize(model)
-    compiled = torch.compile(model, backend="tpfuse", mode=mode, options=options, fullgraph=fullgraph, dynamic=dynamic)
+    settings: dict[str, Any] = {"mode": mode, "options": options, "fullgraph": fullgraph, "dynamic": dynamic}
+    compiled: Any = torch.compile(model, backend="tpfuse", **settings)
+    compiled.forward = compat.with_room_for_recompiles(compiled.forward)
     if getattr(model, "generation_config", None) is not None:
-        config = transformers.CompileConfig(
-            backend="tpfuse", mode=mode, options=options, fullgraph=fullgraph, dynamic=dynamic
-        )
+        config = transformers.CompileConfig(backend="tpfuse", **settings)
         if mode is None and options is None:
             config.options = {}  # transformers' continuous batching looks into one of the two
         # transformers compiles on accelerators only unless told so.
         config._compile_all_devices = True
         model.generation_config.compile_config = config  # type: ignore[union-attr]
         install(model)
+        if hasattr(model, "get_compiled_call"):  # the decode step of transformers' own loop
+            setattr(model, "get_compiled_call", types.MethodType(_get_compiled_call, model))  # noqa: B010
     _tell_when_generate_compiles_nothing(model)
     parallelized = getattr(model, ATTRIBUTE, None)
     if parallelized is not None and parallelized.plan.gathers_blocks:
         _exchange_before(compiled, model)
     return compiled
+
+
+def _get_compiled_call(model: Any, compile_config: Any) -> Callable[..., Any]:
+    """transformers' own, with room for recompiles; a bound method of the model, so that a copy of the model compiles itself."""
+    return compat.with_room_for_recompiles(type(model).get_compiled_call(model, compile_config))
 
 
 _CRITERIA = "_valid_auto_compile_criteria"

@@ -43,9 +43,11 @@ class Forward:
         if settings is None:
             return
         dynamic = settings.get("dynamic")
-        self.decode = torch.compile(decode, **{**settings, "dynamic": bool(dynamic)})
+        # A replica that alone passed the limit would run eagerly and leave the others waiting in their op.
+        roomy = compat.with_room_for_recompiles
+        self.decode = roomy(torch.compile(decode, **{**settings, "dynamic": bool(dynamic)}))
         if dynamic is not False:  # asked for static shapes: a compile for each length would cost more than it gives
-            self.prefill = torch.compile(prefill, **settings)
+            self.prefill = roomy(torch.compile(prefill, **settings))
             self.any_length = True
 
 
@@ -83,8 +85,7 @@ def run_prefill(model: Any, forward: Forward, buffers: Buffers, ids: Tensor, inp
         return logits_of(forward.decode(**prepared, return_dict=True))
     if forward.any_length:
         _mark_lengths(prepared, ids.shape[1])
-    with compat.room_for_recompiles():
-        return logits_of(forward.prefill(**prepared, return_dict=True))
+    return logits_of(forward.prefill(**prepared, return_dict=True))
 
 
 def _mark_lengths(prepared: dict[str, Any], length: int) -> None:
@@ -154,8 +155,7 @@ class Step:
         if self.positions:
             inputs["position_ids"] = b.positions
         prepared = self.model.prepare_inputs_for_generation(b.tokens, **inputs)
-        with compat.room_for_recompiles():
-            self.logits = logits_of(self.forward.decode(**prepared, return_dict=True))
+        self.logits = logits_of(self.forward.decode(**prepared, return_dict=True))
         b.positions.add_(1)
 
     def _choose(self, logits: Tensor, length: int) -> None:

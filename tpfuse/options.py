@@ -35,6 +35,7 @@ class Options:
         mode: of ``torch.compile``, for those who pass options too; None leaves Inductor's defaults.
         lower: with Inductor, leave fused sites to it where the op would have no kernel (:mod:`tpfuse.passes.lowering`).
         batch_invariant: True or False switches the mode of :mod:`tpfuse.ops.invariant` for the process; None leaves it.
+        refused: see :class:`tpfuse.passes.PassOptions`; no option of a user, but what ranks disagreed about.
         inner_options: what goes to the inner compiler unchanged.
     """
 
@@ -47,6 +48,7 @@ class Options:
     mode: str | None = None
     lower: bool = True
     batch_invariant: bool | None = None
+    refused: dict[tuple[int, ...], str] = field(default_factory=dict)
     inner_options: dict[str, Any] = field(default_factory=dict)
 
     def decisive(self) -> str:
@@ -55,7 +57,7 @@ class Options:
 
     def for_pass(self, fuel: int | None, lower: bool = False) -> PassOptions:
         """The pass's share, with what is left of the fuel; ``lower`` where Inductor compiles the graph and may do so."""
-        return PassOptions(self.policy, self.numerics, fuel, self.verify, lower)
+        return PassOptions(self.policy, self.numerics, fuel, self.verify, lower, self.refused)
 
 
 def _by(read: Callable[[str, str], Any]) -> Callable[[str, Any], Any]:

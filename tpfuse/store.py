@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from tpfuse.passes.reasons import Reason
 from tpfuse.passes.report import GraphReport
 
 log = logging.getLogger("tpfuse")
@@ -32,6 +33,13 @@ def clear_reports() -> None:
         _reports.clear()
 
 
+def remove(reports: Sequence[GraphReport]) -> None:
+    """Forget the reports of a compile that was made again."""
+    gone = {id(report) for report in reports}
+    with _lock:
+        _reports[:] = [report for report in _reports if id(report) not in gone]
+
+
 def add(report: GraphReport) -> None:
     """Keep a report and log its one-line summary at INFO."""
     with _lock:
@@ -55,8 +63,14 @@ def forgotten_on_failure() -> Iterator[None]:
 
 
 def fuel_left(fuel: int | None) -> int | None:
-    """What is left of a process-wide limit of rewrites."""
-    return None if fuel is None else max(0, fuel - sum(len(r.fused) for r in reports()))
+    """What is left of a process-wide limit of rewrites.
+
+    What ranks disagreed about has cost its fuel: ranks of other groups know nothing of that.
+    """
+    if fuel is None:
+        return None
+    disagree = Reason.RANKS_DISAGREE.value
+    return max(0, fuel - sum(site.fused or site.reason == disagree for r in reports() for site in r.sites))
 
 
 @contextmanager

@@ -57,6 +57,8 @@ def look(reports: Sequence[GraphReport], policy: str, fuel: int | None) -> None:
     if policy == "off" or fuel is not None or any(report.fused for report in store.reports()):
         return
     for report in reports:
+        if any(site.reason == Reason.RANKS_DISAGREE.value for site in report.sites):
+            continue  # this has had a warning of its own
         # An exception inside the pass has had its own warning; of statistics there is nothing to fuse.
         quiet = (Reason.GROUP_SIZE.value, Reason.INTERNAL.value, Reason.NORM_STATISTICS.value)
         sites = [site for site in report.sites if site.reason not in quiet]

@@ -17,6 +17,12 @@ from tpfuse.passes import GraphReport
 LOW, HIGH = 2, 17
 
 
+def dtensors(inputs: Sequence[Any]) -> int:
+    """How many of a graph's inputs are DTensors."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return 0 if module is None else sum(isinstance(x, module.DTensor) for x in inputs)  # without it nobody has made one
+
+
 def look(reports: Sequence[GraphReport], inputs: Sequence[Any]) -> None:
     """Add a note to the reports of a graph whose inputs hold DTensors.
 
@@ -24,10 +30,7 @@ def look(reports: Sequence[GraphReport], inputs: Sequence[Any]) -> None:
         reports: of one Dynamo graph.
         inputs: that graph's example inputs, parameters included.
     """
-    module = sys.modules.get("torch.distributed.tensor")
-    if module is None:  # then nobody has made one
-        return
-    count = sum(isinstance(x, module.DTensor) for x in inputs)
+    count = dtensors(inputs)
     if not count:
         return
     low, high = count * LOW / 1000, count * HIGH / 1000

@@ -30,7 +30,8 @@ from tpfuse.inner.inductor import set_batch_invariant, sources_digest
 from tpfuse.inner.run_pass import run_pass
 from tpfuse.ops import settings
 from tpfuse.options import Options, parse
-from tpfuse.parallel.agreement import AgreementError, agree_on
+from tpfuse.parallel.comparison import agree_on
+from tpfuse.parallel.decision import AgreementError
 from tpfuse.passes import GraphReport, collectives, quantizers
 
 from . import vllm_compat as names

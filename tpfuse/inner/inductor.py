@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -15,7 +16,7 @@ import torch
 from torch.fx import Graph, GraphModule
 
 import tpfuse as package
-from tpfuse import compat, report_cache, store
+from tpfuse import compat, report_cache, store, wrappers
 from tpfuse.ops.settings import batch_invariant
 from tpfuse.options import OptionError, Options, parse, prefix_hint
 from tpfuse.passes import GraphReport, collectives, next_graph_id, quantizers
@@ -27,6 +28,7 @@ log = logging.getLogger("tpfuse")
 
 PRE_PASS = "post_grad_custom_pre_pass"
 POST_GRAD = "use_post_grad_passes"
+GATHERS = re.compile("gather|redistribute|full_tensor|from_local")
 
 
 @lru_cache(maxsize=1)
@@ -58,6 +60,30 @@ def group_shapes() -> list[tuple[int, int, tuple[int, ...]]]:
     ]
 
 
+def _refused(parsed: Options) -> list[list[int]]:
+    """The groups whose ops are left out because their ranks disagree, by their places in :func:`group_shapes`."""
+    known = [ranks for _, ranks in compat.known_groups()]
+    return sorted([n for n, ranks in enumerate(known) if ranks == refused] for refused in parsed.refused)
+
+
+def places() -> list[int]:
+    """This rank's place in each of the groups of :func:`group_shapes`; -1 in those that it is no member of."""
+    rank = compat.rank()
+    return [ranks.index(rank) if rank in ranks else -1 for _, ranks in compat.known_groups()]
+
+
+def asks_for_the_place(gm: GraphModule, inputs: Sequence[Any]) -> bool:
+    """Whether the pass may decide by this rank's place in a group, so that ranks with equal graphs must not share a cache entry.
+
+    It asks which rows of a sum are this rank's where a gather has put them together (:mod:`tpfuse.passes.rows`). A slice that is
+    rank 0's block is in the same words on another rank, where it is not. Gathers of DTensors show only when they are traced.
+    """
+    if wrappers.dtensors(inputs):
+        return True
+    modules = [module for module in gm.modules() if isinstance(module, GraphModule)]
+    return any(GATHERS.search(str(node.target)) for module in modules for node in module.graph.nodes)
+
+
 def registered_spellings() -> list[str]:
     """The all-reduces and quantizers that users registered: with another set the pass finds other sites."""
     found = collectives.registered()
@@ -68,9 +94,12 @@ def registered_spellings() -> list[str]:
 class InductorPass(compat.custom_graph_pass()):  # type: ignore[misc]
     """Runs the user's own pre-passes, then ours, on Inductor's post-grad graph."""
 
-    def __init__(self, parsed: Options, training: bool, previous: Any, lower: bool = False) -> None:
+    def __init__(
+        self, parsed: Options, training: bool, previous: Any, lower: bool = False, by_place: bool = False
+    ) -> None:
+        """``by_place`` where this rank's place in its groups may decide something, see :func:`asks_for_the_place`."""
         super().__init__()
-        self.parsed, self.training, self.lower = parsed, training, lower
+        self.parsed, self.training, self.lower, self.by_place = parsed, training, lower, by_place
         self.previous = compat.custom_passes(previous)
         self.reports: list[GraphReport] = []
         self.identity = self._identity()
@@ -84,7 +113,7 @@ class InductorPass(compat.custom_graph_pass()):  # type: ignore[misc]
         return self.identity
 
     def _identity(self) -> Any:
-        """Equal for equal work on every rank: sources, options, versions, group shapes; nothing rank-specific."""
+        """Equal for equal work on every rank: sources, options, versions, group shapes; no rank where none decides."""
         theirs = [uuid() if (uuid := getattr(run, "uuid", None)) is not None else None for run in self.previous]
         if None in theirs:
             return None  # one of their passes has no identity: Inductor then does not cache, as without us
@@ -99,6 +128,8 @@ class InductorPass(compat.custom_graph_pass()):  # type: ignore[misc]
             left,
             self.training,
             self.lower,
+            _refused(p),
+            places() if self.by_place else (),
             theirs,
         )
         return report_cache.key([*parts, *registered_spellings(), *group_shapes()])
@@ -114,7 +145,7 @@ def graph_pass(options: dict[str, Any] | None = None) -> Any:
     """
     parsed = parse(options)
     set_batch_invariant(parsed)
-    return InductorPass(parsed, training=False, previous=None)
+    return InductorPass(parsed, training=False, previous=None, by_place=True)
 
 
 def set_batch_invariant(parsed: Options) -> None:
@@ -144,7 +175,8 @@ def compile(
             "use another mode, or options={'tpfuse.inner': 'aot_eager'}"
         )
     previous = patches.get(PRE_PASS, compat.inductor_config(PRE_PASS))
-    mounted = InductorPass(parsed, training, previous, lower=parsed.lower and not batch_invariant())
+    lower, by_place = parsed.lower and not batch_invariant(), asks_for_the_place(gm, inputs)
+    mounted = InductorPass(parsed, training, previous, lower, by_place)
     patches[PRE_PASS] = mounted
     digest = _report_key(gm, inputs, mounted.identity, patches)
     compiled = compat.compile_fx(gm, inputs, patches)

@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 BEFORE, AFTER, REPORT, NODES, PICTURE = "before.py", "after.py", "report.json", "nodes.json", "graph.svg"
 _ATTEMPTS = 10_000
+_written: dict[str, Path] = {}  # this process's dumps by graph
 
 
 def write(
@@ -43,7 +44,28 @@ def write(
     except Exception as error:  # a full disk, a read-only folder, an argument without a printable form
         log.warning("tpfuse could not dump %s to %s: %s: %s", report.graph_id, folder, type(error).__name__, error)
     else:
+        _written[report.graph_id] = written
         log.info("tpfuse dumped %s to %s", report.graph_id, written)
+
+
+def remove(report: GraphReport) -> None:
+    """Take back the dump of a graph that was compiled again, if there is one. Never raises."""
+    written = _written.pop(report.graph_id, None)
+    if written is not None:
+        shutil.rmtree(written, ignore_errors=True)
+
+
+def correct(report: GraphReport) -> None:
+    """Write the report of a dumped graph once more, after other ranks had a say in it. Never raises."""
+    written = _written.get(report.graph_id)
+    if written is None:
+        return
+    try:
+        scratch = written / f".{REPORT}"
+        scratch.write_text(report.to_json() + "\n", encoding="utf-8")
+        os.replace(scratch, written / REPORT)
+    except OSError as error:
+        log.warning("tpfuse could not correct %s: %s: %s", written, type(error).__name__, error)
 
 
 def _write(folder: Path, report: GraphReport, before: GraphModule | Graph, after: GraphModule | Graph) -> Path:

@@ -1,9 +1,10 @@
 """Parallel layouts: sizes -> groups -> layouts -> what each layer boundary must do; and models that do it."""
 
-from .agreement import AgreementError, check_agreement
+from .agreement import check_agreement
 from .architecture import ARCHITECTURES, Architecture, Projection, architecture_of
 from .config import GROUP_NAMES, ConfigError, ParallelConfig
 from .cut import Cut
+from .decision import AgreementError
 from .groups import Groups, build_groups
 from .layout import Boundary, Op, Plan, Reduction, Rows, Step, plan
 from .model import Parallelized, exchange_rows, gather_logits, layout_of, parallelize
