@@ -234,7 +234,8 @@ def check_scale(
     if scale_tensor.dtype != dtype or scale_tensor.device != x.device:
         raise ValueError(
             f"all_reduce_add_rms_norm: scale_tensor is {scale_tensor.dtype} {tuple(scale_tensor.shape)} on "
-            f"{scale_tensor.device}; expected {dtype}, one value or one for each row, on {x.device}"
+            f"{scale_tensor.device}; expected one value without dimensions, {dtype} () on {x.device}, or one for "
+            f"each row, {dtype} (..., 1)"
         )
     if scale != 1.0:
         raise ValueError(f"all_reduce_add_rms_norm: scale is {scale} beside a scale_tensor; pass one of the two")
