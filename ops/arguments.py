@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -49,7 +50,7 @@ class Operands(NamedTuple):
         given = given._replace(flavour=Flavour.parse(str(given.flavour)))
         refuse_gradients(given.x, given.residual, given.weight, given.bias, given.scale_tensor)
         check(given.x, given.residual, given.weight, given.bias, given.flavour, given.post_norm, same)
-        check_scale(given.x, given.scale, given.scale_tensor, given.dtype)
+        check_scale(given.x, given.scale, given.scale_tensor, given.dtype, same)
         if given.partial_bias or given.residual_first:
             given.check_two_sums(same)
         return given
@@ -207,18 +208,34 @@ def check_one_dtype(name: str, x: Tensor, residual: Tensor | None) -> None:
         )
 
 
-def check_scale(x: Tensor, scale: float, scale_tensor: Tensor | None, dtype: torch.dtype) -> None:
-    """Raise ``ValueError`` unless a scale that is a tensor is one value of the sum's kind, and no number is given beside it.
+def check_scale(
+    x: Tensor,
+    scale: float,
+    scale_tensor: Tensor | None,
+    dtype: torch.dtype,
+    same: Callable[[Any, Any], bool] = operator.eq,
+) -> None:
+    """Raise ``ValueError`` unless a scale that is a tensor has one value, or one a row, of the sum's kind, and no number is given
+    beside it.
 
     Args:
         dtype: to which the sum of ``x`` is rounded.
+        same: as for :func:`check`.
     """
     if scale_tensor is None:
         return
-    if scale_tensor.dim() or scale_tensor.dtype != dtype or scale_tensor.device != x.device:
+    rows = math.prod(x.shape[:-1])
+    by_row = scale_tensor.dim() > 0
+    if by_row and not (same((scale_tensor.shape[-1],), (1,)) and same((math.prod(scale_tensor.shape),), (rows,))):
+        raise ValueError(
+            f"all_reduce_add_rms_norm: scale_tensor is {scale_tensor.dtype} {tuple(scale_tensor.shape)} beside {rows} rows; "
+            f"expected one value without dimensions, {dtype} (), or one for each row, {dtype} (..., 1) with {rows} values"
+        )
+    if scale_tensor.dtype != dtype or scale_tensor.device != x.device:
         raise ValueError(
             f"all_reduce_add_rms_norm: scale_tensor is {scale_tensor.dtype} {tuple(scale_tensor.shape)} on "
-            f"{scale_tensor.device}; expected one value without dimensions, {dtype} () on {x.device}"
+            f"{scale_tensor.device}; expected one value without dimensions, {dtype} () on {x.device}, or one for "
+            f"each row, {dtype} (..., 1)"
         )
     if scale != 1.0:
         raise ValueError(f"all_reduce_add_rms_norm: scale is {scale} beside a scale_tensor; pass one of the two")

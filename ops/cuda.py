@@ -69,7 +69,7 @@ def run(
         post_norm,
         index,
         paths.current_stream_class(),
-        scale_tensor is None,
+        0 if scale_tensor is None else 1 + (scale_tensor.dim() > 0),
         scale_first,
         None if residual is None else residual.dtype,
     )
@@ -140,7 +140,8 @@ def run(
                     part = slice(launch.start, launch.start + launch.rows)
                     xs, rs, ns, hs = (None if t is None else t[part] for t in flat)
                     bs = bias.view(rows, -1)[part] if full_bias else bias  # type: ignore[union-attr]
-                    start(launch, stream, p, prepared, xs, rs, weight, bs, ns, hs, eps, factor)  # type: ignore[arg-type]
+                    by = aligned(factor.view(-1)[part]) if c.scale_by_row else factor  # type: ignore[union-attr]
+                    start(launch, stream, p, prepared, xs, rs, weight, bs, ns, hs, eps, by)  # type: ignore[arg-type]
             return normed, residual_out
     # The add and norm behind it take one program a row, with the sums of the other kernels: no row sees another.
     in_order = prepared.path.settings.batch_invariant

@@ -153,6 +153,9 @@ def row_by_row(reduced: Tensor, given: Any, function: Callable[..., tuple[Tensor
         )
         if addends is not None:
             alone = alone._replace(addend=addends[one])
+        factors = getattr(given, "scale_tensor", None)
+        if factors is not None and factors.dim():
+            alone = alone._replace(scale_tensor=factors.reshape(-1, 1)[one])
         found.append(function(flat[one], *alone.after_the_sum))
     normed, out = (torch.cat(parts).view(reduced.shape) for parts in zip(*found, strict=True))
     return normed, out

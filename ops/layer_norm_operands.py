@@ -65,9 +65,7 @@ class LayerNormOperands(NamedTuple):
                 )
         added = self.addend
         if added is not None and (added.dtype != self.dtype or not same(tuple(added.shape), tuple(self.x.shape))):
-            raise ValueError(
-                f"{NAME}: addend is {_text(added)}; expected {self.dtype} and the shape of x, {_text(self.x)}"
-            )
+            raise ValueError(f"{NAME}: addend is {_text(added)}; expected {self.dtype} of shape {tuple(self.x.shape)}")
         check(self.x, self.residual, self.weight, self.bias, self.flavour.scaling, False, same, NAME)
         self._check_two_sums(same)
         shift = self.norm_bias

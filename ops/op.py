@@ -134,7 +134,7 @@ def all_reduce_add_rms_norm(
         eps: added to the mean of squares.
         bias: ``(H,)`` or ``x``'s shape, added to the sum before scale and residual, or None.
         scale: multiplied into the sum after the bias (Granite's residual multiplier): a number, or a tensor without dimensions
-            of ``x``'s dtype, whose value each rank reads in each call.
+            of ``x``'s dtype, whose value each rank reads in each call; or one value for each row, ``(..., 1)`` (a gate).
         flavour: the rounding order of the norm; see :class:`tpfuse.ops.Flavour`.
         post_norm: normalise the sum and add the residual after it (Gemma2, OLMo2).
         scale_first: multiply by ``scale`` before the bias is added (Laguna).

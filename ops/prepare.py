@@ -130,6 +130,7 @@ def prepare(
             has_residual=residual is not None,
             post_norm=post_norm,
             scale_loaded=scale_tensor is not None,
+            scale_by_row=scale_tensor is not None and scale_tensor.dim() > 0,
             scale_first=scale_first,
             wide_residual=wide,
             residual_first=residual_first,

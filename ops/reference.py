@@ -102,7 +102,8 @@ def add_rms_norm(
         scale: multiplied in after the bias (1.0 is no multiplication).
         flavour: the rounding order of the norm.
         post_norm: False: ``h = residual + y``, returns ``(norm(h), h)``. True: returns ``(norm(y), residual + norm(y))``.
-        scale_tensor: one value in the dtype of ``reduced``, in the place of ``scale``; or None.
+        scale_tensor: one value in the dtype of ``reduced``, or one for each of its rows, ``(..., 1)``, in the place of
+            ``scale``; or None.
         scale_first: the scale is multiplied in before the bias is added.
         residual_first: ``h = (residual + reduced) + bias``: another order of the same additions (Cohere's). With a residual,
             without a scale, post-norm or an unrounded sum.
@@ -118,7 +119,7 @@ def add_rms_norm(
     if bias is not None and not scale_first:
         y = y + bias
     if scale_tensor is not None:
-        y = y * scale_tensor
+        y = y * (scale_tensor if scale_tensor.dim() == 0 else scale_tensor.reshape(*y.shape[:-1], 1))
     elif scale != 1.0:
         y = y * scale
     if bias is not None and scale_first:

@@ -142,6 +142,8 @@ class Candidate:
         if self.merged is not None:
             # A number may come from the rank: in the pattern, which ranks compare.
             factor = f"*{self.merged.factor!r}" if isinstance(self.merged.factor, float) else ""
+            if isinstance(self.merged.factor, Node) and self.merged.exact:
+                factor = "*row"
             parts.append(self.merged.collective.kind + factor)
         before = []
         if self.merged is not None and self.merged.bias is not None:

@@ -171,10 +171,13 @@ def _two_sums(new: Replacement, own: Node | Value, residual: Node | Value | None
     candidate, merged, norm = new.candidate, new.candidate.merged, new.candidate.norm
     assert merged is not None
     pair: list[tuple[Any, Any]] = [(own, vector), (_other(new), merged.bias)]
-    scale, scale_first = candidate.scale, candidate.scale_first
-    if isinstance(merged.factor, float):  # of the other sum alone, which the op has as its first then
+    scale, tensor, scale_first = candidate.scale, candidate.scale_tensor, candidate.scale_first
+    alone = merged.factor is not None  # of the other sum alone, which the op has as its first then
+    if isinstance(merged.factor, Node):
+        tensor, scale_first = merged.factor, True
+    elif merged.factor is not None:
         scale, scale_first = merged.factor, True
-    if merged.order == "other_first" or isinstance(merged.factor, float):
+    if merged.order == "other_first" or alone:
         pair.reverse()
     (x, first), (second, second_vector) = pair
     residual_first = merged.order != "together"
@@ -184,7 +187,7 @@ def _two_sums(new: Replacement, own: Node | Value, residual: Node | Value | None
         arguments = norm.eps, scale, str(norm.flavour), group
         return new.call(LAYER_NORM, *operands, *arguments, True, second_vector, residual_first)
     post = candidate.post_add is not None
-    more = norm.eps, scale, str(norm.flavour), post, group, candidate.scale_tensor, scale_first
+    more = norm.eps, scale, str(norm.flavour), post, group, tensor, scale_first
     return new.call(OP, x, residual, norm.weight, second, *more, True, residual_first)
 
 

@@ -8,10 +8,13 @@ With relaxed numerics one reduction is enough: ``AR(a) + AR(b)`` is ``AR(a + b)`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from torch.fx import Node
+
+from tpfuse import compat
 
 from . import equal_values, storages, values
 from .candidate import Candidate, Found
@@ -152,8 +155,18 @@ def _why_not_exact(together: Candidate) -> str | None:
         return "the norm is gathered, and the op that does that makes one sum"
     if vectors and not layer_norm:
         return "a vector is added to one of them, and beside two sums the op for RMSNorm takes none"
-    if isinstance(merged.factor, Node):
-        return f"it is multiplied by {merged.factor.name} first, one value a row"
-    if merged.factor is not None and (layer_norm or scaled or vectors or merged.order != "together"):
-        return f"it alone is multiplied by {merged.factor!r}, and more follows"
+    if merged.factor is None:
+        return None
+    if layer_norm or scaled or vectors or merged.order != "together":
+        return f"it alone is multiplied by {merged.factor}, and more follows"
+    if isinstance(merged.factor, Node) and not _one_a_row(merged.factor, together):
+        return f"it is multiplied by {merged.factor.name}, which has one value for several rows"
     return None
+
+
+def _one_a_row(factor: Node, together: Candidate) -> bool:
+    """Whether a factor provably has as many values as the sum has rows: then it has one for each, in their order."""
+    have, whole = values.value(factor), values.value(together.h.root)
+    if have is None or whole is None:
+        return False
+    return compat.statically_true(math.prod(have.shape) == math.prod(whole.shape[:-1]))

@@ -1,14 +1,15 @@
 """Find: a sum of which each rank keeps some rows, and proof that ranks differ in nothing but their place.
 
-Two spellings: a reduce-scatter, and an all-reduce of which a slice is read. A slice alone proves nothing: the others' slices
-are in their own graphs, and one that begins at row 0 fits any number of blocks. What proves it is where the rows came from. A
-gather put them together, block by block, over a group whose rank list has one rank of each block, at this rank's place in it:
-then the blocks are the gather's, and the slice must be the own one.
+Two spellings: a reduce-scatter, and an all-reduce of which a slice, or one piece of a split, is read. That alone proves nothing:
+the others' slices are in their own graphs, and one that begins at row 0 fits any number of blocks. What proves it is where the
+rows came from. A gather put them together, block by block, over a group whose rank list has one rank of each block, at this
+rank's place in it: then the blocks are the gather's, and the slice must be the own one.
 """
 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,23 @@ from .reasons import Reason, Refusal
 
 SELECTS = values.overloads("select.int")
 SLICES = values.overloads("slice.Tensor")
+SPLITS = values.overloads(  # into pieces, of which a getitem takes one
+    "split.Tensor",
+    "split.sizes",
+    "split_with_sizes.default",
+    "chunk.default",
+    "tensor_split.sections",
+    "tensor_split.indices",
+    "unbind.int",
+    "unsafe_split.Tensor",
+    "unsafe_split_with_sizes.default",
+    "unsafe_chunk.default",
+    # What views become where a compiler wants no aliases.
+    "split_copy.Tensor",
+    "split_with_sizes_copy.default",
+    "unbind_copy.int",
+)
+UNBINDS = values.overloads("unbind.int", "unbind_copy.int")
 GATHERS = "all_gather_into_tensor"
 MAX_STEPS = 3
 
@@ -69,16 +87,21 @@ def kept(
     path: list[Node] = []
     current, start = total, 0
     while len(path) < MAX_STEPS * 4 and len(current.readers) == 1:
-        reader = current.readers[0]
-        if reader.target not in SELECTS | SLICES:
+        reader = taken = current.readers[0]
+        if reader.target in SPLITS:
+            pieces = [user for user in reader.users if not values.is_dead(user)]
+            if len(pieces) != 1 or pieces[0].target is not operator.getitem:
+                return None  # several pieces are read: see below
+            taken = pieces[0]
+        elif reader.target not in SELECTS | SLICES:
             break
         name = reader.args[0]
-        moved = _first_row(reader, name)
+        moved = _first_row(reader, name) if taken is reader else _first_row_of_piece(reader, taken)
         if not isinstance(name, Node) or moved is None:
             return None  # not whole rows: what reads it is said as for every other reader
-        path += [*current.path(name), reader]
+        path += [*current.path(name), *dict.fromkeys((reader, taken))]
         start = start + moved
-        current = values.aliases(reader, order)
+        current = values.aliases(taken, order)
     if not path or compat.statically_true(_rows(values.value(total.root)) == _rows(values.value(current.root))):
         return None
     found = _proved(c, start, _rows(values.value(total.root)), _rows(values.value(current.root)), list(order))
@@ -119,6 +142,23 @@ def _first_row(node: Node, name: Any) -> Any:
         first = first + source.shape[dim]
     elif not compat.statically_true(first >= 0):
         return None
+    return first * math.prod(source.shape[dim + 1 : -1])
+
+
+def _first_row_of_piece(split: Node, piece: Node) -> Any:
+    """The same of one piece of a split."""
+    source, pieces, index = values.value(split.args[0]), split.meta.get("val"), piece.args[1]
+    position = 1 if split.target in UNBINDS else 2
+    dim = split.args[position] if len(split.args) > position else split.kwargs.get("dim", 0)
+    if source is None or source.dim() < 2 or not isinstance(pieces, list | tuple):
+        return None
+    if not isinstance(dim, int) or not isinstance(index, int):
+        return None
+    dim %= source.dim()
+    if dim == source.dim() - 1 or not all(compat.statically_true(size == 1) for size in source.shape[:dim]):
+        return None
+    index %= len(pieces)
+    first: Any = index if split.target in UNBINDS else sum(part.shape[dim] for part in pieces[:index])
     return first * math.prod(source.shape[dim + 1 : -1])
 
 

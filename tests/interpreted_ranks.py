@@ -43,6 +43,7 @@ class Call:
     bias: str = "none"  # "partial": each rank's part of a second sum
     scale: float = 1.0
     scale_tensor: bool = False  # the scale is given as a tensor
+    scale_rows: bool = False  # and has one value for each row
     scale_first: bool = False
     wide_residual: bool = False  # fp32 beside 16-bit sums
     wide_sum: bool = False  # every rank's part is fp32, and its sum is rounded to ``dtype``
@@ -75,6 +76,14 @@ class Call:
     @property
     def two_sums(self) -> bool:
         return self.bias == "partial" or self.partial_addend
+
+    @property
+    def scale_value(self) -> torch.Tensor | float:
+        """The scale as the op gets it."""
+        if not self.scale_tensor and not self.scale_rows:
+            return self.scale
+        by_row = torch.linspace(-1.5, 1.5, self.rows)[:, None] if self.scale_rows else torch.ones(())
+        return (by_row * self.scale).to(self.dtype)
 
 
 @dataclass
@@ -200,10 +209,11 @@ def constants_of(call: Call, given: Inputs) -> Any:
         call.hidden,
         flavour,
         bias=call.bias,
-        scaled=call.scale != 1.0,
+        scaled=call.scale != 1.0 or call.scale_rows,
         has_residual=call.residual,
         post_norm=call.post_norm,
-        scale_loaded=call.scale_tensor,
+        scale_loaded=call.scale_tensor or call.scale_rows,
+        scale_by_row=call.scale_rows,
         scale_first=call.scale_first,
         wide_residual=call.wide_residual,
         residual_first=call.residual_first,
@@ -242,7 +252,7 @@ def expected(call: Call, given: Inputs, spelled_out: bool = False) -> tuple[torc
         return layer_norm_reference.add_layer_norm(reduced, *affine, *last)
     return reference.add_rms_norm(
         *(reduced, given.residual, given.weight, given.bias, call.eps, call.scale, NAMED[call.flavour], call.post_norm),
-        scale_tensor=torch.tensor(call.scale, dtype=call.dtype) if call.scale_tensor else None,
+        scale_tensor=call.scale_value if isinstance(call.scale_value, torch.Tensor) else None,
         scale_first=call.scale_first,
         residual_first=call.residual_first,
     )
@@ -620,7 +630,7 @@ def _worker(
                     phase_bytes,
                     watchdog,
                     call.eps,
-                    torch.tensor(call.scale, dtype=call.dtype) if call.scale_tensor else call.scale,
+                    call.scale_value,
                 )
                 function = {
                     ("one_shot", "rms_norm"): one_shot_kernel,

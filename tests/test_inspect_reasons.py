@@ -132,7 +132,7 @@ def _():
 
 @produces(Reason.SUM_OF_REDUCTIONS)
 def _():
-    return reported(lambda x, r, w: norm(r + (all_reduce(x) * r[..., :1] + all_reduce(x * 2)), w))
+    return reported(lambda x, r, w: norm(r + (all_reduce(x) * r[..., :1] + all_reduce(x * 2)) * 0.5, w))
 
 
 @produces(Reason.ADD_CHAIN)

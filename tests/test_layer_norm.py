@@ -168,7 +168,7 @@ def test_what_does_not_fit_is_named_before_anybody_communicates(pool):
         assert "weight is None" in messages["weight"]
         assert f"expected a vector of shape ({H},)" in messages["width"]
         assert "residual is torch.float32 (2, 72); expected the dtype and shape of x" in messages["residual"]
-        assert "addend is torch.float32 (2, 72); expected the dtype and shape of x" in messages["addend"]
+        assert "addend is torch.float32 (2, 72); expected torch.float32 of shape (4, 72)" in messages["addend"]
         assert "expected one dtype of" in messages["mixed"]
         assert "has 1 fields" in messages["text"]
         assert "addend requires grad" in messages["gradient"]

@@ -242,3 +242,86 @@ def test_a_replica_whose_rows_are_bounded_before_their_number_is_found_equal_to_
     (site,) = report.sites
     assert site.fused, site.detail
     assert "s" in str(site.shape[1])  # a symbol
+
+
+PIECES = {
+    "chunk": lambda t: t.chunk(2)[1],
+    "chunk of the rows of a batch": lambda t: t.unsqueeze(0).chunk(2, dim=1)[1].view(-1, H),
+    "split": lambda t: torch.split(t, 5)[1],
+    "split with sizes": lambda t: torch.split(t, [5, 5])[1],
+    "split with sizes of which the own block comes in two": lambda t: torch.split(t, [2, 3, 5])[2],
+    "tensor_split": lambda t: t.tensor_split(2)[1],
+    "view and index": lambda t: t.view(2, 5, H)[1],
+    "view and unbind": lambda t: t.view(2, 5, H).unbind(0)[-1],
+    "narrow": lambda t: t.narrow(0, 5, 5),
+    "a chunk, and rows of it": lambda t: t.chunk(2)[1][:4],
+}
+
+
+@pytest.mark.parametrize("spelling", PIECES)
+def test_one_piece_of_a_split_is_the_own_block(column, spelling):
+    def f(y, r, w, e):
+        h = r + PIECES[spelling](graphs.all_reduce(gather(y, column) @ e))
+        return norm(h, w), h
+
+    kept = 4 if "rows of it" in spelling else 5
+    args = random(5, H), random(kept, H, seed=1), random(H, seed=2), random(H, H, seed=3)
+    one(f, *args, blocks=2, pattern="all_reduce+rows/2+add+rms_norm", collective="all_reduce")
+
+
+def test_pieces_along_an_inner_dimension_are_rows_where_those_before_it_are_one(column):
+    """``(1, 2, 5, H)``: index 1 of the second dimension is rows 5 to 9; of ``(2, 5, H)`` index 1 of the second is two rows."""
+
+    def f(y, r, w, e):
+        total = graphs.all_reduce(gather(y, column) @ e)
+        h = r + total.view(1, 2, 5, H).unbind(1)[1].view(5, H)
+        return norm(h, w), h
+
+    args = random(5, H), random(5, H, seed=1), random(H, seed=2), random(H, H, seed=3)
+    one(f, *args, blocks=2, pattern="all_reduce+rows/2+add+rms_norm", collective="all_reduce")
+
+
+@pytest.mark.parametrize(
+    ("piece", "rows", "says"),
+    [
+        (lambda t: t.chunk(2)[0], 5, "not block 1 of 2"),
+        (lambda t: t.chunk(5)[1], 2, "not block 1 of 2"),
+        (lambda t: torch.split(t, 4)[1], 4, "not block 1 of 2"),  # 4, 4 and 2 rows
+        (lambda t: torch.split(t, [4, 6])[1], 6, "not block 1 of 2"),
+        (lambda t: t.view(2, 5, H).unbind(1)[1], 2, "moves rows of the sum"),
+        (lambda t: t.chunk(2)[1] + t.chunk(2)[0], 5, "moves rows of the sum"),
+        (lambda t: t.chunk(2, dim=1)[1].repeat(1, 2), 10, "moves rows of the sum"),
+    ],
+)
+def test_another_piece_is_refused(column, piece, rows, says):
+    def f(y, r, w, e):
+        h = r + piece(graphs.all_reduce(gather(y, column) @ e))
+        return norm(h, w), h
+
+    args = random(5, H), random(rows, H, seed=1), random(H, seed=2), random(H, H, seed=3)
+    new, report = fused(f, *args)
+    (site,) = report.sites
+    assert (site.fused, site.reason) == (False, "rows-move"), site.detail
+    assert says in site.detail
+    assert graphs.all_reduces_left(new) == 1
+
+
+def test_a_chunk_without_a_gather_proves_nothing():
+    def f(x, r, w):
+        h = r + graphs.all_reduce(x).chunk(4)[RANK]
+        return norm(h, w), h
+
+    _, report = fused(f, random(8, H), random(2, H, seed=1), random(H, seed=2))
+    assert report.sites[0].reason == "rows-move"
+    assert "no gather of the graph" in report.sites[0].detail
+
+
+def test_a_chunk_of_an_uneven_number_of_rows_is_refused(column):
+    """Nine rows in two chunks are five and four, but a gather's blocks are equal."""
+
+    def f(y, r, w, e):
+        h = r + graphs.all_reduce(gather(y, column)[:9] @ e).chunk(2)[1]
+        return norm(h, w), h
+
+    _, report = fused(f, random(5, H), random(4, H, seed=1), random(H, seed=2), random(H, H, seed=3))
+    assert report.sites[0].reason == "rows-move"

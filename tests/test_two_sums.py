@@ -49,11 +49,14 @@ def rms_calls(rank: int, world: int) -> list[Any]:
         a, b, r, w, *_ = operands(rank, rows, dtype)
         sa, sb = summed(a), summed(b)
         by = torch.tensor(0.22, dtype=dtype)
+        gate = torch.sigmoid(r[..., :1] + rank)  # each rank's own
         kinds: dict[str, tuple[torch.Tensor, dict[str, Any]]] = {
             "plain": (r + (sa + sb), {}),
             "scaled": (r + (sa + sb) * 0.22, {"scale": 0.22}),
             "scale first": (r + (sa * by + sb), {"scale": by, "scale_first": True}),
             "residual first": ((r + sa) + sb, {"residual_first": True}),
+            "gated": (r + (sa * gate + sb), {"scale": gate, "scale_first": True}),
+            "gated, flat": (r + (sa * gate + sb), {"scale": gate.view(-1, 1), "scale_first": True}),
         }
         for name, (h, more) in kinds.items():
             for flavour in (LLAMA, GEMMA):
@@ -133,6 +136,10 @@ def invariant_calls(rank: int, world: int) -> list[str]:
                 sums.append(total.to(dtype))
             first = {"partial_bias": True, "residual_first": True}
             whole = all_reduce_add_rms_norm(a, r, w, bias=b, **first)
+            gate, scaled = torch.sigmoid(r[:, :1]), {"partial_bias": True, "scale_first": True}
+            gated = all_reduce_add_rms_norm(a, r, w, bias=b, scale=gate, **scaled)
+            if not torch.equal(gated[1], r + (sums[0] * gate + sums[1])):
+                wrong.append(f"{dtype}: not the gated sum in rank order")
             if not torch.equal(whole[1], (r + sums[0]) + sums[1]):
                 wrong.append(f"{dtype}: not the sums in rank order")
             affine = {"bias": va, "addend_bias": vb, "partial_addend": True}
@@ -143,7 +150,8 @@ def invariant_calls(rank: int, world: int) -> list[str]:
                 one = slice(row, row + 1)
                 alone = all_reduce_add_rms_norm(a[one], r[one], w, bias=b[one], **first)
                 also = all_reduce_add_layer_norm(a[one], r[one], w, v, addend=b[one], **affine)
-                for got, want in ((alone, whole), (also, centered)):
+                by_gate = all_reduce_add_rms_norm(a[one], r[one], w, bias=b[one], scale=gate[one], **scaled)
+                for got, want in ((alone, whole), (also, centered), (by_gate, gated)):
                     if not all(torch.equal(g[0], t[row]) for g, t in zip(got, want, strict=True)):
                         wrong.append(f"{dtype}: row {row}")
     finally:
@@ -168,6 +176,8 @@ def compiled(rank: int, world: int) -> list[bool]:
 
     def model(a, b, r):
         n, h = all_reduce_add_rms_norm(a, r, w, bias=b, partial_bias=True, residual_first=True)
+        gate = torch.sigmoid(n.flatten(0, 1)[:, :1])
+        n, h = all_reduce_add_rms_norm(a, h, w, bias=n, partial_bias=True, scale=gate, scale_first=True)
         more = {"addend": b * 2, "partial_addend": True, "bias": va, "addend_bias": vb}
         return all_reduce_add_layer_norm(n, h, w, v, **more)
 
@@ -216,6 +226,13 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
         "residual_first=True with a scale",
         {"bias": torch.ones(4, H), "partial_bias": True, "residual_first": True, "scale": torch.tensor(2.0)},
     ),
+    "rms gate of other rows": (
+        r"scale_tensor is torch.float32 \(3, 1\) beside 4 rows; expected one value without dimensions, torch.float32 \(\), or "
+        r"one for each row, torch.float32 \(..., 1\) with 4 values",
+        {"scale": torch.ones(3, 1)},
+    ),
+    "rms gate of columns": (r"scale_tensor is torch.float32 \(4, 72\) beside 4 rows", {"scale": torch.ones(4, H)}),
+    "rms gate dtype": (r"scale_tensor is torch.float64 \(4, 1\)", {"scale": torch.ones(4, 1).double()}),
     "rms no residual": (
         "residual_first=True with no residual",
         {"residual": None, "bias": torch.ones(4, H), "partial_bias": True, "residual_first": True},

@@ -39,6 +39,11 @@ def of_two(hidden: int, first: bool = False, dtype: torch.dtype = torch.bfloat16
     return replace(_constants(hidden, dtype=dtype), bias="partial", residual_first=first)
 
 
+def gated(hidden: int) -> Constants:
+    """Qwen3-Next's: the first sum has a factor for each row."""
+    return replace(of_two(hidden), scaled=True, scale_loaded=True, scale_by_row=True, scale_first=True)
+
+
 def layer_norm_of_two(hidden: int, flavour: str = "layer_norm") -> Constants:
     """Phi's, with a vector behind each sum, or Cohere's, with its order."""
     cohere = flavour == "cohere"
@@ -66,6 +71,7 @@ def check(algorithm: str, c: Constants, world: int, part: Part, folder: Path) ->
 @pytest.mark.parametrize("world", [2, 8])
 def test_the_kernels_of_few_rows_do_not_spill(algorithm: str, world: int, tmp_path: Path) -> None:
     _check(algorithm, of_two(4096), world, Part(512, 1), 90, tmp_path)
+    _check(algorithm, gated(2048), world, Part(128, 1), 90, tmp_path)
     check(algorithm, layer_norm_of_two(8192), world, Part(128, 1), tmp_path)
 
 

@@ -29,6 +29,7 @@ CALLS = [
     layer(ROWS, seed=4),
     layer(ROWS, bias="row", addend_bias=True, seed=5),
     layer(ROWS, flavour="cohere", bias="row", addend_bias=True, residual_first=True, seed=6),
+    two(ROWS, scale_rows=True, scale_first=True, seed=10),
     wide(ROWS, seed=7),
     wide(ROWS, dtype=torch.float16, flavour="olmo2", post_norm=True, bias="row", scale=2.5, scale_tensor=True, seed=8),
     wide_layer(ROWS, addend=True, seed=9),
@@ -133,7 +134,7 @@ def _wrong(way: str, call: Call) -> list[str]:
     else:
         from tpfuse.ops.flavour import NAMED
 
-        tensor = torch.tensor(call.scale, dtype=call.dtype) if call.scale_tensor else None
+        tensor = call.scale_value if isinstance(call.scale_value, torch.Tensor) else None
         out = (torch.full_like(x, float("nan")), torch.full_like(x, float("nan"))) if call.seed == 2 else None
         got = cuda.run(
             *(x, given.residual, given.weight, second, call.eps, 1.0, str(NAMED[call.flavour]), call.post_norm, "0"),

@@ -187,7 +187,7 @@ def test_what_does_not_fit_is_named(fake_group):
         r"all_reduce_add_layer_norm: partial_addend=True with x in torch.float32": (
             lambda: all_reduce_add_layer_norm(x, r, w, v, addend=r, partial_addend=True)
         ),
-        r"addend is torch.float32 \(4, 72\); expected torch.bfloat16 and the shape of x": (
+        r"addend is torch.float32 \(4, 72\); expected torch.bfloat16 of shape": (
             lambda: all_reduce_add_layer_norm(x, r, w, v, addend=x)
         ),
         r"reduce_rows_add_rms_norm: residual is torch.bfloat16 .*expected the dtype of x": (

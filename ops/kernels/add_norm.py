@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .epilogue import accept, finish, loaded, prefetch
+from .epilogue import accept, finish, loaded, of_row, prefetch
 from .rows import lane_elements, load_words, values_of, words_of
 
 
@@ -22,6 +22,7 @@ def add_norm(reduced_rows, io, rows, eps, scale, C: tl.constexpr, S: tl.constexp
     STEPS: tl.constexpr = S.steps
     scale = loaded(scale, C)
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
+        factor = of_row(scale, row, C)
         loads = ()
         held = ()
         for i in tl.static_range(STEPS):
@@ -32,7 +33,7 @@ def add_norm(reduced_rows, io, rows, eps, scale, C: tl.constexpr, S: tl.constexp
             if C.wide_sum:
                 words = words_of(values_of(words, C.x_in), C.dtype, S.ptx)
             loads = loads + (load,)
-            held = held + (accept(words, row, 0, i, io, scale, load, C, S),)
+            held = held + (accept(words, row, 0, i, io, factor, load, C, S),)
         # One program a row exchanges nothing: no state, no phase, nothing to watch.
         finish(held, row, 0, io, reduced_rows, 0, (0, 0, 0), eps, loads, C, S)
 

@@ -37,9 +37,21 @@ def gain_ahead(c, s):
 
 @triton.jit
 def loaded(scale, C: tl.constexpr):
-    """The scale of a call as a number. After the wait for the kernel before this one, which may have written it."""
-    if C.scale_loaded:
+    """The scale of a call as a number, or where each row has its own: still a pointer, for :func:`of_row`.
+
+    After the wait for the kernel before this one, which may have written it.
+    """
+    if C.scale_loaded and not C.scale_by_row:
         return tl.load(scale).to(tl.float32)
+    else:
+        return scale
+
+
+@triton.jit
+def of_row(scale, row, C: tl.constexpr):
+    """The scale of a row, from what :func:`loaded` returned. Before the poll, so that the wait hides the load."""
+    if C.scale_by_row:
+        return tl.load(scale + row).to(tl.float32)
     else:
         return scale
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .call import begin, end, failed, let_next_kernel_start, poison, wait_for_previous_kernel
-from .epilogue import accept, finish, loaded, prefetch, second_of, with_second
+from .epilogue import accept, finish, loaded, of_row, prefetch, second_of, with_second
 from .memory import marked, push
 from .reduction import both_halves, sum_over_ranks
 from .rows import clear_ranks, lane_elements, own_part, own_words, poll_ranks, poll_ranks_of_two
@@ -104,6 +104,7 @@ def one_shot(x, io, begun, peers, state, rank, rows, phase_bytes, limit, eps, sc
     for item in range(first, items, tl.num_programs(0)):
         row = item // S.split
         part = item % S.split
+        factor = of_row(scale, row, C)
         loads = ()
         held = ()
         if S.steps <= 2:
@@ -138,7 +139,7 @@ def one_shot(x, io, begun, peers, state, rank, rows, phase_bytes, limit, eps, sc
                     reduced = both_halves(reduced, sum_over_ranks(words, C, S), C, S)
                 else:
                     load = with_second(load, sum_over_ranks(words, C, S), C)
-            held = held + (accept(reduced, row, part, i, io, scale, load, C, S),)
+            held = held + (accept(reduced, row, part, i, io, factor, load, C, S),)
         finish(held, row, part, io, state, phase, watch, eps, loads, C, S)
     end(state, phase)
     keep_stamps(state, phase, (begun[4], begun[5], pushed, pushed, received, now(S)), S)
@@ -177,7 +178,7 @@ def one_shot_kernel(
         state: the plane's local int32 state, see ``epilogue.py``.
         phase_bytes: size of one of the two phases.
         limit: watchdog in nanoseconds.
-        scale: a number, or with ``C.scale_loaded`` a pointer to one value of the dtype of ``x``.
+        scale: a number, or with ``C.scale_loaded`` a pointer to one value of the dtype of ``x``, or to one for each row.
     """
     io = (residual, weight, bias, normed, residual_out)
     begun = begin_one_shot(x, io, peers, state, rank, rows, C, S)

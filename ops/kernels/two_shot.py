@@ -14,7 +14,7 @@ import triton.language as tl
 
 from . import state as at
 from .call import begin, end, failed, let_next_kernel_start, poison, wait_for_previous_kernel
-from .epilogue import accept, finish, loaded, prefetch, second_of, with_second
+from .epilogue import accept, finish, loaded, of_row, prefetch, second_of, with_second
 from .memory import clear, marked, poll, push
 from .packing import positive_zeros
 from .reduction import both_halves, sum_over_ranks
@@ -173,6 +173,7 @@ def two_shot(x, io, peers, state, rank, rows, phase_bytes, limit, eps, scale, C:
         if item < items:
             row = item // S.split
             part = item % S.split
+            factor = of_row(scale, row, C)
             loads = ()
             held = ()
             if S.steps <= 2:
@@ -194,7 +195,7 @@ def two_shot(x, io, peers, state, rank, rows, phase_bytes, limit, eps, scale, C:
                     received = now(S)
                     clear(place + behind, active, S.ptx)
                     load = with_second(load, received_sum(words, C, S), C)
-                held = held + (accept(reduced, row, part, i, io, scale, load, C, S),)
+                held = held + (accept(reduced, row, part, i, io, factor, load, C, S),)
             finish(held, row, part, io, state, phase, watch, eps, loads, C, S)
     end(state, phase)
     keep_stamps(state, phase, (launched, begun, pushed, reduced_all, received, now(S)), S)

@@ -63,6 +63,7 @@ class Constants:
     addend_bias: bool = False  # to which a vector is added
     residual_first: bool = False  # the second sum is added to the sum of the residual and the first
     scale_loaded: bool = False  # the scale is a pointer to one value of the dtype of x, not a number
+    scale_by_row: bool = False  # to one value for each row
     scale_first: bool = False  # it is multiplied in before the bias is added
     wide_residual: bool = False  # the residual is fp32 beside a 16-bit sum, and stays so; ``unrounded`` then
     wide_sum: bool = False  # x is fp32 beside all else in ``dtype``, to which its sum is rounded
@@ -231,6 +232,7 @@ def constants(
     has_residual: bool,
     post_norm: bool,
     scale_loaded: bool = False,
+    scale_by_row: bool = False,
     scale_first: bool = False,
     wide_residual: bool = False,
     residual_first: bool = False,
@@ -265,6 +267,7 @@ def constants(
         row_bytes=hidden * dtype.itemsize,
         zero_mark=FP32_MARK if dtype == torch.float32 else 0x8000,
         scale_loaded=scale_loaded,
+        scale_by_row=scale_by_row,
         scale_first=scale_first and bias != "none",
         wide_residual=wide_residual,
         residual_first=residual_first,
