@@ -7,7 +7,7 @@ from ranks import RankPool
 
 import tpfuse
 from tpfuse import hf, hf_generate
-from tpfuse.parallel import ParallelConfig
+from tpfuse.parallel import ParallelConfig, layout_of
 
 LAYERS = {"num_hidden_layers": 2, "initializer_range": 0.2}
 ONE = {**LAYERS, "num_hidden_layers": 1}
@@ -153,3 +153,28 @@ def test_ranks_that_would_choose_other_tokens_are_named_before_anything_runs(poo
         assert isinstance(one[name, "greedy"], list)
         assert isinstance(one[name, "drawn"], list)
     assert "torch.manual_seed" in one["cut", "ours"]
+
+
+def ending_apart(rank, world_size, compiled):
+    """Replicas whose rows meet: one ends at its second token, the other goes on."""
+    torch._dynamo.reset()
+    whole = unsharded("llama", **ONE)
+    prompt = {"input_ids": torch.tensor([[3 + rank, 4, 5, 6]])}
+    plain = {"do_sample": False, "max_new_tokens": 6, "disable_compile": True}
+    free = tokens(whole, prompt, **plain, eos_token_id=None)[0]
+    own = {"eos_token_id": free[5] if rank == 0 else None}
+    expected = tokens(whole, prompt, **plain, **own)
+    model = hf.parallelize(whole, ParallelConfig(2, 2))
+    assert layout_of(model).plan.gathers_blocks
+    if compiled:
+        model = hf.compile(model, options={"tpfuse.inner": "aot_eager"})
+        plain.pop("disable_compile")
+    # Twice: steps that one replica still had to take would meet those of the next call.
+    return [tokens(model, prompt, **plain, **own) == expected for _ in range(2)], len(expected[0])
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])
+def test_replicas_that_end_apart_wait_for_each_other(pool, compiled):
+    first, second = pool.run(ending_apart, compiled, timeout=120)
+    assert first == ([True, True], 6)
+    assert second[0] == [True, True] and second[1] > 6

@@ -1,8 +1,11 @@
-"""Do the ranks that share one replica make the same call of ``generate``?
+"""Do the ranks that share one replica make the same call of ``generate``, and do replicas that meet stay in step?
 
 They decode one sequence together, each with a part of the model, and choose every token on their own. Ranks that are given other
 prompts, or draw from another state of the random number generator, choose other tokens: what they make together is no text,
 and a rank that finishes early leaves the others waiting. Asked once a call, before anything runs.
+
+Replicas have prompts of their own and end at different steps. Where their rows meet in every step, one that has ended goes on
+with steps whose tokens are dropped, until all have: transformers' ``synced_gpus``.
 """
 
 from __future__ import annotations
@@ -29,7 +32,24 @@ def install(model: nn.Module) -> None:
 
 def _generate(model: Any, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
     check_call(model, inputs, kwargs)
-    return type(model).generate(model, inputs, *args, **kwargs)
+    return type(model).generate(model, inputs, *args, **in_step(model, kwargs))
+
+
+def replicas_meet(model: Any) -> bool:
+    """Whether all ranks of the default group must take equally many steps. transformers asks over that group."""
+    parallelized = getattr(model, ATTRIBUTE, None)
+    meet = parallelized is not None and parallelized.plan.gathers_blocks
+    return meet and dist.get_world_size() == parallelized.config.world_size
+
+
+def in_step(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of ``generate`` with which replicas that meet stay in step, unless the caller or another loop decides."""
+    chosen = ("synced_gpus", "custom_generate", "assistant_model")  # what assists has loops of its own, which refuse it
+    config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
+    lookup = kwargs.get("prompt_lookup_num_tokens", getattr(config, "prompt_lookup_num_tokens", None))
+    if lookup is not None or any(kwargs.get(name) is not None for name in chosen) or not replicas_meet(model):
+        return kwargs
+    return {**kwargs, "synced_gpus": True}
 
 
 def check_call(model: Any, inputs: Any, kwargs: dict[str, Any]) -> None:

@@ -93,7 +93,7 @@ def _compiled_generate(model: Any, inputs: Any = None, *args: Any, **kwargs: Any
     """``model.generate`` after :func:`install`: as transformers documents it."""
     if args:  # by position, as few call it: transformers sorts them out
         hf_agreement.check_call(model, inputs, kwargs)
-        return type(model).generate(model, inputs, *args, **kwargs)
+        return type(model).generate(model, inputs, *args, **hf_agreement.in_step(model, kwargs))
     return _generate(model, inputs, True, compiled_only=True, **kwargs)
 
 
@@ -123,7 +123,8 @@ def _generate(
     kwargs = {**kwargs, "streamer": streamer} if streamer is not None else kwargs
     foreign = custom_generate is not None or kwargs.get("assistant_model") is not None or kwargs.get("synced_gpus")
     if foreign or not _is_ours(model, kwargs):
-        return original(model, inputs, custom_generate=custom_generate, **kwargs)
+        synced = kwargs if custom_generate is not None else hf_agreement.in_step(model, kwargs)
+        return original(model, inputs, custom_generate=custom_generate, **synced)
     loop = functools.partial(_decode, streamer=streamer, cuda_graph=cuda_graph, compiled_only=compiled_only)
     return original(model, inputs, custom_generate=loop, **kwargs)
 
@@ -155,9 +156,9 @@ def _decode(
     if refusal is not None or (compiled_only and not compiles):
         if refusal is not None and not compiled_only:
             unfused.tell("generate-loop", f"tpfuse.hf.generate ran in transformers' own loop: {refusal}")
-        return hf_compat.own_decoding(model)(
-            model, input_ids, logits_processor, stopping_criteria, generation_config, streamer=streamer, **model_kwargs
-        )
+        loop = hf_compat.own_decoding(model)
+        synced = {"synced_gpus": hf_agreement.replicas_meet(model), "streamer": streamer, **model_kwargs}
+        return loop(model, input_ids, logits_processor, stopping_criteria, generation_config, **synced)
     decoder = getattr(model, DECODER, None)
     if decoder is None:
         decoder = Decoder()
