@@ -263,6 +263,7 @@ def one_rank_switched_it_off(rank: int, world_size: int) -> Any:
     return logits.tolist(), reasons, [str(warning.message) for warning in told]
 
 
+@pytest.mark.slow
 def test_ranks_that_lower_differently_leave_the_graph_as_it_was(env):
     """They would not wait for each other, but a residual stream with two roundings of one sum is no longer one stream."""
     with RankPool(2, env=env) as pool:
