@@ -41,7 +41,7 @@ def make_call(call: Call, rank: int, world: int, group: Any = None) -> tuple[Ten
         _to_gpu(given.weight),
         eps=call.eps,
         bias=_to_gpu(given.bias),
-        scale=torch.tensor(call.scale, dtype=call.dtype, device="cuda") if call.scale_tensor else call.scale,
+        scale=_to_gpu(call.scale_value) if isinstance(call.scale_value, Tensor) else call.scale_value,
         scale_first=call.scale_first,
         flavour=NAMED[call.flavour],
         post_norm=call.post_norm,
@@ -125,6 +125,18 @@ def kinds() -> list[Call]:
             Call(3, 4096, dtype=dtype, flavour="sglang", weight_dtype=torch.float32, wide_residual=True, seed=1750 + n)
         )
         out.append(Call(70, 8192, dtype=dtype, flavour="vllm", wide_residual=True, seed=1760 + n))
+    # Sums that are taken in fp32 and rounded first, and a factor for each row.
+    for n, dtype in enumerate(dtypes[:2]):
+        for m, special in enumerate(("none", "zeros", "negative_zeros", "nonfinite")):
+            out.append(Call(5, 2880, dtype=dtype, wide_sum=True, special=special, seed=2100 + 10 * n + m))
+        out += [
+            Call(rows, hidden, dtype=dtype, wide_sum=True, flavour=flavour, seed=2200 + rows + hidden)
+            for rows, hidden, flavour in ((1, 8192, "llama"), (70, 4096, "gemma"), (70, 16384, "vllm"))
+        ]
+        out.append(
+            Call(4, 4096, dtype=dtype, wide_sum=True, bias="row", post_norm=True, flavour="olmo2", seed=2300 + n)
+        )
+        out.append(Call(70, 2880, dtype=dtype, scale_rows=True, bias="full", scale_first=True, seed=2310 + n))
     # Rows that are held unrounded: split over programs, and in several steps a program.
     out += [
         Call(rows, hidden, flavour="vllm", seed=1900 + rows + hidden) for rows in (1, 70) for hidden in (8192, 16384)
@@ -148,10 +160,12 @@ def warm(calls: list[Call], rank: int, world: int, group: Any = None) -> None:
             call.hidden,
             flavour,
             bias=call.bias,
-            scaled=call.scale != 1.0,
-            scale_loaded=call.scale_tensor,
+            scaled=call.scale != 1.0 or call.scale_rows,
+            scale_loaded=call.scale_tensor or call.scale_rows,
+            scale_by_row=call.scale_rows,
             scale_first=call.scale_first,
             wide_residual=call.wide_residual,
+            wide_sum=call.wide_sum,
             has_residual=call.residual,
             post_norm=call.post_norm,
         )

@@ -59,7 +59,8 @@ def edges(world: int) -> list[Call]:
         kinds = [
             call
             for call in on_ranks.kinds()
-            if call.flavour != "input-dtype" and not (call.scale_tensor or call.scale_first or call.wide_residual)
+            if call.flavour != "input-dtype"
+            and not (call.scale_tensor or call.scale_first or call.scale_rows or call.wide_residual or call.wide_sum)
         ]
         calls += [replace(call, blocks=blocks) for call in kinds]
     gathered = [replace(call, gathers=True) for call in calls if call.blocks > 1]

@@ -30,6 +30,7 @@ RMS: list[dict[str, Any]] = [
         {"special": "denormals"},
         {"scale": 0.22, "flavour": "gemma"},
         {"scale": 2.5, "scale_tensor": True, "scale_first": True},
+        {"scale_rows": True, "scale_first": True},
         {"post_norm": True, "flavour": "olmo2"},
         {"flavour": "vllm"},
         {"wide_residual": True, "flavour": "sglang", "weight_dtype": torch.float32},
@@ -73,7 +74,7 @@ def _op(call: Call, given: Any, rank: int) -> tuple[Tensor, Tensor]:
         *operands,
         eps=call.eps,
         bias=second,
-        scale=torch.tensor(call.scale, dtype=call.dtype, device="cuda") if call.scale_tensor else call.scale,
+        scale=cuda(factor) if isinstance(factor := call.scale_value, Tensor) else factor,
         scale_first=call.scale_first,
         flavour=NAMED[call.flavour],
         post_norm=call.post_norm,
@@ -96,7 +97,7 @@ def _complaints(call: Call, rank: int, world: int) -> list[str]:
         apart = torch.where(finite, (got.float() - exact.float()).abs(), 0.0)
         if bool((apart > allowed).any()) or not torch.equal(got.isnan(), exact.isnan()):
             wrong.append(f"{name} is {(apart / allowed).max().item():.2f} of the bound apart")
-    if call.rows > 1 and call.bias != "full":
+    if call.rows > 1 and call.bias != "full" and not call.scale_rows:
         cut = replace(
             given,
             xs=[t[:1] for t in given.xs],
