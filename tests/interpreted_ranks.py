@@ -409,6 +409,36 @@ def make_types_once(interpreter: Any) -> None:
     tl.block_type.__init__, tl.tensor.__init__, tl.core._unwrap_if_constexpr = type_once, tensor_once, unwrap
 
 
+def match_operands_once(interpreter: Any) -> None:
+    """How an operation makes two operands alike depends on their types, and on the value where one is a number: half of the time.
+
+    Remembered is what changes no tensor: a tensor that stays as it is, and what a number becomes.
+    """
+    import triton.language as tl
+
+    semantic = type(interpreter.interpreter_semantic)
+    plain = semantic.binary_op_type_checking_impl
+    known: dict[Any, list[Any]] = {}
+
+    def kind(operand: Any) -> Any:
+        if isinstance(operand, tl.tensor):
+            return operand.type.name
+        # 1, 1.0 and True are equal, and so are the two zeros.
+        return type(operand), operand.hex() if isinstance(operand, float) else operand
+
+    def once(self: Any, *operands: Any, **flags: Any) -> Any:
+        key = (*map(kind, operands), *flags.items())
+        if key in known:
+            return [new if new is not None else given for new, given in zip(known[key], operands, strict=False)]
+        found = plain(self, *operands, **flags)
+        pairs = list(zip(operands, found, strict=False))
+        if all(new is given or not isinstance(given, tl.tensor) for given, new in pairs):
+            known[key] = [None if new is given else new for given, new in pairs]
+        return found
+
+    semantic.binary_op_type_checking_impl = once
+
+
 def round_in_one_step(interpreter: Any) -> None:
     """Round by numpy what :func:`tpfuse.ops.kernels.packing.half_bits` rounds in ten interpreted operations: half of the time.
 
@@ -521,6 +551,7 @@ def _worker(
         poll_politely(interpreter)
         patch_once(interpreter)
         make_types_once(interpreter)
+        match_operands_once(interpreter)
         round_in_one_step(interpreter)
         fp8_in_one_step(interpreter)
         if program is not None:
