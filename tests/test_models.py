@@ -38,8 +38,12 @@ PAGE_NAMES = {
     "qwen4_exp": "qwen4_exp_text",
 }
 KIND = "llama"  # everything fuses
-# Their layers are those of llama, glm4_moe or gemma2, as far as sums and norms go.
-ALIKE = ("mistral", "qwen2", "qwen3", "phi3", "qwen3_moe", "mixtral", "gemma3_text")
+# Their layers are those of llama, deepseek_v3 or gemma2, as far as sums and norms go; a scale and a LayerNorm behind a sum
+# have tests of their own, and the counts of all models are part of what CI runs (matrix/golden.py).
+ALIKE = (
+    *("mistral", "qwen2", "qwen3", "phi3", "qwen3_moe", "mixtral", "gemma3_text"),
+    *("glm4", "glm4_moe", "olmo2", "granite", "cohere2"),
+)
 
 
 def forward(rank, world_size, folder, dtype_name, inner, prefill_too):
