@@ -124,7 +124,11 @@ def test_eager_inner_compilers_give_the_bits_of_eager(pool, inner, dtype):
 
 INDUCTOR = {"default": {}, "freezing": {"freezing": True}}
 # These work on what stands around the op; for the C++ wrapper the compiler takes ten seconds.
-OTHERS = {"cpp wrapper": {"cpp_wrapper": True}, "memory planning": {"memory_planning": True}, "no pattern matcher": {"pattern_matcher": False}}
+OTHERS = {
+    "cpp wrapper": {"cpp_wrapper": True},
+    "memory planning": {"memory_planning": True},
+    "no pattern matcher": {"pattern_matcher": False},
+}
 
 
 @pytest.mark.parametrize(
