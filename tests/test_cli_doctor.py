@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 
 import pytest
+from commands import Command
 from test_cli import refused, tpfuse, tpfuse_process
 
 from tpfuse.inspect import doctor
@@ -73,15 +75,29 @@ def test_equal_ranks_under_torchrun_agree():
     assert checks(equal)["ranks agree"]["status"] == OK
 
 
+def compared(result):
+    assert result.returncode != 0
+    assert checks(result)["process group"]["found"] == "2 ranks, gloo"
+    assert checks(result)["TPFUSE_POLICY differs"]["found"] == "unset on rank 0; all on rank 1"
+
+
+@pytest.mark.slow
 @pytest.mark.ranks
 def test_ranks_under_torchrun_are_compared():
     script = "import os, sys; os.environ['RANK'] == '1' and os.environ.update(TPFUSE_POLICY='all'); "
     script += "sys.argv[1:] = ['doctor', '--json']; from tpfuse.cli import main; main()"
-    differ = torchrun("-c", script)
-    assert differ.returncode != 0
-    assert checks(differ)["process group"]["found"] == "2 ranks, gloo"
-    found = checks(differ)["TPFUSE_POLICY differs"]
-    assert found["found"] == "unset on rank 0; all on rank 1"
+    compared(torchrun("-c", script))
+
+
+@pytest.mark.ranks
+def test_ranks_with_the_variables_of_torchrun_are_compared():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    of_ranks = [{**env, "RANK": "0"}, {**env, "RANK": "1", "TPFUSE_POLICY": "all"}]
+    first, second = [Command("-m", "tpfuse.cli", "doctor", "--json", env=of_rank) for of_rank in of_ranks]
+    compared(first.wait())
+    second.wait()
 
 
 def test_gpus_that_cannot_reach_each_other_are_named(monkeypatch):
