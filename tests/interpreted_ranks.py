@@ -439,6 +439,13 @@ def match_operands_once(interpreter: Any) -> None:
     semantic.binary_op_type_checking_impl = once
 
 
+def take_short_cuts(interpreter: Any) -> None:
+    """What changes no operation."""
+    patch_once(interpreter)
+    make_types_once(interpreter)
+    match_operands_once(interpreter)
+
+
 def round_in_one_step(interpreter: Any) -> None:
     """Round by numpy what :func:`tpfuse.ops.kernels.packing.half_bits` rounds in ten interpreted operations: half of the time.
 
@@ -549,9 +556,7 @@ def _worker(
         from triton.runtime import interpreter
 
         poll_politely(interpreter)
-        patch_once(interpreter)
-        make_types_once(interpreter)
-        match_operands_once(interpreter)
+        take_short_cuts(interpreter)
         round_in_one_step(interpreter)
         fp8_in_one_step(interpreter)
         if program is not None:
