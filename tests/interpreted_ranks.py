@@ -523,6 +523,7 @@ def _worker(
     waits: dict[int, tuple[int, int]],
     reset_before: int,
     watchdog: int,
+    impatient_from: int,
     together: Any,
     conn: Any,
 ) -> None:
@@ -651,7 +652,7 @@ def _worker(
                     call.rows,
                     *((kept, call.rows) if call.blocks > 1 else ()),
                     phase_bytes,
-                    watchdog,
+                    watchdog if impatient_from <= number else WATCHDOG_NS,
                     call.eps,
                     torch.tensor(call.scale, dtype=call.dtype) if call.scale_tensor else call.scale,
                 )
@@ -759,7 +760,8 @@ def run(
         dies: (rank, call): that rank exits before that call; (rank, call, program): one program of it, with ``split``.
         waits: (rank, call) -> (other, n): before that call the rank waits until the other rank has made n calls.
         reset_before: before this call all ranks meet and zero their planes, as ``tpfuse.ops.reset`` does.
-        watchdog: nanoseconds; the portable poll counts a microsecond a poll.
+        watchdog: nanoseconds; the portable poll counts a microsecond a poll. Before the first call that ``dies`` or ``waits``
+            names, nothing gives up, however busy the machine is.
     """
     context = warm.context(interpret=True)
     biggest = max(c.rows * c.hidden * 4 * (world if c.gathers else 1) for c in calls)
@@ -798,6 +800,9 @@ def run(
                         rank_waits,
                         reset_before,
                         watchdog,
+                        min(
+                            [until for until in (dies[1], *(call for _, call in waits or {})) if until >= 0], default=0
+                        ),
                         together,
                         send,
                     ),

@@ -119,7 +119,9 @@ def golden(name, model, spelling, changes, pool, folder, arithmetic=None):
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name.startswith("llama") else pytest.mark.slow) for name in CASES]
+)
 def test_golden_counts_and_equal_logits(name, request, tmp_path):
     """Real sums for one of them."""
     pool = request.getfixturevalue("pool" if CASES[name][0] == "llama" else "alone")
