@@ -9,6 +9,7 @@ Nothing of tpfuse is imported before. What looks at how torch or an extra is imp
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import runpy
 import subprocess
@@ -16,8 +17,15 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
 import warm
+
+
+def context() -> Any:
+    """Of warm processes; of fresh ones where torch has CUDA, which the server of the warm ones may have touched."""
+    return warm.context() if torch.version.cuda is None else multiprocessing.get_context("spawn")
 
 
 class Command:
@@ -27,8 +35,8 @@ class Command:
         self.arguments = [str(part) for part in arguments]
         self._folder = tempfile.TemporaryDirectory(prefix="command-")
         self._files = [Path(self._folder.name) / name for name in ("stdout", "stderr")]
-        self._process = warm.context().Process(target=_run, args=(self.arguments, self._files))
         with warm.environment(env or {}):
+            self._process = context().Process(target=_run, args=(self.arguments, self._files))
             self._process.start()
 
     def wait(self, timeout: float = 800) -> subprocess.CompletedProcess[str]:
