@@ -82,10 +82,12 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.long
 def test_the_backend_is_found_without_an_import():
     assert in_new_process("import torch" + FOUND).strip() == "[0.0, 6.0]"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("first", ["import tpfuse, torch", "import tpfuse.backend, torch"])
 def test_the_backend_is_found_with_an_import(first):
     done = run_python("-c", first + FOUND)

@@ -17,6 +17,8 @@ from typer.testing import CliRunner
 from tpfuse.inspect import dump
 from tpfuse.inspect.commands import app
 
+pytestmark = pytest.mark.long  # not on every save
+
 
 @dataclass(frozen=True)
 class Result:

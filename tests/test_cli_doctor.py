@@ -19,6 +19,7 @@ def checks(result):
     return {check["name"]: check for check in json.loads(result.stdout)}
 
 
+@pytest.mark.long
 def test_without_a_gpu_or_a_group_it_says_which_path_the_op_takes():
     result = tpfuse_process("doctor", "--json")
     found = checks(result)
@@ -45,10 +46,12 @@ def test_a_wrong_option_in_the_environment_is_found(monkeypatch):
     assert "shared, strict, all, off" in checks(result)["environment"]["fix"]
 
 
+@pytest.mark.long
 def test_incomplete_variables_of_torchrun():
     refused(tpfuse_process("doctor", env={"WORLD_SIZE": "2", "RANK": "0"}), "MASTER_ADDR", "start with torchrun")
 
 
+@pytest.mark.long
 def test_a_rank_that_never_comes(tmp_path):
     env = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     refused(tpfuse_process("doctor", "--timeout", 2, env=env), "tpfuse doctor: the ranks did not meet at 127.0.0.1")

@@ -17,6 +17,8 @@ from tpfuse.inspect.explain import Request, explain
 from tpfuse.parallel import ParallelConfig
 from tpfuse.parallel.model import exchange_rows, parallelize
 
+pytestmark = pytest.mark.long  # not on every save
+
 # Shapes of the public configs; what is not given here is transformers' default for the type, which is the public value.
 PUBLIC = {
     "deepseek_v3": {},  # DeepSeek-V3: 61 layers of 7168, 3 of them dense

@@ -24,6 +24,8 @@ from torch.fx import symbolic_trace
 
 from tpfuse import compat
 
+pytestmark = pytest.mark.long  # not on every save
+
 PACKAGE = Path(__file__).resolve().parents[1]
 
 

@@ -9,6 +9,8 @@ import pytest
 import torch
 from commands import run_python
 
+pytestmark = pytest.mark.long  # not on every save
+
 ROOT = Path(__file__).resolve().parents[1]
 
 

@@ -14,6 +14,8 @@ from tpfuse import hf  # noqa: E402
 from tpfuse.load import loading_of, transformers_compat  # noqa: E402
 from tpfuse.parallel import ConfigError, ParallelConfig, parallelize  # noqa: E402
 
+pytestmark = pytest.mark.long  # not on every save
+
 LAYERS = {"num_hidden_layers": 3, "initializer_range": 0.2}
 TIED = {"gemma2": {"tie_word_embeddings": True}, "gemma3_text": {"tie_word_embeddings": True}}
 NAMES = ("llama", "qwen3", "qwen3_moe", "mixtral", "deepseek_v3", "glm4_moe", "gemma2", "gemma3_text")

@@ -41,6 +41,7 @@ def test_the_dense_mlp_shares_the_group_of_attention(world: int, layout: str) ->
     assert layout in " ".join(_steps((world,), 8)[f"deepseek-W{world}"])
 
 
+@pytest.mark.long
 def test_a_step_that_does_not_exist_is_named_with_those_that_do() -> None:
     done = run_python(SCRIPT, "--list", "--only", "kernels,nothing")
     assert done.returncode == 2

@@ -315,8 +315,8 @@ def compiled_outcome(rank, world_size, name, sizes, sequences, depth=2):
 @pytest.mark.parametrize(
     ("name", "depth"),
     [
-        ("llama", 2),
-        pytest.param("deepseek_v3", 2, marks=pytest.mark.slow),
+        ("llama", 1),
+        *(pytest.param(name, 2, marks=pytest.mark.slow) for name in ("llama", "deepseek_v3")),
         *(pytest.param(name, 4, marks=pytest.mark.slow) for name in MODELS),
     ],
 )

@@ -8,11 +8,14 @@ import time
 from pathlib import Path
 
 import graphs
+import pytest
 import torch
 from tpfuse.passes import PassOptions, fuse
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import pass_cost
+
+pytestmark = pytest.mark.long  # not on every save
 
 
 def cpu_seconds(layers: int) -> tuple[float, int]:

@@ -48,6 +48,7 @@ def test_the_table_has_every_contender_and_the_mean_of_what_the_cap_is_for():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says so where there is no GPU")
+@pytest.mark.long
 def test_without_a_gpu_it_says_what_is_missing():
     done = run_python(ROOT / "benchmarks" / "quant.py", timeout=120)
     assert done.returncode == 2 and "no CUDA device" in done.stderr

@@ -119,7 +119,7 @@ QUICK = ("a, b, c", "in place")  # for Inductor: nothing is known but what is co
         pytest.param(
             *case,
             inner,
-            marks=[] if inner == "aot_eager" or case == QUICK else pytest.mark.slow,
+            marks=[] if inner == "aot_eager" else pytest.mark.long if case == QUICK else pytest.mark.slow,
             id="-".join((*case, inner)),
         )
         for case in itertools.product(NAMES, SPELLINGS)

@@ -359,6 +359,7 @@ def test_ranks_of_different_groups_have_different_uuids(monkeypatch):
     assert found[0] != found[1]
 
 
+@pytest.mark.long
 def test_the_uuid_is_the_same_in_another_process():
     code = "from tpfuse.engines import vllm; vllm._watch = lambda: None; print(vllm.make_pass().uuid())"
     env = {**os.environ, "PYTHONHASHSEED": "7"}
@@ -431,6 +432,7 @@ def test_the_entry_point_asks_the_variable(value, on, monkeypatch, caplog):
     assert ("TPFUSE_VLLM='perhaps' is not valid" in caplog.text) == (value == "perhaps")
 
 
+@pytest.mark.long
 def test_vllm_finds_the_entry_point_and_importing_it_imports_no_vllm(tmp_path):
     code = (
         "from importlib.metadata import entry_points\n"

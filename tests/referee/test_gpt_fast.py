@@ -16,6 +16,8 @@ from torch.nn import functional as F
 
 import tpfuse
 
+pytestmark = pytest.mark.long  # not on every save
+
 DIM, HEADS, LAYERS = 64, 4, 2
 
 

@@ -15,6 +15,8 @@ from programs import Program, function, inputs, programs
 
 import tpfuse
 
+pytestmark = pytest.mark.long  # not on every save
+
 SEED = int(os.environ.get("TPFUSE_TEST_SEED", "0")) or int.from_bytes(os.urandom(3), "big")
 # No shrinking: a program prints as short data, and each further try is a compile.
 COMMON = {
