@@ -15,7 +15,7 @@ help:
 	@echo "make test         all tests that this machine can run, but for the slow ones"
 	@echo "make test-slow    the slow ones: all models, layouts and architectures, long random programs, examples on four ranks"
 	@echo "make test-nightly both"
-	@echo "make test-fast    the tests that start no processes"
+	@echo "make test-fast    the tests that start no processes and take no seconds, for every save: a minute and a half"
 	@echo "make test-gpu     the tests that need a CUDA device"
 	@echo "make test-sglang  the hook inside SGLang, on SGLang's real Python files"
 	@echo "make test-matrix  the fast tests over torch and transformers versions"
@@ -48,7 +48,7 @@ test-slow: setup
 test-nightly: test test-slow
 
 test-fast: setup
-	$(PYTEST) tests -m "not ranks and not gpu and not slow"
+	$(PYTEST) tests -m "not ranks and not gpu and not slow and not long"
 
 test-gpu: setup
 	$(BIN)/python -m pytest tests/gpu

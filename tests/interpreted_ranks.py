@@ -422,6 +422,43 @@ def make_types_once(interpreter: Any) -> None:
     tl.block_type.__init__, tl.tensor.__init__, tl.core._unwrap_if_constexpr = type_once, tensor_once, unwrap
 
 
+def match_operands_once(interpreter: Any) -> None:
+    """How an operation makes two operands alike depends on their types, and on the value where one is a number: half of the time.
+
+    Remembered is what changes no tensor: a tensor that stays as it is, and what a number becomes.
+    """
+    import triton.language as tl
+
+    semantic = type(interpreter.interpreter_semantic)
+    plain = semantic.binary_op_type_checking_impl
+    known: dict[Any, list[Any]] = {}
+
+    def kind(operand: Any) -> Any:
+        if isinstance(operand, tl.tensor):
+            return operand.type.name
+        # 1, 1.0 and True are equal, and so are the two zeros.
+        return type(operand), operand.hex() if isinstance(operand, float) else operand
+
+    def once(self: Any, *operands: Any, **flags: Any) -> Any:
+        key = (*map(kind, operands), *flags.items())
+        if key in known:
+            return [new if new is not None else given for new, given in zip(known[key], operands, strict=False)]
+        found = plain(self, *operands, **flags)
+        pairs = list(zip(operands, found, strict=False))
+        if all(new is given or not isinstance(given, tl.tensor) for given, new in pairs):
+            known[key] = [None if new is given else new for given, new in pairs]
+        return found
+
+    semantic.binary_op_type_checking_impl = once
+
+
+def take_short_cuts(interpreter: Any) -> None:
+    """What changes no operation."""
+    patch_once(interpreter)
+    make_types_once(interpreter)
+    match_operands_once(interpreter)
+
+
 def round_in_one_step(interpreter: Any) -> None:
     """Round by numpy what :func:`tpfuse.ops.kernels.packing.half_bits` rounds in ten interpreted operations: half of the time.
 
@@ -499,6 +536,7 @@ def _worker(
     waits: dict[int, tuple[int, int]],
     reset_before: int,
     watchdog: int,
+    impatient_from: int,
     together: Any,
     conn: Any,
 ) -> None:
@@ -532,8 +570,7 @@ def _worker(
         from triton.runtime import interpreter
 
         poll_politely(interpreter)
-        patch_once(interpreter)
-        make_types_once(interpreter)
+        take_short_cuts(interpreter)
         round_in_one_step(interpreter)
         fp8_in_one_step(interpreter)
         if program is not None:
@@ -628,7 +665,7 @@ def _worker(
                     call.rows,
                     *((kept, call.rows) if call.blocks > 1 else ()),
                     phase_bytes,
-                    watchdog,
+                    watchdog if impatient_from <= number else WATCHDOG_NS,
                     call.eps,
                     call.scale_value,
                 )
@@ -736,7 +773,8 @@ def run(
         dies: (rank, call): that rank exits before that call; (rank, call, program): one program of it, with ``split``.
         waits: (rank, call) -> (other, n): before that call the rank waits until the other rank has made n calls.
         reset_before: before this call all ranks meet and zero their planes, as ``tpfuse.ops.reset`` does.
-        watchdog: nanoseconds; the portable poll counts a microsecond a poll.
+        watchdog: nanoseconds; the portable poll counts a microsecond a poll. Before the first call that ``dies`` or ``waits``
+            names, nothing gives up, however busy the machine is.
     """
     context = warm.context(interpret=True)
     biggest = max(c.rows * c.hidden * 4 * (world if c.gathers else 1) for c in calls)
@@ -775,6 +813,9 @@ def run(
                         rank_waits,
                         reset_before,
                         watchdog,
+                        min(
+                            [until for until in (dies[1], *(call for _, call in waits or {})) if until >= 0], default=0
+                        ),
                         together,
                         send,
                     ),

@@ -11,10 +11,13 @@ from dataclasses import dataclass
 import pytest
 import torch
 from browser.sample import report, write_dump
+from commands import run_python
 from typer.testing import CliRunner
 
 from tpfuse.inspect import dump
 from tpfuse.inspect.commands import app
+
+pytestmark = pytest.mark.long  # not on every save
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,14 @@ def tpfuse(*arguments) -> Result:
     return Result(result.exit_code, result.stdout, result.stderr)
 
 
-def tpfuse_process(*arguments, env=None, timeout=800) -> Result:
-    """Run the command line in a process of its own."""
+def tpfuse_process(*arguments, env=None) -> Result:
+    """Run the command line in a process of its own, which has torch already."""
+    done = run_python("-m", "tpfuse.cli", *arguments, env={"COLUMNS": "120", **(env or {})})
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+def tpfuse_anew(*arguments, env=None, timeout=800) -> Result:
+    """Run the command line in a process that has imported nothing."""
     command = [sys.executable, "-m", "tpfuse.cli", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120", **(env or {})}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout, check=False)
@@ -116,13 +125,13 @@ def test_the_version():
 
 def test_without_the_extra_it_names_it(tmp_path):
     (tmp_path / "typer.py").write_text("raise ImportError('No module named typer')")
-    refused(tpfuse_process("view", tmp_path, env={"PYTHONPATH": str(tmp_path)}), "pip install 'tpfuse[inspect]'")
+    refused(tpfuse_anew("view", tmp_path, env={"PYTHONPATH": str(tmp_path)}), "pip install 'tpfuse[inspect]'")
 
 
 def test_without_jinja2_the_page_names_the_extra(folder, tmp_path):
     (tmp_path / "jinja2.py").write_text("raise ImportError('No module named jinja2')")
     refused(
-        tpfuse_process("view", folder, env={"PYTHONPATH": str(tmp_path)}),
+        tpfuse_anew("view", folder, env={"PYTHONPATH": str(tmp_path)}),
         "tpfuse view:",
         "pip install 'tpfuse[inspect]'",
     )

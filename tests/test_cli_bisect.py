@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_cli import refused, tpfuse, tpfuse_process
+from test_cli import refused, tpfuse, tpfuse_anew
 
 from tpfuse.inspect import bisect
 
@@ -31,7 +31,7 @@ def test_the_search_is_right_and_short_for_every_culprit(count):
 @pytest.mark.slow
 @pytest.mark.parametrize("planted", [37])
 def test_a_planted_wrong_rewrite_among_60_is_found_in_at_most_7_runs(planted):
-    result = tpfuse_process("bisect", "--", sys.executable, CHECK, planted, timeout=800)
+    result = tpfuse_anew("bisect", "--", sys.executable, CHECK, planted, timeout=800)
     assert result.returncode == 0, result.stderr
     runs = [line for line in result.stderr.splitlines() if line.startswith("run ")]
     assert len(runs) <= 7

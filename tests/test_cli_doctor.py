@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 
 import pytest
+from commands import Command
 from test_cli import refused, tpfuse, tpfuse_process
 
 from tpfuse.inspect import doctor
@@ -17,6 +19,7 @@ def checks(result):
     return {check["name"]: check for check in json.loads(result.stdout)}
 
 
+@pytest.mark.long
 def test_without_a_gpu_or_a_group_it_says_which_path_the_op_takes():
     result = tpfuse_process("doctor", "--json")
     found = checks(result)
@@ -43,10 +46,12 @@ def test_a_wrong_option_in_the_environment_is_found(monkeypatch):
     assert "shared, strict, all, off" in checks(result)["environment"]["fix"]
 
 
+@pytest.mark.long
 def test_incomplete_variables_of_torchrun():
     refused(tpfuse_process("doctor", env={"WORLD_SIZE": "2", "RANK": "0"}), "MASTER_ADDR", "start with torchrun")
 
 
+@pytest.mark.long
 def test_a_rank_that_never_comes(tmp_path):
     env = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     refused(tpfuse_process("doctor", "--timeout", 2, env=env), "tpfuse doctor: the ranks did not meet at 127.0.0.1")
@@ -73,15 +78,29 @@ def test_equal_ranks_under_torchrun_agree():
     assert checks(equal)["ranks agree"]["status"] == OK
 
 
+def compared(result):
+    assert result.returncode != 0
+    assert checks(result)["process group"]["found"] == "2 ranks, gloo"
+    assert checks(result)["TPFUSE_POLICY differs"]["found"] == "unset on rank 0; all on rank 1"
+
+
+@pytest.mark.slow
 @pytest.mark.ranks
 def test_ranks_under_torchrun_are_compared():
     script = "import os, sys; os.environ['RANK'] == '1' and os.environ.update(TPFUSE_POLICY='all'); "
     script += "sys.argv[1:] = ['doctor', '--json']; from tpfuse.cli import main; main()"
-    differ = torchrun("-c", script)
-    assert differ.returncode != 0
-    assert checks(differ)["process group"]["found"] == "2 ranks, gloo"
-    found = checks(differ)["TPFUSE_POLICY differs"]
-    assert found["found"] == "unset on rank 0; all on rank 1"
+    compared(torchrun("-c", script))
+
+
+@pytest.mark.ranks
+def test_ranks_with_the_variables_of_torchrun_are_compared():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    of_ranks = [{**env, "RANK": "0"}, {**env, "RANK": "1", "TPFUSE_POLICY": "all"}]
+    first, second = [Command("-m", "tpfuse.cli", "doctor", "--json", env=of_rank) for of_rank in of_ranks]
+    compared(first.wait())
+    second.wait()
 
 
 def test_gpus_that_cannot_reach_each_other_are_named(monkeypatch):

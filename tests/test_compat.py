@@ -18,10 +18,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from commands import run_python
 from graphs import start_fake_group
 from torch.fx import symbolic_trace
 
 from tpfuse import compat
+
+pytestmark = pytest.mark.long  # not on every save
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -311,8 +314,8 @@ print(len(made))
 
 def test_trace_artifact_is_not_made_when_the_trace_is_off():
     """In a process of its own: pytest listens to torch's loggers, which turns the trace on."""
-    env = {name: value for name, value in os.environ.items() if name != "TORCH_TRACE"}
-    done = subprocess.run([sys.executable, "-c", OFF], env=env, check=True, capture_output=True, text=True)
+    done = run_python("-c", OFF)
+    assert done.returncode == 0, done.stderr
     assert int(done.stdout) <= 1, "the first record of a process takes torch's own handler off"
 
 

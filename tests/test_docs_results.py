@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from commands import run_python
+
+pytestmark = pytest.mark.long  # not on every save
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -56,9 +57,7 @@ def test_a_changed_figure_is_noticed(page: str, name: str) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU: the script would run")
 def test_stages_of_a_call_need_a_gpu_and_say_so() -> None:
-    done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "stages.py"], capture_output=True, text=True, timeout=800, check=False
-    )
+    done = run_python(ROOT / "benchmarks" / "stages.py")
     assert done.returncode == 2
     assert "no GPU is visible" in done.stderr
 

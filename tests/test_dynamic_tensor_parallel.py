@@ -59,6 +59,7 @@ def test_prefill_and_cached_decode_fuse_in_inference_mode(pool, folder):
         assert told == []
 
 
+@pytest.mark.slow  # that a graph with gradients is told of, the quick run has in test_unfused.py
 def test_with_gradients_the_steps_run_and_the_remedy_is_told(pool, folder):
     """torch 2.13 raises ``unhashable type: non-nested SymInt`` here, with ``backend="aot_eager"`` too."""
     for equal, fused, told in pool.run(prefill_and_decode, folder, True):

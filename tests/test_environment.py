@@ -37,6 +37,7 @@ def test_a_value_that_cannot_be_read_is_told_with_what_is_valid(name, value, val
     assert name in sentence and value in sentence and valid in sentence
 
 
+@pytest.mark.long
 def test_the_doctor_fails_for_an_invalid_value():
     result = tpfuse_process("doctor", env={"TPFUSE_PDL": "bogus"})
     assert result.returncode == 1
@@ -85,6 +86,7 @@ def test_every_option_has_its_variable_with_its_own_default():
         assert settings.REGISTRY[options.twin(name)].value({}) == getattr(options.parse(None, {}), name)
 
 
+@pytest.mark.long
 def test_a_misspelled_variable_warns_at_import_and_fails_the_doctor():
     result = tpfuse_process("doctor", env={"TPFUSE_POLCY": "all"})
     assert (

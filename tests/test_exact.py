@@ -37,7 +37,8 @@ def case(rank, every, flavour_name, dtype, weight_dtype, variant):
 
     out = []
     # What is made of rows and dimensions does not depend on flavour and dtype.
-    for shape in SHAPES if (flavour_name, variant) == ("llama", "add") else SHAPES[3::2] if every else SHAPES[-1:]:
+    of_rows = (flavour_name, variant) == ("llama", "add") and (every or dtype == torch.bfloat16)
+    for shape in SHAPES if of_rows else SHAPES[3::2] if every else SHAPES[-1:]:
         shared, mine = torch.Generator().manual_seed(1), torch.Generator().manual_seed(100 + rank)
         x = (torch.randn(shape, generator=mine) * 2).to(dtype)
         r = (torch.randn(shape, generator=shared) * 2).to(dtype)
@@ -105,12 +106,12 @@ def cases() -> list[tuple[str, torch.dtype, torch.dtype, str]]:
 
 @pytest.mark.ranks
 @pytest.mark.parametrize(
-    ("world_size", "every"), [(3, False), *(pytest.param(size, True, marks=pytest.mark.slow) for size in (2, 3))]
+    ("world_size", "every"), [(2, False), *(pytest.param(size, True, marks=pytest.mark.slow) for size in (2, 3))]
 )
 def test_fused_equals_unfused_bit_for_bit(world_size, every):
     with RankPool(world_size) as pool:
         results = pool.run(run_cases, every, cases())
-        for name in ("llama", "gemma", "olmo2"):
+        for name in ("llama", "gemma", "olmo2") if every else ("gemma",):
             assert pool.run(compiled, name, torch.bfloat16) == [1] * world_size
     for i, name in enumerate(cases()):
         for rank in range(world_size):

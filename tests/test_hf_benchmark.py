@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from commands import run_python
 
 pytestmark = pytest.mark.ranks
 
@@ -15,8 +15,7 @@ SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "hf.py"
 
 
 def benchmark(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=800, check=False)
+    return run_python(SCRIPT, *arguments)
 
 
 @pytest.mark.slow

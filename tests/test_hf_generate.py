@@ -10,6 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import tpfuse
 from tpfuse import hf, hf_buffers, hf_generate, hf_loop, hf_step, hf_tokens, unfused
 
+pytestmark = pytest.mark.long  # not on every save
+
 CACHE = cache_argument()
 LAYERS = {"num_hidden_layers": 2, "initializer_range": 0.2}
 EAGER = {"tpfuse.inner": "eager"}

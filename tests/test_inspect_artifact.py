@@ -9,9 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from browser.sample import report
 
 from tpfuse.inspect import artifact
+
+pytestmark = pytest.mark.long  # not on every save
 
 PROGRAM = """
 import sys; sys.path.insert(0, sys.argv[1])

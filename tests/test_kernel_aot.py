@@ -24,6 +24,8 @@ from tpfuse.ops.kernels.variant import GROUP_LANES, Constants, Variant, constant
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+pytestmark = pytest.mark.long  # not on every save
+
 KERNELS = {"one_shot": one_shot_kernel, "two_shot": two_shot_kernel}
 ALL = {
     **KERNELS,

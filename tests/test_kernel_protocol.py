@@ -51,11 +51,11 @@ def _agree(outcomes: list[Outcome], ranks: int) -> None:
 
 
 def _special(pairs: bool, algorithms: tuple[str, ...] = ("one_shot", "two_shot")) -> list[Call]:
-    """Every special value in every dtype, or in two of them (zeros, which are sentinels as well, in all)."""
+    """Every special value in every dtype, or in one of them (zeros, which are sentinels as well, in all)."""
     calls = []
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
     for n, special in enumerate(("zeros", "negative_zeros", "nonfinite", "denormals")):
-        for dtype in dtypes if n == 0 or not pairs else (dtypes[n - 1], dtypes[n % 3]):
+        for dtype in dtypes if n == 0 or not pairs else (dtypes[n - 1],):
             for algorithm in algorithms:
                 calls.append(Call(3, 64, algorithm, dtype, special=special, seed=len(calls) // len(algorithms)))
     return calls
@@ -75,7 +75,7 @@ def test_zero_words_negative_zeros_nonfinite_values_and_denormals(world: int, pa
 def test_rows_around_the_world_size(world: int) -> None:
     calls = [
         Call(rows, 64, algorithm, seed=rows)
-        for rows in (0, 1, world - 1, world, world + 1, 13)
+        for rows in (0, 1, world - 1, world, world + 1, 2 * world + 1)
         for algorithm in ("one_shot", "two_shot")
     ]
     outcomes = run(world, calls)
@@ -84,10 +84,11 @@ def test_rows_around_the_world_size(world: int) -> None:
 
 
 def test_widths_that_are_no_power_of_two_and_rows_of_several_groups() -> None:
+    both = (torch.bfloat16, torch.float32)
     calls = [
         Call(2, hidden, algorithm, dtype, seed=hidden)
-        for hidden in (64, 72, 576, 1032, 2880)
-        for dtype in (torch.bfloat16, torch.float32)
+        for hidden, dtypes in ((72, both), (576, both[:1]), (1032, both), (2880, both[:1]))
+        for dtype in dtypes
         for algorithm in ("one_shot", "two_shot")
     ]
     outcomes = run(2, calls)
@@ -96,7 +97,7 @@ def test_widths_that_are_no_power_of_two_and_rows_of_several_groups() -> None:
 
 
 def test_outputs_over_the_inputs_get_the_same_bits() -> None:
-    kinds = [{}, {"post_norm": True}, {"bias": "row", "scale": 0.5}, {"rows": 9}, {"hidden": 2880}]
+    kinds = [{}, {"post_norm": True}, {"bias": "row", "scale": 0.5}, {"rows": 9}, {"hidden": 1160}]
     calls = [
         Call(**{"rows": 5, "hidden": 192, "algorithm": algorithm, "seed": 900 + n, "in_place": True, **kind})  # type: ignore[arg-type]
         for algorithm in ("one_shot", "two_shot")
@@ -105,9 +106,9 @@ def test_outputs_over_the_inputs_get_the_same_bits() -> None:
     _agree(run(2, calls, delay=0.01), 2)
 
 
-@pytest.mark.parametrize("step", (2, pytest.param(1, marks=slow)))
+@pytest.mark.parametrize("step", (4, pytest.param(1, marks=slow)))
 def test_flavours_and_epilogues(step: int) -> None:
-    """Every combination where slow tests run, else every second: each value of each column, and most pairs."""
+    """Every combination where slow tests run, else every fourth: each value of each column."""
     calls = [
         Call(2, 72, flavour=f, dtype=d)
         for f in ("llama", "gemma", "olmo2", "gemma4", "weightless", "vllm", "sglang")
@@ -140,12 +141,12 @@ def test_flavours_and_epilogues(step: int) -> None:
 def test_a_norm_of_the_unrounded_sum_has_the_bits_of_its_reference_however_a_row_is_held() -> None:
     """Several steps a program, several groups a step, over the inputs, with special values."""
     kinds = [
-        {"hidden": 2880},
+        {"hidden": 1160},
         {"hidden": 2880, "lanes": 256, "dtype": torch.float16},
         {"rows": 5, "hidden": 192, "in_place": True},
         {"rows": 3, "hidden": 64, "special": "zeros"},
         {"rows": 3, "hidden": 64, "special": "denormals"},
-        {"hidden": 2880, "wide_residual": True, "flavour": "sglang", "weight_dtype": torch.float32},
+        {"hidden": 1160, "wide_residual": True, "flavour": "sglang", "weight_dtype": torch.float32},
         {"rows": 5, "hidden": 192, "wide_residual": True, "dtype": torch.float16, "bias": "row", "scale": 0.5},
         {"rows": 3, "hidden": 64, "wide_residual": True, "special": "nonfinite"},
     ]
@@ -163,7 +164,7 @@ def test_a_norm_of_the_unrounded_sum_has_the_bits_of_its_reference_however_a_row
 
 
 @pytest.mark.parametrize(
-    ("world", "count"), ((3, 30), pytest.param(2, 200, marks=slow), pytest.param(3, 200, marks=slow))
+    ("world", "count"), ((3, 20), pytest.param(2, 200, marks=slow), pytest.param(3, 200, marks=slow))
 )
 def test_calls_alternate_algorithm_rows_and_width_with_random_delays(world: int, count: int) -> None:
     rng = random.Random(world)
@@ -235,7 +236,7 @@ def test_wide_programs_split_a_row_as_well() -> None:
 
 def test_the_width_of_a_program_does_not_change_the_bits_of_a_row() -> None:
     calls = [
-        Call(3, hidden, algorithm, dtype, lanes=lanes, seed=hidden)
+        Call(1, hidden, algorithm, dtype, lanes=lanes, seed=hidden)
         for hidden, dtype in ((2880, torch.bfloat16), (1160, torch.float32))
         for algorithm in ("one_shot", "two_shot")
         for lanes in (128, 256, 512)
@@ -249,7 +250,8 @@ def test_the_width_of_a_program_does_not_change_the_bits_of_a_row() -> None:
 @pytest.mark.parametrize(
     ("world", "most", "some"),
     (
-        (4, 13, 3),
+        (3, 9, 2),
+        pytest.param(4, 13, 3, marks=slow),
         pytest.param(3, 33, 7, marks=slow),
         pytest.param(3, 300, 64, marks=slow),
         pytest.param(4, 300, 64, marks=slow),
@@ -286,6 +288,7 @@ def test_a_row_has_the_same_bits_alone_and_among_up_to_three_hundred(world: int,
 
 
 def test_a_row_of_several_groups_has_the_same_bits_alone_and_among_others() -> None:
+    hidden = {torch.bfloat16: 2056, torch.float32: 1032}  # three groups of either
     ways = [
         (rows, algorithm, lanes, dtype)
         for dtype in (torch.bfloat16, torch.float32)
@@ -297,7 +300,7 @@ def test_a_row_of_several_groups_has_the_same_bits_alone_and_among_others() -> N
         )
     ]
     calls = [
-        Call(rows, 2056, algorithm, dtype, special="order", seed=2, pool=3, lanes=lanes, programs=3)
+        Call(rows, hidden[dtype], algorithm, dtype, special="order", seed=2, pool=3, lanes=lanes, programs=3)
         for rows, algorithm, lanes, dtype in ways
     ]
     outcomes = run(3, calls)
@@ -316,9 +319,9 @@ def test_a_dead_rank_leaves_nan_on_the_others_and_a_record_that_keeps_naming_it(
             (
                 (2, torch.bfloat16, True, False, "llama"),
                 (1, torch.float32, True, False, "llama"),
-                (3, torch.bfloat16, True, False, "llama"),  # rank 1 is gone from here on
-                (2, torch.float16, False, False, "weightless"),
-                (4, torch.float32, True, True, "olmo2"),
+                (2, torch.bfloat16, True, False, "llama"),  # rank 1 is gone from here on
+                (1, torch.float16, False, False, "weightless"),
+                (2, torch.float32, True, True, "olmo2"),
                 (1, torch.bfloat16, True, False, "gemma"),
             )
         )
@@ -328,7 +331,7 @@ def test_a_dead_rank_leaves_nan_on_the_others_and_a_record_that_keeps_naming_it(
     for outcome in outcomes:
         assert not outcome.error, outcome.error
         assert not outcome.mistakes, outcome.mistakes
-        assert outcome.rows == ["rr", "r", "nnn", "nn", "nnnn", "n"]
+        assert outcome.rows == ["rr", "r", "nn", "n", "nn", "n"]
         gave_up, missing, row, phase = outcome.records[2]
         # The third call is in phase 0. Rank 1's rows are missing, or, in two-shot, the sum of a row from its owner (phase + 4).
         assert gave_up == 1 and ((missing, phase) == (1, 0) or (algorithm, missing, phase) == ("two_shot", 0, 4))

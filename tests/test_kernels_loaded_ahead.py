@@ -9,6 +9,8 @@ from tpfuse.ops.geometry import Room, geometry
 from tpfuse.ops.select import select
 from tpfuse.ops.settings import Settings
 
+pytestmark = pytest.mark.long  # not on every save
+
 ROWS = 8192
 MULTIPROCESSORS = 132
 

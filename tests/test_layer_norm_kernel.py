@@ -8,7 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from interpreted_ranks import Call, constants_of, expected, inputs, run, squares_in_kernel_order, ulps_apart
+from interpreted_ranks import (
+    Call,
+    constants_of,
+    expected,
+    inputs,
+    run,
+    squares_in_kernel_order,
+    take_short_cuts,
+    ulps_apart,
+)
 from test_quant_kernel import answer
 from tpfuse.ops.layer_norm_flavour import LAYER_NORM
 from tpfuse.ops.layer_norm_reference import layer_norm
@@ -71,7 +80,9 @@ def work(calls: list[Call], send: Any) -> None:
     from tpfuse.ops.kernel import launch_plain
     from tpfuse.ops.kernels import add_norm
     from tpfuse.ops.kernels.variant import GROUP_LANES, Variant, torch_dtype
+    from triton.runtime import interpreter
 
+    take_short_cuts(interpreter)
     # The interpreter's rows are Python's numbers; the compiler's are values of the language.
     add_norm.range = lambda first, *rest: (first * 0 + n for n in range(first, *rest))  # type: ignore[attr-defined]
     found = []

@@ -14,6 +14,8 @@ from tpfuse import hf  # noqa: E402
 from tpfuse.load import loading_of, transformers_compat  # noqa: E402
 from tpfuse.parallel import ConfigError, ParallelConfig, parallelize  # noqa: E402
 
+pytestmark = pytest.mark.long  # not on every save
+
 LAYERS = {"num_hidden_layers": 3, "initializer_range": 0.2}
 TIED = {"gemma2": {"tie_word_embeddings": True}, "gemma3_text": {"tie_word_embeddings": True}}
 NAMES = ("llama", "qwen3", "qwen3_moe", "mixtral", "deepseek_v3", "glm4_moe", "gemma2", "gemma3_text")
@@ -60,8 +62,18 @@ def assert_equal(model, expected):
     assert sizes == [(m.in_features, m.out_features) for m in expected.modules() if isinstance(m, torch.nn.Linear)]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize("name", NAMES)
+# Every layout with a dense model and with attention and experts of its own, and every model with the last one.
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        pytest.param(
+            name, layout, marks=[] if name in ("llama", "deepseek_v3") or layout is LAYOUTS[-1] else pytest.mark.slow
+        )
+        for name in NAMES
+        for layout in LAYOUTS
+    ],
+    ids=str,
+)
 def test_every_rank_has_what_cutting_the_whole_model_gives(name, layout, checkpoints, as_rank):
     folder = checkpoints(name)
     assert len(list(folder.glob("*.safetensors"))) > 1

@@ -164,9 +164,9 @@ def pairs(found: dict[str, Any], a: str, b: str) -> list[list[tuple[torch.Tensor
     return [both[0::2], both[1::2]]
 
 
-def test_in_fp32_the_bits_are_those_of_inductor_alone_and_the_residual_sum_is_the_ops(pool):
+def test_in_fp32_the_bits_are_those_of_inductor_alone_and_the_residual_sum_is_the_ops(alone):
     names = ["llama", "gemma4"]
-    results = pool.run(norms, torch.float32, names, {"alone": ALONE, "ours": OURS})
+    results = alone.run(norms, torch.float32, names, {"alone": ALONE, "ours": OURS})
     for found in results:
         assert found["ours sites"] == [(True, True)] * 2 * len(names)
         assert all(torch.equal(a, b) for kind in pairs(found, "ours", "alone") for a, b in kind)
@@ -174,7 +174,6 @@ def test_in_fp32_the_bits_are_those_of_inductor_alone_and_the_residual_sum_is_th
         assert all(torch.equal(a, b) for a, b in sums)
         for a, b in normed:
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)  # the squares are added in another order
-    assert all(torch.equal(a, b) for a, b in zip(*(r["ours"][0] for r in results), strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)

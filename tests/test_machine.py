@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import run_python
 
 HERE = Path(__file__).resolve().parent
 SCRIPT = HERE.parent / "benchmarks" / "machine.py"
@@ -40,10 +41,9 @@ def test_the_dense_mlp_shares_the_group_of_attention(world: int, layout: str) ->
     assert layout in " ".join(_steps((world,), 8)[f"deepseek-W{world}"])
 
 
+@pytest.mark.long
 def test_a_step_that_does_not_exist_is_named_with_those_that_do() -> None:
-    done = subprocess.run(
-        [sys.executable, SCRIPT, "--list", "--only", "kernels,nothing"], capture_output=True, text=True, check=False
-    )
+    done = run_python(SCRIPT, "--list", "--only", "kernels,nothing")
     assert done.returncode == 2
     assert "no step is called nothing" in done.stderr and "kernels-W2" in done.stderr
 

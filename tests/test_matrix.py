@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -134,6 +135,19 @@ def test_environments_go_when_they_are_not_kept(matrix, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--discard"])
     assert matrix.main() == 0
     assert not list(tmp_path.glob("torch-*"))
+
+
+def test_the_next_environment_is_installed_while_one_is_tested(matrix, monkeypatch, capsys):
+    installed = threading.Event()
+
+    def environment(torch: str, folder: Path, cpu_wheels: str) -> Path:
+        if torch == NEWEST:
+            installed.set()
+        return folder / f"torch-{torch}"
+
+    monkeypatch.setattr(matrix, "environment", environment)
+    monkeypatch.setattr(matrix, "suite", lambda python, path, ends: ("7 passed in 1.0s", not installed.wait(10)))
+    assert matrix.main() == 0
 
 
 def test_a_version_that_is_not_listed_is_an_error(matrix, monkeypatch, capsys):

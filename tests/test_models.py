@@ -1,8 +1,8 @@
 """Sixteen transformers architectures on two gloo ranks under transformers' own tensor parallelism.
 
 A golden table of what is found, fused and refused, and outputs equal to those in eager mode. Decode is compiled for one of each
-kind of layer: with prefill and on two ranks for a dense model, for the others on one rank of a fake group, whose sums are its
-own. For all of them, and with prefill on two ranks, where slow tests run.
+kind of layer on one rank of a fake group, whose sums are its own. For all of them, and with prefill on two ranks, where slow
+tests run; the quick run has a Llama on two ranks in ``test_hf_generate_ranks.py``.
 """
 
 from __future__ import annotations
@@ -37,9 +37,12 @@ PAGE_NAMES = {
     "hy4": "hy_v4",
     "qwen4_exp": "qwen4_exp_text",
 }
-KIND = "llama"  # everything fuses
-# Their layers are those of llama, glm4_moe or gemma2, as far as sums and norms go.
-ALIKE = ("mistral", "qwen2", "qwen3", "phi3", "qwen3_moe", "mixtral", "gemma3_text")
+# Their layers are those of llama, deepseek_v3 or gemma2, as far as sums and norms go; a scale and a LayerNorm behind a sum
+# have tests of their own, and the counts of all models are part of what CI runs (matrix/golden.py).
+ALIKE = (
+    *("mistral", "qwen2", "qwen3", "phi3", "qwen3_moe", "mixtral", "gemma3_text"),
+    *("glm4", "glm4_moe", "olmo2", "granite", "cohere2"),
+)
 
 
 def forward(rank, world_size, folder, dtype_name, inner, prefill_too):
@@ -90,19 +93,17 @@ def alone():
 @pytest.mark.ranks
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=pytest.mark.slow) if name in ALIKE else name for name in models.MODELS if name != KIND],
+    [pytest.param(name, marks=pytest.mark.slow) if name in ALIKE else name for name in models.MODELS],
 )
 def test_golden_counts_and_equal_outputs_on_one_rank(name, alone, tmp_path):
     golden(name, False, alone, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.ranks
-@pytest.mark.parametrize(
-    ("name", "prefill_too"),
-    [(KIND, True), *(pytest.param(name, True, marks=pytest.mark.slow) for name in models.MODELS if name != KIND)],
-)
-def test_golden_counts_and_equal_outputs(name, prefill_too, pool, tmp_path):
-    golden(name, prefill_too, pool, tmp_path)
+@pytest.mark.parametrize("name", models.MODELS)
+def test_golden_counts_and_equal_outputs(name, pool, tmp_path):
+    golden(name, True, pool, tmp_path)
 
 
 def golden(name, prefill_too, pool, tmp_path):

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.long  # not on every save
+
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ("tpfuse", "tpfuse.passes", "tpfuse.passes.norms", "tpfuse.ops", "tpfuse.ops.kernels", "tpfuse.parallel")
 IMPORT = f"import importlib; print([importlib.import_module(n).__name__ for n in {NAMES}])"

@@ -82,22 +82,46 @@ def eager_differences(rank, world_size, name, changes, sizes, ep_size):
     return differences
 
 
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
-@pytest.mark.parametrize("name", MODELS)
+# Every layout with a dense model and with attention and experts of its own; the others share their code.
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        pytest.param(name, sizes, marks=[] if name in ("llama", "deepseek_v3") or n == 1 else pytest.mark.slow)
+        for name in MODELS
+        for n, sizes in enumerate(SIZES)
+    ],
+    ids=str,
+)
 def test_logits_equal_one_unsharded_process(pool, name, sizes):
     for differences in pool.run(eager_differences, name, MODELS[name], sizes, 1):
         assert max(differences) < 1e-5, differences
 
 
-@pytest.mark.parametrize("ep_size", [2, 4])
-@pytest.mark.parametrize("sizes", [(4, 1, 1, None), (4, 2, 1, 2), (4, 4, 1, 1)], ids=str)
+@pytest.mark.parametrize(
+    ("sizes", "ep_size"),
+    [
+        *(((4, 1, 1, None), 2), ((4, 2, 1, 2), 4), ((4, 4, 1, 1), 2)),
+        *(
+            pytest.param(sizes, ep_size, marks=pytest.mark.slow)
+            for sizes, ep_size in (((4, 1, 1, None), 4), ((4, 2, 1, 2), 2), ((4, 4, 1, 1), 4))
+        ),
+    ],
+    ids=str,
+)
 def test_experts_split_whole_and_in_width(pool, sizes, ep_size):
     for differences in pool.run(eager_differences, "deepseek_v3", MIXED, sizes, ep_size):
         assert max(differences) < 1e-5, differences
 
 
-@pytest.mark.parametrize("sizes", [(4, 2, 1, 2), (4, 2, 1, 1), (4, 2, 1, 4)], ids=str)
-@pytest.mark.parametrize("name", ["gemma2", "gemma3_text"])
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        *(("gemma2", sizes) for sizes in ((4, 2, 1, 2), (4, 2, 1, 1), (4, 2, 1, 4))),
+        ("gemma3_text", (4, 2, 1, 4)),
+        *(pytest.param("gemma3_text", sizes, marks=pytest.mark.slow) for sizes in ((4, 2, 1, 2), (4, 2, 1, 1))),
+    ],
+    ids=str,
+)
 def test_norms_after_a_sublayer_see_its_whole_sum(pool, name, sizes):
     for differences in pool.run(eager_differences, name, TIED, sizes, 1):
         assert max(differences) < 1e-5, differences
@@ -291,8 +315,8 @@ def compiled_outcome(rank, world_size, name, sizes, sequences, depth=2):
 @pytest.mark.parametrize(
     ("name", "depth"),
     [
-        ("llama", 2),
-        pytest.param("deepseek_v3", 2, marks=pytest.mark.slow),
+        ("llama", 1),
+        *(pytest.param(name, 2, marks=pytest.mark.slow) for name in ("llama", "deepseek_v3")),
         *(pytest.param(name, 4, marks=pytest.mark.slow) for name in MODELS),
     ],
 )

@@ -19,7 +19,7 @@ pytest.importorskip("transformers", reason="needs the extra tpfuse[hf]")
 
 WORLD = 2
 GOLDEN = json.loads((Path(__file__).parent / "matrix" / "golden.json").read_text())["default policy"]
-QUICK = ("granitemoe", "starcoder2", "phi", "gemma")
+QUICK = ("granitemoe", "phi")  # the experts alone are cut; a LayerNorm over the sum of attention and MLP
 
 
 def forward(rank, world_size, folder, dtype=torch.bfloat16, autocast=False):

@@ -11,6 +11,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from tpfuse.passes import PassOptions, Reason
 
+pytestmark = pytest.mark.long  # not on every save
+
 H = 16
 
 
@@ -102,7 +104,7 @@ def build(plan):
 PHASES = [Phase.explicit, Phase.reuse, Phase.generate]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), phases=PHASES)
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), phases=PHASES)
 @given(
     plan=st.lists(layers, min_size=1, max_size=3),
     dtype=st.sampled_from([torch.bfloat16, torch.float32]),

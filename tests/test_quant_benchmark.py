@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from commands import run_python
 from interpreted_ranks import same_bits
 from tpfuse.ops.quant_reference import quantize
 from tpfuse.ops.quantizer import NAMED
@@ -48,12 +48,7 @@ def test_the_table_has_every_contender_and_the_mean_of_what_the_cap_is_for():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says so where there is no GPU")
+@pytest.mark.long
 def test_without_a_gpu_it_says_what_is_missing():
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "quant.py")],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = run_python(ROOT / "benchmarks" / "quant.py", timeout=120)
     assert done.returncode == 2 and "no CUDA device" in done.stderr

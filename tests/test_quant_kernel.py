@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import warm
-from interpreted_ranks import fp8_in_one_step, make_types_once, patch_once, round_in_one_step, same_bits
+from interpreted_ranks import fp8_in_one_step, round_in_one_step, same_bits, take_short_cuts
 from quantizations import hard_rows
 from tpfuse.ops.quantizer import NAMED, Quantizer
 
@@ -110,8 +110,7 @@ def quantize_rows(kinds: list[tuple[str, torch.dtype, int, int]], conn: Any) -> 
     from triton.runtime import interpreter
 
     # The interpreter's rows are Python's numbers; the compiler's are values of the language.
-    patch_once(interpreter)
-    make_types_once(interpreter)
+    take_short_cuts(interpreter)
     round_in_one_step(interpreter)
     fp8_in_one_step(interpreter)
     module.range = lambda first, *rest: (first * 0 + n for n in range(first, *rest))  # type: ignore[attr-defined]

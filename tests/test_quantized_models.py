@@ -119,10 +119,17 @@ def golden(name, model, spelling, changes, pool, folder, arithmetic=None):
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("name", CASES)
-def test_golden_counts_and_equal_logits(name, request, tmp_path):
-    """Real sums for one of them."""
-    pool = request.getfixturevalue("pool" if CASES[name][0] == "llama" else "alone")
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name.startswith("llama") else pytest.mark.slow) for name in CASES]
+)
+def test_golden_counts_and_equal_logits(name, alone, tmp_path):
+    golden(name, *CASES[name], alone, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.ranks
+def test_real_sums(pool, tmp_path):
+    name = next(iter(CASES))
     golden(name, *CASES[name], pool, tmp_path)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import graphs
 import pytest
 import torch
@@ -108,9 +110,22 @@ NAMES = {
 }
 
 
-@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("spelling", SPELLINGS)
-@pytest.mark.parametrize("names", NAMES)
+QUICK = ("a, b, c", "in place")  # for Inductor: nothing is known but what is computed
+
+
+@pytest.mark.parametrize(
+    ("names", "spelling", "inner"),
+    [
+        pytest.param(
+            *case,
+            inner,
+            marks=[] if inner == "aot_eager" else pytest.mark.long if case == QUICK else pytest.mark.slow,
+            id="-".join((*case, inner)),
+        )
+        for case in itertools.product(NAMES, SPELLINGS)
+        for inner in ("aot_eager", "inductor")
+    ],
+)
 def test_roles_and_decisions_do_not_depend_on_spelling_names_or_inner_compiler(names, spelling, inner):
     torch._dynamo.reset()
     model = Model(SPELLINGS[spelling], NAMES[names])

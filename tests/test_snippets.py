@@ -35,6 +35,8 @@ from torch import nn
 import tpfuse
 from tpfuse.parallel import ParallelConfig
 
+pytestmark = pytest.mark.long  # not on every save
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 H = 32

@@ -9,6 +9,8 @@ import pytest
 import spellings
 import torch
 
+pytestmark = pytest.mark.long  # not on every save
+
 pytest.importorskip("transformers", reason="needs the extra tpfuse[hf]")
 
 

@@ -133,11 +133,15 @@ def compile_as_vllm_does(
 
 
 @pytest.fixture(scope="module")
-def pool(tmp_path_factory):
-    env = {
+def env(tmp_path_factory):
+    return {
         "TORCHINDUCTOR_CACHE_DIR": str(tmp_path_factory.mktemp("inductor")),
         "TORCHINDUCTOR_COMPILE_THREADS": "1",
     }
+
+
+@pytest.fixture(scope="module")
+def pool(env):
     with RankPool(2, env=env) as pool:
         yield pool
 
@@ -174,11 +178,12 @@ def test_every_reduction_is_fused_with_the_same_bits(pool, ir, weights, lowered_
 
 
 @pytest.mark.ranks
-def test_what_is_not_fused_says_why_and_stays_right(pool):
-    for result in pool.run(compile_as_vllm_does, True, "own", "native", 2):
-        assert len(result["patterns"]) == 2
-        assert result["reasons"] == ["fuel"] * 3
-        assert result["equal"]
+def test_what_is_not_fused_says_why_and_stays_right(env):
+    with RankPool(2, env=env, alone=True) as alone:
+        (result,) = alone.run(compile_as_vllm_does, True, "own", "native", 2)
+    assert len(result["patterns"]) == 2
+    assert result["reasons"] == ["fuel"] * 3
+    assert result["equal"]
 
 
 # -- graphs ----------------------------------------------------------------------------------------------------------------
@@ -354,6 +359,7 @@ def test_ranks_of_different_groups_have_different_uuids(monkeypatch):
     assert found[0] != found[1]
 
 
+@pytest.mark.long
 def test_the_uuid_is_the_same_in_another_process():
     code = "from tpfuse.engines import vllm; vllm._watch = lambda: None; print(vllm.make_pass().uuid())"
     env = {**os.environ, "PYTHONHASHSEED": "7"}
@@ -426,6 +432,7 @@ def test_the_entry_point_asks_the_variable(value, on, monkeypatch, caplog):
     assert ("TPFUSE_VLLM='perhaps' is not valid" in caplog.text) == (value == "perhaps")
 
 
+@pytest.mark.long
 def test_vllm_finds_the_entry_point_and_importing_it_imports_no_vllm(tmp_path):
     code = (
         "from importlib.metadata import entry_points\n"

@@ -5,8 +5,8 @@
     context.Process(target=..., args=...)    # as of any multiprocessing context
 
 A child starts as a spawned one does, with the environment of the process that starts it and with nothing of tpfuse
-imported. But torch and transformers are there: a variable that they read when they are imported (see SERVER) is the same for
-all children.
+imported. But torch and transformers are there, and torch has compiled something (``first_compile``): a variable that they read
+when they are imported (see SERVER) is the same for all children.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ RANKS = (
     "transformers.models.auto.modeling_auto",
     "transformers.models.llama.modeling_llama",
     "transformers.models.deepseek_v3.modeling_deepseek_v3",
+    "first_compile",
 )
 INTERPRETER = (
     *("torch", "sympy", "torch.distributed", "torch._library.custom_ops", "torch._dynamo"),
@@ -70,7 +71,9 @@ class _Server(forkserver.ForkServer):
         atexit.register(self.end)
 
     def ensure_running(self) -> None:
-        with environment(self.variables):
+        # The server finds the modules of the tests, its children get the path of the process that starts them.
+        paths = [os.path.dirname(__file__), *filter(None, [os.environ.get("PYTHONPATH")])]
+        with environment({**self.variables, "PYTHONPATH": os.pathsep.join(paths)}):
             super().ensure_running()
 
     def end(self) -> None:

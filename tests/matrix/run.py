@@ -24,7 +24,7 @@ import subprocess
 import sys
 import time
 import venv
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -208,8 +208,9 @@ def check(found: dict[str, list[int] | str], golden: dict[str, list[int]]) -> tu
 
 
 def measure(
-    pair: Pair, folder: Path, models: list[str], with_suite: bool, cpu_wheels: str, ends: bool = False
+    pair: Pair, folder: Path, models: list[str], with_suite: bool, environment: Callable[[], Path], ends: bool = False
 ) -> Result:
+    """Counts and suite of a pair, in what ``environment`` returns or raises; "install" is the time until it is there."""
     began, seconds = time.monotonic(), {}
 
     def lap(name: str) -> None:
@@ -217,7 +218,7 @@ def measure(
         seconds[name], began = time.monotonic() - began, time.monotonic()
 
     try:
-        python = environment(pair.torch, folder, cpu_wheels)
+        python = environment()
         path = overlay(python, pair.transformers, folder)
         lap("install")
         found = counts(python, path, models)
@@ -295,7 +296,9 @@ def main() -> int:
     parser.add_argument("--models", nargs="*", default=[], help="models to count; default is all")
     parser.add_argument("--folder", type=Path, default=ROOT / ".cache" / "matrix", help="where environments are kept")
     parser.add_argument("--cpu-wheels", default=CPU_WHEELS, help="index that is asked for a CPU build of torch first")
-    parser.add_argument("--discard", action="store_true", help="remove each environment after its last pair")
+    parser.add_argument(
+        "--discard", action="store_true", help="remove each environment after its last pair; there are two at most"
+    )
     parser.add_argument("--table", type=Path, help="Markdown file whose marked part is replaced by the table")
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
@@ -304,16 +307,21 @@ def main() -> int:
     if not chosen or not libraries:
         parser.error(f"nothing to run; torch is one of {', '.join(TORCH)}, transformers of {', '.join(TRANSFORMERS)}")
     results = []
-    for torch, wanted in itertools.groupby(pairs(chosen, libraries, given.ends), key=lambda pair: pair.torch):
+    of_torch = [list(same) for _, same in itertools.groupby(pairs(chosen, libraries, given.ends), lambda p: p.torch)]
+    # pip mostly waits, tests mostly compute: the next environment is installed while one is tested.
+    installer, installs = ThreadPoolExecutor(1), []
+    for number, wanted in enumerate(of_torch):
+        for soon in of_torch[len(installs) : number + 2]:
+            installs.append(installer.submit(environment, soon[0].torch, given.folder, given.cpu_wheels))
         for pair in wanted:
             # The suite once a torch: transformers touches only the models, and those are counted for every pair.
             with_suite = not given.no_suite and pair.transformers == libraries[-1]
             print(f"torch {pair.torch}, transformers {pair.transformers}", flush=True)
-            result = measure(pair, given.folder, given.models, with_suite, given.cpu_wheels, given.ends)
+            result = measure(pair, given.folder, given.models, with_suite, installs[number].result, given.ends)
             results.append(result)
             describe(result)
         if given.discard:
-            shutil.rmtree(given.folder / f"torch-{torch}", ignore_errors=True)
+            shutil.rmtree(given.folder / f"torch-{wanted[0].torch}", ignore_errors=True)
     lines = list(table(results))
     print("\n".join(["", *lines]))
     if given.table:

@@ -15,7 +15,7 @@ from interpreted_ranks import Call, expected, inputs, run
 pytestmark = pytest.mark.ranks
 
 
-@pytest.mark.parametrize("world", [3, 4])
+@pytest.mark.parametrize("world", [3, pytest.param(4, marks=pytest.mark.slow)])
 def test_flashinfers_order_sensitive_input_gives_the_rank_ordered_sum(world):
     calls = [Call(5, 64, algorithm, special="order", seed=3) for algorithm in ("one_shot", "two_shot")]
     given = inputs(calls[0], world)

@@ -16,6 +16,8 @@ from torch.nn import functional as F
 
 import tpfuse
 
+pytestmark = pytest.mark.long  # not on every save
+
 DIM, HEADS, LAYERS = 64, 4, 2
 
 
@@ -86,8 +88,10 @@ class Transformer(nn.Module):
         return self.norm(x)
 
 
-@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize(
+    ("rows", "inner"),
+    [(1, "aot_eager"), (5, "aot_eager"), (1, "inductor"), pytest.param(5, "inductor", marks=pytest.mark.slow)],
+)
 def test_gpt_fast_fuses_all_of_its_reductions(rows, inner):
     torch.manual_seed(rows)
     torch._dynamo.reset()

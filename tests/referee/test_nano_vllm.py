@@ -19,6 +19,8 @@ from torch.nn import functional as F
 
 import tpfuse
 
+pytestmark = pytest.mark.long  # not on every save
+
 HIDDEN, HEADS, LAYERS, VOCABULARY = 64, 4, 3, 32
 SITES = 2 * LAYERS + 1  # attention and MLP of each layer, and the vocabulary-parallel embedding
 

@@ -15,6 +15,8 @@ from programs import Program, function, inputs, programs
 
 import tpfuse
 
+pytestmark = pytest.mark.long  # not on every save
+
 SEED = int(os.environ.get("TPFUSE_TEST_SEED", "0")) or int.from_bytes(os.urandom(3), "big")
 # No shrinking: a program prints as short data, and each further try is a compile.
 COMMON = {
@@ -88,7 +90,7 @@ def run(examples: int, as_written: bool) -> None:
 
 
 def test_compiled_programs_give_the_bits_of_eager():
-    run(40, as_written=False)
+    run(25, as_written=False)
 
 
 def test_graphs_with_their_writes_left_in_give_the_bits_of_eager():
