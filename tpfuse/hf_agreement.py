@@ -38,8 +38,9 @@ def _generate(model: Any, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
 def replicas_meet(model: Any) -> bool:
     """Whether all ranks of the default group must take equally many steps. transformers asks over that group."""
     parallelized = getattr(model, ATTRIBUTE, None)
-    meet = parallelized is not None and parallelized.plan.gathers_blocks
-    return meet and dist.get_world_size() == parallelized.config.world_size
+    if parallelized is None or not parallelized.plan.gathers_blocks:
+        return False
+    return bool(dist.get_world_size() == parallelized.config.world_size)
 
 
 def in_step(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
