@@ -49,9 +49,7 @@ CALLS = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("world", "step"), [(2, 2), (3, 5), *(pytest.param(*of, marks=slow) for of in ((2, 1), (3, 1)))]
-)
+@pytest.mark.parametrize(("world", "step"), [(2, 3), *(pytest.param(*of, marks=slow) for of in ((2, 1), (3, 1)))])
 def test_the_bits_are_those_of_the_reference_in_both_algorithms(world: int, step: int) -> None:
     calls = [replace(call, algorithm=a) for call in CALLS[::step] for a in ("one_shot", "two_shot")]
     outcomes = run(world, calls, delay=0.01)
@@ -62,13 +60,14 @@ def test_the_bits_are_those_of_the_reference_in_both_algorithms(world: int, step
 def test_the_sum_is_taken_in_fp32_in_rank_order_and_rounded_once() -> None:
     """Sums that depend on their order, of values that 16 bits do not hold: rounding each part first gives other bits."""
     calls = [wide(3, 64, special="order", seed=5), Call(3, 64, special="order", seed=5)]
-    calls += [wide(3, 64, seed=5), Call(3, 64, seed=5)]
+    calls += [wide(3, 64, seed=5), Call(3, 64, seed=5), wide(3, 64, algorithm="two_shot", special="order", seed=5)]
     outcomes = run(3, calls)
     agree(outcomes, 3)
-    assert outcomes[0].digests[2] != outcomes[0].digests[3]
+    digests = outcomes[0].digests
+    assert digests[2] != digests[3] and digests[0] == digests[4]
 
 
-@pytest.mark.parametrize("algorithm", ["one_shot", "two_shot"])
+@pytest.mark.parametrize("algorithm", ["one_shot", pytest.param("two_shot", marks=slow)])
 def test_programs_that_share_a_row_exchange_the_squares_of_the_rounded_sum(algorithm: str) -> None:
     calls = [wide(1, 1032, algorithm=algorithm, steps=1, programs=2, seed=1)]
     calls += [layer(1, 1032, algorithm=algorithm, steps=1, programs=2, seed=2)]
