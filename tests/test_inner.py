@@ -206,7 +206,13 @@ OVERLAP = {
 }
 
 
-@pytest.mark.parametrize("settings", OVERLAP.values(), ids=OVERLAP)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param(settings, id=name, marks=[] if name == "overlap scheduling" else pytest.mark.slow)
+        for name, settings in OVERLAP.items()
+    ],
+)
 def test_torchs_own_collective_passes_work_on_what_is_left(alone, settings):
     results = alone.run(run_with_overlap, {"options": {**settings, "tpfuse.fuel": 2}})
     check(results, fused=2)

@@ -21,7 +21,6 @@ from tpfuse.inspect import load, page
 pytest.importorskip("transformers", reason="needs the extra tpfuse[hf]")
 
 WORLD = 2
-KINDS = ("glm4_moe",)  # fused and kept ones; the others where slow tests run
 
 
 def compiled_with_dump(rank, world_size, checkpoint, dump):
@@ -59,10 +58,9 @@ def data_of(html: str) -> dict:
     return json.loads(text)
 
 
+@pytest.mark.slow  # of a small graph the quick run has it in test_inspect_dump.py
 @pytest.mark.ranks
-@pytest.mark.parametrize(
-    "name", [name if name in KINDS else pytest.param(name, marks=pytest.mark.slow) for name in models.MODELS]
-)
+@pytest.mark.parametrize("name", models.MODELS)
 def test_the_dump_holds_every_all_reduce_once_and_the_page_shows_it(name, pool, tmp_path):
     models.save(name, str(tmp_path / "checkpoint"))
     folder = tmp_path / "dump"

@@ -74,6 +74,7 @@ def test_a_row_has_the_bits_of_the_all_reduce_and_does_not_see_others() -> None:
         assert len(set(everybody)) == 6
 
 
+@slow  # in the quick run each has the bits of the reference
 def test_two_shot_has_the_bits_of_one_shot_whatever_rows_others_keep() -> None:
     kept = ((2, 2, 1, 1), (0, 0, 3, 3))
     calls = [Call(3, 64, algorithm, blocks=2, seed=1, kept=k) for k in kept for algorithm in ("two_shot", "one_shot")]

@@ -177,6 +177,7 @@ def test_every_reduction_is_fused_with_the_same_bits(pool, ir, weights, lowered_
     assert all(torch.equal(a, b) for a, b in zip(results[0]["outputs"], results[1]["outputs"], strict=True))
 
 
+@pytest.mark.slow  # of a single piece the quick run has it below
 @pytest.mark.ranks
 def test_what_is_not_fused_says_why_and_stays_right(env):
     with RankPool(2, env=env, alone=True) as alone:

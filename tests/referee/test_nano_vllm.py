@@ -139,7 +139,7 @@ def keeps_roundings() -> bool:
     return "dtype1.itemsize < dtype2.itemsize" in inspect.getsource(joint_graph)
 
 
-@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("inner", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_nano_vllm_fuses_all_of_its_reductions(inner):
     torch.manual_seed(1)
     torch._dynamo.reset()
