@@ -71,14 +71,12 @@ def check_call(model: Any, inputs: Any, kwargs: dict[str, Any]) -> None:
     prompt = inputs if isinstance(inputs, Tensor) else kwargs.get("input_ids")
     ids = prompt if isinstance(prompt, Tensor) and not prompt.is_floating_point() else None
     mine = (
-        0 if ids is None else _digest(ids, tuple(ids.shape)),
-        int(draws),
-        _digest(_random_state(model.device)) if draws else 0,
+        None if ids is None else _digest(ids, tuple(ids.shape)),
+        draws,
+        _digest(_random_state(model.device)) if draws else None,
     )
-    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else "cpu"
-    rows = [torch.zeros(len(mine), dtype=torch.int64, device=device) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(rows, torch.tensor(mine, dtype=torch.int64, device=device), group=group)
-    found = [row.tolist() for row in rows]
+    found: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, mine, group=group)  # on the device that the group's backend has
     ranks = dist.get_process_group_ranks(group)
     for number, what in enumerate(ASKED):
         others = [rank for rank, row in zip(ranks, found, strict=True) if row[number] != found[0][number]]
@@ -105,7 +103,6 @@ def _random_state(device: torch.device) -> Tensor:
     return torch.get_rng_state() if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
 
 
-def _digest(values: Tensor, shape: tuple[int, ...] = ()) -> int:
-    """63 bits: they travel in an int64."""
+def _digest(values: Tensor, shape: tuple[int, ...] = ()) -> str:
     data = values.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-    return int.from_bytes(hashlib.sha256(repr(shape).encode() + data).digest()[:8], "big") >> 1
+    return hashlib.sha256(repr(shape).encode() + data).hexdigest()[:16]
