@@ -41,6 +41,7 @@ def coordinates(config, rank):
     }
 
 
+@pytest.mark.long
 def test_rank_lists_equal_the_formulas_for_every_legal_combination_up_to_16():
     count = 0
     for config in all_configs():

@@ -120,6 +120,7 @@ def deployments(draw):
 
 @settings(max_examples=400, deadline=None)
 @given(deployments())
+@pytest.mark.long
 def test_the_plan_on_integers_equals_the_unsharded_computation(deployment):
     config, layers, blocks = deployment
     boundaries = plan(config, layers)

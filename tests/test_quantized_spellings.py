@@ -94,6 +94,7 @@ def fused(seed):
 
 
 @pytest.mark.parametrize(("first", "count"), [(0, 12), pytest.param(12, 200, marks=pytest.mark.slow)])
+@pytest.mark.long
 def test_random_spellings_keep_their_bits(first, count):
     made = [fused(seed) for seed in range(first, first + count)]
     assert sum(made) > count // 2, "most have a quantizer"

@@ -92,6 +92,7 @@ def test_dtensor_names_the_call_of_the_sharded_module():
     assert sources(model, torch.randn(2, H)) == [line_of(Plain.forward, "self.o_proj(x)")]
 
 
+@pytest.mark.long
 def test_a_transformers_model_names_its_own_lines(tmp_path, monkeypatch):
     pytest.importorskip("transformers", reason="needs the extra tpfuse[hf]")
     import models

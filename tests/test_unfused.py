@@ -187,6 +187,7 @@ def test_a_pipeline_without_a_static_cache_is_told():
     assert "a pipeline uses too" in text
 
 
+@pytest.mark.long
 def test_generate_with_a_static_cache_is_compiled_and_not_told():
     model = hf.compile(tiny(), options={**AOT, "tpfuse.policy": "off"})
     assert warned(lambda: model.generate(**PROMPT, **SHORT, cache_implementation="static")) == []
