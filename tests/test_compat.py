@@ -581,6 +581,28 @@ def test_copy_of():
     assert len([child for child in copied.children() if isinstance(child, torch.fx.GraphModule)]) == 2
 
 
+def test_forget_traced_regions():
+    """A region is traced once in a compile, and anew in a second one of the same frame."""
+    traced: list[Any] = []
+    region = torch.compiler.nested_compile_region(lambda x: x.sin())
+
+    def twice(gm, inputs):
+        def keep(graph, _):
+            traced.extend(child for child in graph.children() if isinstance(child, torch.fx.GraphModule))
+            return compat.boxed(graph.forward)
+
+        compat.aot_autograd(fw_compiler=keep)(compat.copy_of(gm), inputs)
+        compat.forget_traced_regions()
+        return compat.aot_autograd(fw_compiler=keep)(gm, inputs)
+
+    compat.forget_traced_regions()  # outside of a compile there is nothing to forget
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(lambda x: region(region(x)), backend=twice)(torch.ones(2))
+    first, second = traced
+    assert first is not second
+
+
 # Of a generator for CPUs torch keeps no offset; that the two functions exist is what can be checked without a GPU.
 def test_generator_offset():
     assert callable(torch.Generator.get_offset)

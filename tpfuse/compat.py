@@ -348,6 +348,17 @@ def copy_of(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
     return new
 
 
+def forget_traced_regions() -> None:
+    """Have regions that torch traces once a compile (``nested_compile_region``) traced again by a second one.
+
+    Why private: torch keeps their graphs with the compile of a frame. A pass edits them in place, and a second compile of the
+    same frame would be handed what the first one has made of them.
+    """
+    context = torch._guards.TracingContext.try_get()
+    if context is not None and hasattr(context, "hop_dispatch_set_cache"):
+        context.hop_dispatch_set_cache = type(context.hop_dispatch_set_cache)()
+
+
 def aot_autograd(**compilers: Any) -> Callable[..., Any]:
     """AOTAutograd with our compilers. Why private: the only public entry is the experimental functorch one."""
     from torch._dynamo.backends.common import aot_autograd as aot
