@@ -548,6 +548,11 @@ def test_room_for_recompiles():
     with compat.room_for_recompiles():
         assert torch._dynamo.config.recompile_limit >= 64
     assert torch._dynamo.config.recompile_limit == before
+    with torch._dynamo.config.patch(recompile_limit=100), compat.room_for_recompiles():
+        assert torch._dynamo.config.recompile_limit == 100, "a larger limit of the user's stays"
+    with pytest.raises(ZeroDivisionError), compat.room_for_recompiles():
+        1 / 0  # noqa: B018
+    assert torch._dynamo.config.recompile_limit == before
 
 
 def test_with_room_for_recompiles():

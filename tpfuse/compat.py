@@ -480,14 +480,26 @@ def may_vary(tensor: torch.Tensor, dim: int) -> None:
     torch._dynamo.maybe_mark_dynamic(tensor, dim)
 
 
-def room_for_recompiles() -> AbstractContextManager[Any]:
+ROOM = 64
+
+
+@contextlib.contextmanager
+def room_for_recompiles() -> Iterator[None]:
     """A context in which a function may have a graph for each of many shapes.
 
     Why private: past ``recompile_limit`` (8) Dynamo runs a function eagerly or, with ``fullgraph``, raises. A server's batch
-    sizes are more than 8.
+    sizes are more than 8. Set by hand, for each decode step comes through here: ``config.patch`` makes a class for each call.
     """
-    config = torch._dynamo.config
-    return config.patch(recompile_limit=max(64, config.recompile_limit))  # type: ignore[no-any-return]
+    config: Any = torch._dynamo.config
+    before = config.recompile_limit
+    if before >= ROOM:
+        yield
+        return
+    config.recompile_limit = ROOM
+    try:
+        yield
+    finally:
+        config.recompile_limit = before
 
 
 def with_room_for_recompiles(call: Callable[..., Any]) -> Callable[..., Any]:
