@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tpfuse.hf_local import WRAPPED
+from tpfuse.parallel.groups import small_tensor_device
 from tpfuse.parallel.model import ATTRIBUTE
 
 ASKED = ("the prompt", "whether tokens are drawn", "the state of the random number generator")
@@ -54,7 +55,7 @@ def check_call(model: Any, inputs: Any, kwargs: dict[str, Any]) -> None:
         int(draws),
         _digest(_random_state(model.device)) if draws else 0,
     )
-    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else "cpu"
+    device = small_tensor_device(group)
     rows = [torch.zeros(len(mine), dtype=torch.int64, device=device) for _ in range(dist.get_world_size(group))]
     dist.all_gather(rows, torch.tensor(mine, dtype=torch.int64, device=device), group=group)
     found = [row.tolist() for row in rows]
