@@ -97,9 +97,9 @@ def build_groups(config: ParallelConfig, ranks: Sequence[int] | None = None) -> 
 
 
 def small_tensor_device(group: dist.ProcessGroup | None) -> torch.device:
-    """Where a number that this group's ranks exchange has to be: on the CPU where the group (None: the default) takes such tensors.
+    """Where a number that the ranks of a group exchange has to be: on the CPU where the group takes such tensors.
 
-    A group that does not, NCCL's, may be named in several ways (``nccl``, ``cuda:nccl``).
+    A group that does not, NCCL's, may be named in several ways (``nccl``, ``cuda:nccl``). None is the default group.
     """
     if "cpu:" in dist.get_backend_config(group):
         return torch.device("cpu")
