@@ -551,6 +551,11 @@ def test_room_for_recompiles():
     with compat.room_for_recompiles():
         assert torch._dynamo.config.recompile_limit >= 64
     assert torch._dynamo.config.recompile_limit == before
+    with torch._dynamo.config.patch(recompile_limit=100), compat.room_for_recompiles():
+        assert torch._dynamo.config.recompile_limit == 100, "a larger limit of the user's stays"
+    with pytest.raises(ZeroDivisionError), compat.room_for_recompiles():
+        1 / 0  # noqa: B018
+    assert torch._dynamo.config.recompile_limit == before
 
 
 def test_with_room_for_recompiles():
@@ -582,6 +587,28 @@ def test_copy_of():
         assert torch.equal(torch.compile(f, backend=same_after_an_edit)(x, flag), x * weight)
     (copied,) = compiled
     assert len([child for child in copied.children() if isinstance(child, torch.fx.GraphModule)]) == 2
+
+
+def test_forget_traced_regions():
+    """A region is traced once in a compile, and anew in a second one of the same frame."""
+    traced: list[Any] = []
+    region = torch.compiler.nested_compile_region(lambda x: x.sin())
+
+    def twice(gm, inputs):
+        def keep(graph, _):
+            traced.extend(child for child in graph.children() if isinstance(child, torch.fx.GraphModule))
+            return compat.boxed(graph.forward)
+
+        compat.aot_autograd(fw_compiler=keep)(compat.copy_of(gm), inputs)
+        compat.forget_traced_regions()
+        return compat.aot_autograd(fw_compiler=keep)(gm, inputs)
+
+    compat.forget_traced_regions()  # outside of a compile there is nothing to forget
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(lambda x: region(region(x)), backend=twice)(torch.ones(2))
+    first, second = traced
+    assert first is not second
 
 
 # Of a generator for CPUs torch keeps no offset; that the two functions exist is what can be checked without a GPU.

@@ -240,3 +240,15 @@ def test_a_model_that_is_compiled_again_takes_the_new_settings():
     assert torch.equal(again(tokens).logits, model._orig_mod(tokens).logits)
     kwargs = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 0, "cache_implementation": "static"}
     assert again.generate(tokens, **kwargs).tolist() == unsharded("llama", **LAYERS).generate(tokens, **kwargs).tolist()
+
+
+@pytest.mark.parametrize(
+    ("backends", "device"), [("cpu:gloo,cuda:nccl", "cuda:3"), ("cuda:nccl", "cuda:3"), ("cpu:gloo,cuda:gloo", None)]
+)
+def test_a_group_with_nccl_has_its_model_on_the_gpu_whatever_its_name(
+    backends: str, device: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.distributed, "get_backend_config", lambda: backends)
+    assert tpfuse.hf._gpu() == device

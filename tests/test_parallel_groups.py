@@ -6,6 +6,7 @@ import torch.distributed as dist
 from ranks import RankPool
 
 from tpfuse.parallel import ConfigError, ParallelConfig, build_groups
+from tpfuse.parallel.groups import small_tensor_device
 
 pytestmark = pytest.mark.ranks
 
@@ -96,3 +97,20 @@ def test_ranks_that_do_not_fit_are_named(pool):
 def test_without_a_default_group():
     with pytest.raises(ConfigError, match="no default process group; call"):
         build_groups(ParallelConfig(2))
+
+
+@pytest.mark.parametrize(
+    ("backends", "device"),
+    [
+        ("cpu:gloo,cuda:gloo", "cpu"),
+        ("cpu:gloo,cuda:nccl", "cpu"),
+        ("cuda:nccl", "cuda:3"),
+        # Both spellings of NCCL alone, as torch itself reads them.
+        (str(dist.distributed_c10d.BackendConfig(dist.Backend("nccl"))), "cuda:3"),
+    ],
+)
+def test_numbers_go_where_the_group_takes_them(monkeypatch, backends, device):
+    """A group that was made as ``cuda:nccl`` was handed numbers on the CPU, which no backend of it takes."""
+    monkeypatch.setattr(dist, "get_backend_config", lambda group: backends)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert small_tensor_device(object()) == torch.device(device)

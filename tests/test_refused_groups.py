@@ -16,7 +16,9 @@ from test_replicas import Groups, args, filled, layer
 from test_rows import c10d, norm
 from tpfuse.passes import PassOptions
 
-from tpfuse import rollback, store
+import tpfuse
+from tpfuse import rollback, store, unfused
+from tpfuse.parallel import comparison
 from tpfuse.parallel.disagreement import Disagreement, explained, without
 
 WORLD, BLOCK, COLUMN = (0, 1, 2, 3), (2, 3), (1, 3)
@@ -142,3 +144,31 @@ def test_the_report_reads_back_equal(groups):
     _, report = graphs.fused_copy(graphs.trace(layer(groups), args(3)), PassOptions(policy="all", refused={WORLD: WHY}))
     assert (report.sites[0].reason, report.sites[0].over) == ("ranks-disagree", WORLD)
     assert type(report).from_json(report.to_json()) == report
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_region_that_torch_traces_once_is_traced_again(groups, monkeypatch, inner):
+    """torch keeps the graph of such a region with the compile of a frame, and the first compile has fused in it."""
+
+    @torch.compiler.nested_compile_region
+    def region(x, r):
+        r = total(x, groups.world) + r
+        return norm(r, w), r
+
+    w, (x, r) = torch.ones(16), (torch.randn(4, 16), torch.randn(4, 16))
+
+    def f(x, r):
+        return region(*region(x, r))
+
+    def refused(reports, _):
+        return {WORLD: Disagreement((1,), WHY, (True,))}
+
+    monkeypatch.setattr(comparison, "has_peers", lambda: True)
+    monkeypatch.setattr(comparison, "compare", refused)
+    torch._dynamo.reset()
+    store.clear_reports()
+    unfused.forget()
+    with torch.no_grad(), pytest.warns(tpfuse.FusionWarning, match="decided differently"):
+        got = torch.compile(f, backend="tpfuse", options={"tpfuse.inner": inner, "tpfuse.policy": "all"})(x, r)
+    assert [site.reason for report in store.reports() for site in report.sites] == ["ranks-disagree"]
+    torch.testing.assert_close(got, f(x, r))

@@ -77,9 +77,12 @@ def tpfuse(
     # Here, and not at the first call: nothing of the graph has run yet, and a call stays as cheap as it is.
     refused = comparison.compare(new, f"tpfuse {package.__version__}, {parsed.decisive()}")
     if refused:
-        compiled, new = rollback.roll_back(
-            compiled, new, refused, lambda said: run(spare, replace(parsed, refused=said))
-        )
+
+        def again(said: dict[tuple[int, ...], str]) -> tuple[Callable[..., Any], list[GraphReport]]:
+            compat.forget_traced_regions()
+            return run(spare, replace(parsed, refused=said))
+
+        compiled, new = rollback.roll_back(compiled, new, refused, again)
     unfused.look(new, parsed.policy, parsed.fuel)
     wrappers.look(new, example_inputs)
     return compiled

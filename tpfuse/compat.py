@@ -348,6 +348,17 @@ def copy_of(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
     return new
 
 
+def forget_traced_regions() -> None:
+    """Have regions that torch traces once a compile (``nested_compile_region``) traced again by a second one.
+
+    Why private: torch keeps their graphs with the compile of a frame. A pass edits them in place, and a second compile of the
+    same frame would be handed what the first one has made of them.
+    """
+    context = torch._guards.TracingContext.try_get()
+    if context is not None and hasattr(context, "hop_dispatch_set_cache"):
+        context.hop_dispatch_set_cache = type(context.hop_dispatch_set_cache)()
+
+
 def aot_autograd(**compilers: Any) -> Callable[..., Any]:
     """AOTAutograd with our compilers. Why private: the only public entry is the experimental functorch one."""
     from torch._dynamo.backends.common import aot_autograd as aot
@@ -469,14 +480,26 @@ def may_vary(tensor: torch.Tensor, dim: int) -> None:
     torch._dynamo.maybe_mark_dynamic(tensor, dim)
 
 
-def room_for_recompiles() -> AbstractContextManager[Any]:
+ROOM = 64
+
+
+@contextlib.contextmanager
+def room_for_recompiles() -> Iterator[None]:
     """A context in which a function may have a graph for each of many shapes.
 
     Why private: past ``recompile_limit`` (8) Dynamo runs a function eagerly or, with ``fullgraph``, raises. A server's batch
-    sizes are more than 8.
+    sizes are more than 8. Set by hand, for each decode step comes through here: ``config.patch`` makes a class for each call.
     """
-    config = torch._dynamo.config
-    return config.patch(recompile_limit=max(64, config.recompile_limit))  # type: ignore[no-any-return]
+    config: Any = torch._dynamo.config
+    before = config.recompile_limit
+    if before >= ROOM:
+        yield
+        return
+    config.recompile_limit = ROOM
+    try:
+        yield
+    finally:
+        config.recompile_limit = before
 
 
 def with_room_for_recompiles(call: Callable[..., Any]) -> Callable[..., Any]:

@@ -93,8 +93,7 @@ def from_pretrained(
         with progress_of_rank_0(progress):
             model = auto_class.from_pretrained(path, distributed_config=distributed, **kwargs)
     else:
-        on_gpu = "device_map" not in kwargs and dist.get_backend() == "nccl"
-        device = f"cuda:{torch.cuda.current_device()}" if on_gpu else None
+        device = None if "device_map" in kwargs else _gpu()
 
         def cut(whole: nn.Module) -> nn.Module:
             return _parallelize(
@@ -173,6 +172,12 @@ def compile(
     if parallelized is not None and parallelized.plan.gathers_blocks:
         _exchange_before(compiled, model)
     return compiled
+
+
+def _gpu() -> str | None:
+    """Where a group with NCCL puts a model. Its name does not tell: a default group is ``cpu:gloo,cuda:nccl``."""
+    on_gpu = torch.cuda.is_available() and "cuda:nccl" in dist.get_backend_config()
+    return f"cuda:{torch.cuda.current_device()}" if on_gpu else None
 
 
 def _get_compiled_call(model: Any, compile_config: Any) -> Callable[..., Any]:

@@ -190,6 +190,7 @@ def compile(
         return lowered.guarded(compiled, kept)
     # A cache supplied the graph, but the report of the compile that filled it is gone: compile once more without caches.
     log.info("compile cache hit without a kept report; compiling again to make one")
+    compat.forget_traced_regions()
     with compat.without_compile_caches():
         compiled = compat.compile_fx(gm, inputs, patches)
     report_cache.save(digest, mounted.reports)

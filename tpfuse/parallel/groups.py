@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
 import torch.distributed as dist
 
 from .config import GROUP_NAMES, ConfigError, ParallelConfig
@@ -93,6 +94,16 @@ def build_groups(config: ParallelConfig, ranks: Sequence[int] | None = None) -> 
         own = members.index(dist.get_rank()) if dist.get_rank() in members else None
         created.by_config[key] = Groups(config, members, own, mine)
     return created.by_config[key]
+
+
+def small_tensor_device(group: dist.ProcessGroup | None) -> torch.device:
+    """Where a number that the ranks of a group exchange has to be: on the CPU where the group takes such tensors.
+
+    A group that does not, NCCL's, may be named in several ways (``nccl``, ``cuda:nccl``). None is the default group.
+    """
+    if "cpu:" in dist.get_backend_config(group):
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _created_under(world: dist.ProcessGroup) -> _Created:

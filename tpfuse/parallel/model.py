@@ -17,7 +17,7 @@ from .architecture import Architecture, architecture_of
 from .config import ConfigError, ParallelConfig
 from .cut import Cut
 from .cut_model import refuse_what_needs_the_whole
-from .groups import Groups, build_groups
+from .groups import Groups, build_groups, small_tensor_device
 from .layout import Plan
 from .layout import plan as make_plan
 from .pairing import check_shards
@@ -189,8 +189,7 @@ def exchange_rows(model: nn.Module, rows: int) -> int:
     if not parallelized.plan.gathers_blocks:
         return rows
     group = parallelized.groups.group("attn_dp")
-    device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
-    count = torch.tensor([rows], device=device)
+    count = torch.tensor([rows], device=small_tensor_device(group))
     dist.all_reduce(count, op=dist.ReduceOp.MAX, group=group)
     return int(count.item())
 
