@@ -42,7 +42,7 @@ def test_nothing_else_is_relaxed():
     assert uses == [
         "layer_norms.py: if relaxed and close is not None:",  # the table's first line, of the other norm
         "norms.py: if relaxed and close is not None:",
-        "region.py: if relaxed and not terms and block is None:",
+        "region.py: if relaxed and not terms and block is None and not rounded:",
     ]
 
 
