@@ -666,6 +666,29 @@ def test_lines_of_mutation(group):
         assert [s.reason for s in report.sites] == ["mutation" if said == "refused" else None], lines
 
 
+def test_lines_of_ranks_that_disagree():
+    """A fake group has no other ranks to disagree with: this is what each rank decides by itself."""
+    begin, first, own = one("troubleshooting.md", "ranks-disagree").splitlines()
+    c10d = torch.ops._c10d_functional
+    decided: dict[str, list[str | None]] = {first: [], own: []}
+    for rank in range(2):
+        graphs.start_fake_group(2, rank)
+
+        def gather(x: torch.Tensor) -> torch.Tensor:
+            return c10d.wait_tensor(c10d.all_gather_into_tensor(x, 2, dist.group.WORLD.group_name))
+
+        for line in decided:
+            names = {**NAMES, "rank": rank, "all_gather": gather, "mlp": torch.sigmoid}
+            exec(f"def f(x, residual):\n    {begin}\n    {line}\n    return norm(h)", names)
+            torch._dynamo.reset()
+            tpfuse.clear_reports()
+            with torch.no_grad():
+                torch.compile(names["f"], backend="tpfuse", options=ALL)(torch.randn(3, H), torch.randn(3, H))
+            decided[line] += [site.reason for report in tpfuse.reports() for site in report.sites]
+    dist.destroy_process_group()
+    assert decided == {first: [None, "rows-move"], own: [None, None]}
+
+
 def test_no_snippet_is_left_out():
     """Every Python snippet is taken by a call of :func:`one` in this file."""
     taken = {("troubleshooting.md", reason, 0) for reason in (*LINES, *MODULES, *OPTIONS)}
