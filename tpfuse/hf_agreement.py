@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tpfuse.hf_local import WRAPPED
+from tpfuse.parallel.decision import ranks_in_words
 from tpfuse.parallel.model import ATTRIBUTE
 
 ASKED = ("the prompt", "whether tokens are drawn", "the state of the random number generator")
@@ -81,11 +82,10 @@ def check_call(model: Any, inputs: Any, kwargs: dict[str, Any]) -> None:
     for number, what in enumerate(ASKED):
         others = [rank for rank, row in zip(ranks, found, strict=True) if row[number] != found[0][number]]
         if others:
-            names = f"{'rank' if len(others) == 1 else 'ranks'} {', '.join(map(str, others))}"
             raise ValueError(
-                f"generate: {what} on {names} is not that of rank {ranks[0]}, and ranks {list(ranks)} decode the tokens of "
-                "one replica together. Give all of them the same prompts and settings, and call torch.manual_seed with one "
-                "number on each before do_sample=True"
+                f"generate: {what} on {ranks_in_words(others)} is not that of rank {ranks[0]}, and ranks {list(ranks)} decode the "
+                "tokens of one replica together. Give all of them the same prompts and settings, and call torch.manual_seed with "
+                "one number on each before do_sample=True"
             )
 
 
