@@ -84,7 +84,8 @@ def run(
         prepared = prepare_once(key, x, residual, weight, bias, scale, flavour, post_norm, group_name, **rest)
     else:
         check(x, residual, weight, bias, prepared.flavour, post_norm)
-        check_scale(x, scale, scale_tensor, sum_dtype(x.dtype, None if residual is None else residual.dtype))
+        if scale_tensor is not None:
+            check_scale(x, scale, scale_tensor, sum_dtype(x.dtype, None if residual is None else residual.dtype))
     if out is None:
         normed = torch.empty_like(x, dtype=prepared.normed_dtype, memory_format=torch.contiguous_format)
         residual_out = torch.empty_like(x, dtype=prepared.residual_dtype, memory_format=torch.contiguous_format)
