@@ -83,9 +83,9 @@ def check_call(model: Any, inputs: Any, kwargs: dict[str, Any]) -> None:
         others = [rank for rank, row in zip(ranks, found, strict=True) if row[number] != found[0][number]]
         if others:
             raise ValueError(
-                f"generate: {what} on {ranks_in_words(others)} is not that of rank {ranks[0]}, and ranks {list(ranks)} decode the "
-                "tokens of one replica together. Give all of them the same prompts and settings, and call torch.manual_seed with "
-                "one number on each before do_sample=True"
+                f"generate: {what} on {ranks_in_words(others)} is not that of rank {ranks[0]}, and ranks {list(ranks)} decode "
+                "the tokens of one replica together. Give all of them the same prompts and settings, and call torch.manual_seed "
+                "with one number on each before do_sample=True"
             )
 
 
