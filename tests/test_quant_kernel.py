@@ -98,6 +98,54 @@ def test_powers_of_two_are_those_of_torchs_log2_and_of_the_bits():
     assert not torch.equal(by_log2, by_bits)
 
 
+def quotients(values: np.ndarray, scales: np.ndarray, conn: Any) -> None:
+    import triton.language as tl
+    from tpfuse.ops.kernels.quantize import over_scale
+    from triton.runtime import interpreter
+
+    def fma(x: Any, y: Any, z: Any) -> Any:  # The interpreter of Triton 3.6 rounds twice.
+        wide = x.data.astype(np.float64) * y.data + z.data
+        return interpreter.TensorHandle(wide.astype(np.float32), z.dtype.scalar)
+
+    interpreter.interpreter_builder.create_fma = fma
+    given = [
+        tl.tensor(interpreter.TensorHandle(each, tl.float32), tl.block_type(tl.float32, list(each.shape)))
+        for each in (values, scales)
+    ]
+    with np.errstate(all="ignore"):
+        conn.send(over_scale((given[0],), given[1])[0].handle.data)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_quotients_of_a_mended_reciprocal_are_those_of_a_division(dtype: torch.dtype):
+    """All significands of the dtype by random scales, bit for bit; then every kind of operand, as far as fp8 can tell."""
+    draw = torch.Generator().manual_seed(0)
+    count = 128 if dtype == torch.bfloat16 else 1024
+    scales = (1.0 + torch.rand(1 << 20, generator=draw)) * torch.randint(-30, 30, (1 << 20,), generator=draw).exp2()
+    values = (1.0 + torch.arange(count) / count).repeat((1 << 20) // count) * scales.log2().floor().exp2()
+    got = torch.from_numpy(answer(quotients, values.numpy(), scales.numpy()))
+    assert torch.equal(got, values / scales)
+
+    odd = [0.0, -0.0, 1.0, -3.0, 448.0, float("inf"), float("-inf"), float("nan")]
+    info = torch.finfo(dtype)
+    every = torch.tensor([*odd, info.max, info.min, info.tiny, info.tiny / 128, -info.tiny * 448], dtype=dtype).float()
+    least = torch.finfo(torch.float32)
+    by = torch.tensor(
+        [0.0, 1.0, 1e-45, 3e-42, least.tiny, 1e-30, 2.0**-60, 7e30, least.max, float("inf"), float("nan")]
+    )
+    spread = torch.randint(-149, 128, (40,), generator=draw).double().exp2().float() * torch.rand(40, generator=draw)
+    by = torch.cat([by, spread, -by, -spread])
+    values, scales = (each.flatten() for each in torch.broadcast_tensors(every[:, None], by[None]))
+    pad = (1 << (len(values) - 1).bit_length()) - len(values)
+    values, scales = (torch.cat([each, torch.ones(pad)]) for each in (values, scales))
+    got, want = torch.from_numpy(answer(quotients, values.numpy(), scales.numpy())), values / scales
+    for fp8, top in ((torch.float8_e4m3fn, 448.0), (torch.float8_e5m2, 57344.0)):
+        for rounding in (torch.float32, dtype):
+            g, w = (each.to(rounding).float().clamp(-top, top).to(fp8).view(torch.uint8) for each in (got, want))
+            assert torch.equal(g & 0x7F, w & 0x7F), (values[g != w], scales[g != w])
+            assert torch.equal(g[~want.isnan()], w[~want.isnan()])
+
+
 def quantize_rows(kinds: list[tuple[str, torch.dtype, int, int]], conn: Any) -> None:
     """For each (quantizer, dtype, columns, lanes) what differs between the kernel for rows in memory and the reference."""
     os.environ["TRITON_INTERPRET"] = "1"
