@@ -190,16 +190,16 @@ def over_scale(values, scale):
     """
     magnitude = tl.abs(scale)
     power = tl.where(magnitude < 2.0**-60, 2.0**100, tl.where(magnitude > 2.0**100, 2.0**-100, 1.0))
-    power = tl.where(scale < 0.0, -power, power)
+    power = tl.where(scale < 0.0, power, power * -1.0)
     limit = tl.where(magnitude < float("inf"), 2.0**17, -1.0)
-    scale = scale * power
-    inverse = tl.math.div_rn(1.0, scale)
+    # Everything is negated in such a way that a quotient of -0 keeps its sign; a minus in Triton 3.6 is 0 - x, which loses it.
+    scale = scale * (power * -1.0)
+    inverse = tl.math.div_rn(-1.0, scale)
     out = ()
     for i in tl.static_range(len(values)):
         value = values[i] * power
         quotient = value * inverse
-        beyond = tl.fma(quotient, scale, -value)  # in this order a quotient of -0 keeps its sign
-        mended = tl.fma(-beyond, inverse, quotient)
+        mended = tl.fma(tl.fma(quotient, scale, value), inverse, quotient)
         out = out + (tl.where(tl.abs(quotient) < limit, mended, quotient),)
     return out
 
