@@ -27,9 +27,9 @@ Method. Before each step all ranks meet; a step's time is the *minimum over rank
 nobody; the figure is the median of the steps, launch from Python included. ``back to back`` is the time of a step among 20
 that were launched without waiting for one another, where the GPU sets the pace. Steps that are one CUDA graph are timed in
 turn, some of each contender at a time, from the first to the last and back; others one contender after the other. Each of the
-former is made twice, because where its buffers lie moves the time, and its figures are those of both. Tokens of a decode step
-are the input of the next. Ratios of both times are printed, against each baseline and against the one that is fastest back to
-back.
+former is made twice, in mirrored order, and captured three times each, because where its buffers lie moves the time; its figures
+are those of all six. Tokens of a decode step are the input of the next. Ratios of both times are printed, against each baseline
+and against the one that is fastest back to back.
 
 Checks. The number of fused all-reduces must be what the model has (exit code 1 otherwise); every rank must choose the same
 tokens (likewise). Tokens of tpfuse and of each baseline are compared on equal inputs and reported as a fraction: baselines

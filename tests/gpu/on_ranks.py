@@ -181,7 +181,7 @@ def warm(calls: list[Call], rank: int, world: int, group: Any = None) -> None:
 def correctness(rank: int, world: int) -> list[str]:
     """Every case: reference, ranks, one-shot against two-shot, split rows against whole rows, all bit for bit."""
     complaints = []
-    first: dict[int, str] = {}
+    first: dict[Call, str] = {}
     make_call(Call(1, 64), rank, world)  # builds the plane
     prepare.LOAD_AHEAD = False
     modes = ["one_shot", "two_shot", *(f"{name} {how}" for name in ("one_shot", "two_shot") for how in SPLITTING)]
@@ -201,7 +201,7 @@ def correctness(rank: int, world: int) -> list[str]:
             if not call.rows:
                 continue
             mine = bench.output_hash(normed, h)
-            if first.setdefault(call.seed, mine) != mine and call.special != "nonfinite":
+            if first.setdefault(call, mine) != mine and call.special != "nonfinite":
                 complaints.append(f"{mode}: {call}: other bits than one_shot")
             if not same_on_all_ranks(normed, h):
                 complaints.append(f"{mode}: {call}: ranks differ")
@@ -217,7 +217,11 @@ def correctness(rank: int, world: int) -> list[str]:
             form = NAMED[call.flavour]
             twice = form.normed == "input" and form.gain != "none"
             allowed = 16 if call.dtype == torch.float32 else 2 if twice or call.special == "denormals" else 1
-            if apart[0] > allowed or apart[1] > (allowed if call.post_norm else 0):
+            near = apart[1] <= (allowed if call.post_norm else 0)
+            if call.wide_sum and call.post_norm:  # a small difference of residual and norm, which is a rounding apart
+                bound = 2 * torch.finfo(call.dtype).eps * (want[0].float().abs() + want[1].float().abs())
+                near = not bool(((h.cpu().float() - want[1].float()).abs() > bound).any())
+            if apart[0] > allowed or not near:
                 complaints.append(f"{mode}: {call}: {apart} ulps from the reference, allowed {allowed}")
     share_rows()
     force("auto")
