@@ -7,6 +7,9 @@ from .gather_rows import reduce_rows_add_rms_norm_gather
 from .invariant import set_batch_invariant
 from .layer_norm import all_reduce_add_layer_norm
 from .layer_norm_flavour import COHERE, LAYER_NORM, NEMOTRON, LayerNormFlavour
+from .layer_norm_gather_blocks import all_reduce_add_layer_norm_gather
+from .layer_norm_gather_rows import reduce_rows_add_layer_norm_gather
+from .layer_norm_rows import reduce_rows_add_layer_norm
 from .op import all_reduce_add_rms_norm
 from .paths import GroupPath, describe_path, raise_if_failed, reset, stream_class
 from .prepare import forget
@@ -33,6 +36,7 @@ __all__ = [
     "Quantizer",
     "Selection",
     "all_reduce_add_layer_norm",
+    "all_reduce_add_layer_norm_gather",
     "all_reduce_add_rms_norm",
     "all_reduce_add_rms_norm_gather",
     "all_reduce_add_rms_norm_quant",
@@ -40,6 +44,8 @@ __all__ = [
     "describe_path",
     "forget",
     "raise_if_failed",
+    "reduce_rows_add_layer_norm",
+    "reduce_rows_add_layer_norm_gather",
     "reduce_rows_add_rms_norm",
     "reduce_rows_add_rms_norm_gather",
     "reset",

@@ -13,7 +13,7 @@ from torch import Tensor
 from tpfuse import compat
 
 from .flavour import Flavour
-from .reference import NARROW, sum_dtype
+from .reference import NARROW, add_rms_norm, output_dtype, residual_dtype, sum_dtype
 
 NAME = "all_reduce_add_rms_norm"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -90,6 +90,18 @@ class Operands(NamedTuple):
         """What :func:`tpfuse.ops.reference.add_rms_norm` takes besides the sum."""
         more = self.scale_tensor, self.scale_first, self.residual_first
         return self.residual, self.weight, self.bias, self.eps, self.scale, self.flavour, self.post_norm, *more
+
+    @property
+    def reference(self) -> Callable[..., tuple[Tensor, Tensor]]:
+        """What the op does behind the sum: takes the sum and :attr:`after_the_sum`."""
+        return add_rms_norm
+
+    @property
+    def result_dtypes(self) -> tuple[torch.dtype, torch.dtype]:
+        """Of normed and residual_out."""
+        weight, residual = (None if t is None else t.dtype for t in (self.weight, self.residual))
+        normed = output_dtype(self.dtype, weight, self.flavour)
+        return normed, residual_dtype(self.dtype, normed, self.post_norm, residual)
 
 
 def check(

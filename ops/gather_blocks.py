@@ -7,8 +7,9 @@ at the own place in each block, over which the library gathers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,11 +17,12 @@ from torch import Tensor
 
 from tpfuse import compat
 
-from . import gather_schedule, invariant, library, paths, reference, settings
-from .arguments import Operands, check_one_dtype, refuse_gradients, same_sizes
+from . import gather_schedule, invariant, layer_norm_cuda, library, paths, settings
+from .arguments import Operands, check_one_dtype, same_sizes
 from .cuda import run
 from .flavour import LLAMA, Flavour
 from .gather_schedule import of_prepared
+from .layer_norm_operands import LayerNormOperands
 from .op import empty_results
 from .op import library as registry
 from .rows_call import Rows, gathered
@@ -34,36 +36,50 @@ SCHEMA = (
 registry.define(SCHEMA, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
 
 
-def _asked(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    scale: float,
-    flavour: str,
-    post_norm: bool,
-    group_name: str,
-    block_group: str,
-    gather_group: str,
-    largest: Any,
-) -> tuple[Rows, str, str, Any]:
-    """The call, the groups that sum and gather, and ``largest``. Raises ``ValueError`` naming what does not fit."""
-    group, ours, across = (
-        dist.get_process_group_ranks(compat.resolve_group(name)) for name in (group_name, block_group, gather_group)
-    )
-    blocks, size, at = len(across), len(ours), group.index(dist.get_rank())
-    if size < 2 or blocks < 2 or ours != group[at // size * size :][:size] or across != group[at % size :: size]:
-        raise ValueError(
-            f"{NAME}: block_group has ranks {ours} and gather_group {across}; expected blocks of at least 2 neighbours of "
-            f"{group}, at least 2 of them, and the ranks at one place of each"
+def _asked(*args: Any) -> Blocks:
+    return Blocks.of(Operands, NAME, *args)
+
+
+class Blocks(NamedTuple):
+    """A call, the names of the groups that sum and gather, and the rows of the largest block."""
+
+    asked: Rows
+    block_group: str
+    gather_group: str
+    largest: Any
+
+    @classmethod
+    def of(
+        cls,
+        kind: type[Operands] | type[LayerNormOperands],
+        name: str,
+        x: Tensor,
+        residual: Tensor | None,
+        *behind: Any,
+    ) -> Blocks:
+        """From what the dispatcher gives.
+
+        Args:
+            behind: the other operands, up to group_name; block_group, gather_group, largest.
+        Raises:
+            ValueError: names what does not fit.
+        """
+        *operands, group_name, block_group, gather_group, largest = behind
+        group, ours, across = (
+            dist.get_process_group_ranks(compat.resolve_group(n)) for n in (group_name, block_group, gather_group)
         )
-    if x.dim() < 1:
-        raise ValueError(f"{NAME}: x is a scalar; expected a tensor of shape (..., H)")
-    check_one_dtype(NAME, x, residual)
-    after_x = (residual, weight, bias, eps, scale, flavour, post_norm, group_name)
-    asked = Rows(x, after_x, blocks, "all_reduce", at // size, tuple(x.shape), NAME)
-    return asked, block_group, gather_group, largest
+        blocks, size, at = len(across), len(ours), group.index(dist.get_rank())
+        if size < 2 or blocks < 2 or ours != group[at // size * size :][:size] or across != group[at % size :: size]:
+            raise ValueError(
+                f"{name}: block_group has ranks {ours} and gather_group {across}; expected blocks of at least 2 neighbours of "
+                f"{group}, at least 2 of them, and the ranks at one place of each"
+            )
+        if x.dim() < 1:
+            raise ValueError(f"{name}: x is a scalar; expected a tensor of shape (..., H)")
+        check_one_dtype(name, x, residual)
+        after_x = (residual, *operands, group_name)
+        asked = Rows(x, after_x, blocks, "all_reduce", at // size, tuple(x.shape), name, kind)
+        return cls(asked, block_group, gather_group, largest)
 
 
 def _rows(asked: Rows, largest: int) -> int:
@@ -71,7 +87,8 @@ def _rows(asked: Rows, largest: int) -> int:
     rows = asked.x.shape[:-1].numel()
     if rows > largest:
         raise ValueError(
-            f"{NAME}: x has {rows} rows, {tuple(asked.x.shape)}, but largest is {largest}; pass the rows of the largest block"
+            f"{asked.name}: x has {rows} rows, {tuple(asked.x.shape)}, but largest is {largest}; pass the rows of the largest "
+            "block"
         )
     return rows
 
@@ -84,37 +101,48 @@ def _summed(asked: Rows, block_group: str, batch_invariant: bool) -> Tensor:
 
 
 def _cpu(*args: Any) -> tuple[Tensor, Tensor]:
-    asked, block_group, gather_group, largest = _asked(*args)
+    return on_a_cpu(*_asked(*args))
+
+
+def on_a_cpu(asked: Rows, block_group: str, gather_group: str, largest: int) -> tuple[Tensor, Tensor]:
+    """A call on a CPU."""
     _rows(asked, largest)
-    given = Operands.of(asked.x, *asked.after_x)
+    given = asked.kind.of(asked.x, *asked.after_x)
     in_rank_order = settings.batch_invariant()
     if asked.x.numel():
         (invariant.agree if in_rank_order else invariant.remember)(block_group)
     reduced = _summed(asked, block_group, in_rank_order)
     if in_rank_order and reduced.numel():
-        normed, residual_out = invariant.add_rms_norm(reduced, given)
+        normed, residual_out = invariant.row_by_row(reduced, given, given.reference)
     else:
-        normed, residual_out = reference.add_rms_norm(reduced, *given.after_the_sum)
+        normed, residual_out = given.reference(reduced, *given.after_the_sum)
     return gathered(normed, largest, asked.blocks, gather_group), residual_out.clone(
         memory_format=torch.contiguous_format
     )
 
 
-def _fake(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    asked, _, _, largest = _asked(*args, **kwargs)
-    given = Operands.of(asked.x, *asked.after_x, same=same_sizes)
-    normed, residual_out = empty_results(given)
+def _fake(*args: Any) -> tuple[Tensor, Tensor]:
+    return fake_of(*_asked(*args))
+
+
+def fake_of(asked: Rows, block_group: str, gather_group: str, largest: Any) -> tuple[Tensor, Tensor]:
+    """What :func:`on_a_cpu` returns, without values; sizes may be symbols."""
+    normed, residual_out = empty_results(asked.kind.of(asked.x, *asked.after_x, same=same_sizes))
     return normed.new_empty((asked.blocks * largest, asked.x.shape[-1])), residual_out
 
 
 def _cuda(*args: Any) -> tuple[Tensor, Tensor]:
-    x = args[0]
-    refuse_gradients(*args[:4])
+    return on_cuda(*_asked(*args))
+
+
+def on_cuda(asked: Rows, block_group: str, gather_group: str, largest: int) -> tuple[Tensor, Tensor]:
+    """A call on a CUDA device."""
+    asked.refuse_gradients()
+    x = asked.x
     index = x.device.index
     if compat.current_device() != index:
         with torch.cuda.device(index):  # launches and the vote go to the current device
-            return _cuda(*args)
-    asked, block_group, gather_group, largest = _asked(*args)
+            return on_cuda(asked, block_group, gather_group, largest)
     rows = _rows(asked, largest)
     prepared, given = prepared_of(asked, x, partial(gather_schedule.load, blocks=asked.blocks))
     c, p, hidden = prepared.constants, prepared.path.plane, x.shape[-1]
@@ -128,12 +156,12 @@ def _cuda(*args: Any) -> tuple[Tensor, Tensor]:
             return normed, residual_out
     if c is not None and paths.may_be_asked(block_group, x.device):
         # Too many rows for a kernel that gathers, but among the ranks of the block there may be one that does the rest.
-        of_the_block = (*args[:8], block_group)
-        normed, residual_out = run(*of_the_block)
+        of_the_block: Callable[..., tuple[Tensor, Tensor]] = run if asked.kind is Operands else layer_norm_cuda.run
+        normed, residual_out = of_the_block(x, *asked.after_x[:-1], block_group)
         return gathered(normed, largest, asked.blocks, gather_group), residual_out
     reduced = _summed(asked, block_group, prepared.path.settings.batch_invariant)
     if c is None:
-        normed, residual_out = reference.add_rms_norm(reduced, *given.after_the_sum)
+        normed, residual_out = given.reference(reduced, *given.after_the_sum)
     else:
         normed = x.new_empty((rows, hidden), dtype=prepared.normed_dtype)
         if rows:

@@ -16,13 +16,12 @@ from torch import Tensor
 from tpfuse import compat
 
 from . import gather_schedule, paths, rows_schedule
-from .arguments import Operands, refuse_gradients, same_sizes
+from .arguments import Operands
 from .flavour import LLAMA, Flavour
-from .op import empty_results
 from .op import library as registry
 from .plane import Plane
 from .prepare import Prepared
-from .rows_call import Rows, gathered, on_a_cpu
+from .rows_call import Rows, fake, gathered, on_a_cpu
 from .rows_cuda import by_library, by_reference, launch, prepared_of
 
 NAME = "reduce_rows_add_rms_norm_gather"
@@ -33,20 +32,9 @@ SCHEMA = (
 registry.define(SCHEMA, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
 
 
-def _asked(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    scale: float,
-    flavour: str,
-    post_norm: bool,
-    group_name: str,
-    collective: str,
-) -> Rows:
-    given = (x, residual, weight, bias, eps, scale, flavour, post_norm, group_name)
-    return Rows.of(NAME, *given, blocks=0, collective=collective)
+def _asked(*args: Any) -> Rows:
+    *operands, collective = args
+    return Rows.of(Operands, NAME, *operands, 0, collective)
 
 
 def _gathered(asked: Rows, normed: Tensor, block: int) -> Tensor:
@@ -55,26 +43,37 @@ def _gathered(asked: Rows, normed: Tensor, block: int) -> Tensor:
 
 
 def _cpu(*args: Any) -> tuple[Tensor, Tensor]:
-    asked = _asked(*args)
+    return on_a_cpu_gathered(_asked(*args))
+
+
+def on_a_cpu_gathered(asked: Rows) -> tuple[Tensor, Tensor]:
+    """A call on a CPU: the normed rows of all ranks in the shape of ``x``, and residual_out."""
     normed, residual_out = on_a_cpu(asked)
     return _gathered(asked, normed, asked.counts()[0]), residual_out
 
 
-def _fake(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    asked = _asked(*args, **kwargs)
-    given = Operands.of(asked.x.new_empty(asked.shape), *asked.after_x, same=same_sizes)
-    normed, residual_out = empty_results(given)
+def _fake(*args: Any) -> tuple[Tensor, Tensor]:
+    return fake_gathered(_asked(*args))
+
+
+def fake_gathered(asked: Rows) -> tuple[Tensor, Tensor]:
+    """What :func:`on_a_cpu_gathered` returns, without values; sizes may be symbols."""
+    normed, residual_out = fake(asked)
     return normed.new_empty(asked.x.shape), residual_out
 
 
 def _cuda(*args: Any) -> tuple[Tensor, Tensor]:
-    x = args[0]
-    refuse_gradients(*args[:4])
+    return run(_asked(*args))
+
+
+def run(asked: Rows) -> tuple[Tensor, Tensor]:
+    """A call on a CUDA device."""
+    asked.refuse_gradients()
+    x = asked.x
     index = x.device.index
     if compat.current_device() != index:
         with torch.cuda.device(index):  # launches and the vote go to the current device
-            return _cuda(*args)
-    asked = _asked(*args)
+            return run(asked)
     block, kept = asked.counts()
     prepared, given = prepared_of(asked, asked.like(kept), partial(_load, asked.blocks))
     c, p, dtype = prepared.constants, prepared.path.plane, prepared.normed_dtype

@@ -11,8 +11,8 @@ from . import invariant, layer_norm_cuda, paths, settings
 from .arguments import same_sizes
 from .layer_norm_flavour import LAYER_NORM, LayerNormFlavour
 from .layer_norm_operands import NAME, LayerNormOperands
-from .layer_norm_reference import add_layer_norm, output_dtype
 from .library import exact_layer_norm
+from .op import empty_results
 from .op import library as registry
 
 SCHEMA = (
@@ -27,23 +27,16 @@ def _cpu(*args: Any) -> tuple[Tensor, Tensor]:
     given = LayerNormOperands.of(*args)
     if given.x.numel() == 0:
         # Every rank of the group has the same (zero) number of rows, so all of them skip the collective.
-        return _empty(given)
+        return empty_results(given)
     if settings.batch_invariant():
         invariant.agree(given.group_name)
-        return invariant.row_by_row(*given.reduced(invariant.sum_in_rank_order), add_layer_norm)
+        return invariant.row_by_row(*given.reduced(invariant.sum_in_rank_order), given.reference)
     invariant.remember(given.group_name)
     return exact_layer_norm(given)
 
 
 def _fake(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    return _empty(LayerNormOperands.of(*args, same=same_sizes, **kwargs))
-
-
-def _empty(given: LayerNormOperands) -> tuple[Tensor, Tensor]:
-    x = given.x
-    weight, shift = (None if t is None else t.dtype for t in (given.weight, given.norm_bias))
-    normed = output_dtype(given.dtype, weight, shift, given.flavour)
-    return x.new_empty(x.shape, dtype=normed), x.new_empty(x.shape, dtype=given.dtype)
+    return empty_results(LayerNormOperands.of(*args, same=same_sizes, **kwargs))
 
 
 registry.impl(NAME, _cpu, "CPU")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .arguments import DTYPES, check, check_order, check_partial, refuse_gradients
 from .layer_norm_flavour import LayerNormFlavour
+from .layer_norm_reference import add_layer_norm, output_dtype
 from .reference import sum_dtype
 
 NAME = "all_reduce_add_layer_norm"
@@ -122,6 +123,17 @@ class LayerNormOperands(NamedTuple):
         """What :func:`tpfuse.ops.layer_norm_reference.add_layer_norm` takes besides the sum."""
         operands = self.residual, self.weight, self.norm_bias, self.bias, self.addend
         return *operands, self.eps, self.scale, self.flavour, self.addend_bias, self.residual_first
+
+    @property
+    def reference(self) -> Callable[..., tuple[Tensor, Tensor]]:
+        """What the op does behind the sum: takes the sum and :attr:`after_the_sum`."""
+        return add_layer_norm
+
+    @property
+    def result_dtypes(self) -> tuple[torch.dtype, torch.dtype]:
+        """Of normed and residual_out."""
+        weight, shift = (None if t is None else t.dtype for t in (self.weight, self.norm_bias))
+        return output_dtype(self.dtype, weight, shift, self.flavour), self.dtype
 
 
 def _text(tensor: Tensor | None) -> str:

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cuda, invariant, reference, settings
+from . import cuda, invariant, settings
 from .arguments import Operands, check_memory, check_out, same_sizes
 from .flavour import LLAMA, Flavour
+from .layer_norm_operands import LayerNormOperands
 from .library import exact
 
 SCHEMA = (
@@ -44,7 +45,7 @@ def _cpu(*args: Any) -> tuple[Tensor, Tensor]:
 def on_a_cpu(given: Operands) -> tuple[Tensor, Tensor]:
     if given.x.numel() == 0:
         # Every rank of the group has the same (zero) number of rows, so all of them skip the collective.
-        normed, residual_out = reference.add_rms_norm(given.x.clone(), *given.after_the_sum)
+        normed, residual_out = given.reference(given.x.clone(), *given.after_the_sum)
         return normed.contiguous(), residual_out.contiguous()
     if settings.batch_invariant():
         invariant.agree(given.group_name)
@@ -57,24 +58,17 @@ def _fake(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     return empty_results(Operands.of(*args, same=same_sizes, **kwargs))
 
 
-def empty_results(given: Operands) -> tuple[Tensor, Tensor]:
+def empty_results(given: Operands | LayerNormOperands) -> tuple[Tensor, Tensor]:
     """Two tensors of the shape of ``x`` in the dtypes of the results."""
-    normed_dtype, residual_dtype = _dtypes(given)
+    normed_dtype, residual_dtype = given.result_dtypes
     x = given.x
     return x.new_empty(x.shape, dtype=normed_dtype), x.new_empty(x.shape, dtype=residual_dtype)
-
-
-def _dtypes(given: Operands) -> tuple[torch.dtype, torch.dtype]:
-    weight = None if given.weight is None else given.weight.dtype
-    normed = reference.output_dtype(given.dtype, weight, given.flavour)
-    residual = None if given.residual is None else given.residual.dtype
-    return normed, reference.residual_dtype(given.dtype, normed, given.post_norm, residual)
 
 
 def _cpu_out(*args: Any) -> None:
     before, out, behind = _parts(args)
     given = Operands.of(*before, *behind)
-    check_out(given, out, _dtypes(given))
+    check_out(given, out, given.result_dtypes)
     check_memory(given, out)
     for tensor, value in zip(out, on_a_cpu(given), strict=True):
         tensor.copy_(value)
@@ -96,7 +90,7 @@ def _fake_out(*args: Any, normed: Tensor | None = None, residual_out: Tensor | N
         args, (normed, residual_out), behind = _parts(args)
         args += behind
     given = Operands.of(*args, same=same_sizes, **kwargs)
-    check_out(given, (normed, residual_out), _dtypes(given))
+    check_out(given, (normed, residual_out), given.result_dtypes)
 
 
 library.impl("all_reduce_add_rms_norm", _cpu, "CPU")

@@ -16,11 +16,10 @@ from torch import Tensor
 from tpfuse import compat
 
 from . import paths, rows_schedule
-from .arguments import Operands, refuse_gradients, same_sizes
+from .arguments import Operands
 from .flavour import LLAMA, Flavour
-from .op import empty_results
 from .op import library as registry
-from .rows_call import Rows, on_a_cpu
+from .rows_call import Rows, fake, on_a_cpu
 from .rows_cuda import by_library, by_reference, launch, prepared_of
 
 NAME = "reduce_rows_add_rms_norm"
@@ -32,23 +31,25 @@ registry.define(SCHEMA, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact
 
 
 def _cpu(*args: Any) -> tuple[Tensor, Tensor]:
-    return on_a_cpu(Rows.of(NAME, *args))
+    return on_a_cpu(Rows.of(Operands, NAME, *args))
 
 
-def _fake(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    asked = Rows.of(NAME, *args, **kwargs)
-    given = Operands.of(asked.x.new_empty(asked.shape), *asked.after_x, same=same_sizes)
-    return empty_results(given)
+def _fake(*args: Any) -> tuple[Tensor, Tensor]:
+    return fake(Rows.of(Operands, NAME, *args))
 
 
 def _cuda(*args: Any) -> tuple[Tensor, Tensor]:
-    x, residual, weight, bias = args[:4]
-    refuse_gradients(x, residual, weight, bias)
+    return run(Rows.of(Operands, NAME, *args))
+
+
+def run(asked: Rows) -> tuple[Tensor, Tensor]:
+    """A call on a CUDA device."""
+    asked.refuse_gradients()
+    x = asked.x
     index = x.device.index
     if compat.current_device() != index:
         with torch.cuda.device(index):  # launches and the vote go to the current device
-            return _cuda(*args)
-    asked = Rows.of(NAME, *args)
+            return run(asked)
     block, kept = asked.counts()
     prepared, given = prepared_of(asked, asked.like(kept), partial(rows_schedule.load, blocks=asked.blocks))
     normed = x.new_empty(asked.shape, dtype=prepared.normed_dtype)

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from tpfuse import compat
 
-from . import invariant, library, reference, settings
-from .arguments import Operands, check_one_dtype
+from . import invariant, library, settings
+from .arguments import Operands, check_one_dtype, refuse_gradients, same_sizes
+from .layer_norm_operands import LayerNormOperands
+from .op import empty_results
 
 COLLECTIVES = ("reduce_scatter", "all_reduce")
 
@@ -21,11 +23,13 @@ class Rows(NamedTuple):
 
     Attributes:
         x: partial sums of the rows of all blocks.
-        after_x: residual, weight, bias, eps, scale, flavour (as text), post_norm, group_name.
+        after_x: what ``kind`` has behind x, up to group_name: of an RMSNorm residual, weight, bias, eps, scale, flavour (as
+            text), post_norm, group_name.
         blocks, collective: never 0 or empty.
         place: the block that this rank receives.
         shape: of both results.
         name: of the op, for messages.
+        kind: the operands of its norm.
     """
 
     x: Tensor
@@ -35,27 +39,25 @@ class Rows(NamedTuple):
     place: int
     shape: tuple[Any, ...]
     name: str
+    kind: type[Operands] | type[LayerNormOperands] = Operands
 
     @classmethod
     def of(
         cls,
+        kind: type[Operands] | type[LayerNormOperands],
         name: str,
         x: Tensor,
         residual: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        eps: float,
-        scale: float,
-        flavour: str,
-        post_norm: bool,
-        group_name: str,
-        blocks: int,
-        collective: str,
+        *behind: Any,
     ) -> Rows:
         """From what the dispatcher gives; what does not need the number of rows is checked.
 
-        Raises ``ValueError`` naming what does not fit.
+        Args:
+            behind: the other operands, up to group_name; blocks, collective.
+        Raises:
+            ValueError: names what does not fit.
         """
+        *operands, group_name, blocks, collective = behind
         check_one_dtype(name, x, residual)
         group = compat.resolve_group(group_name)
         world = group.size()
@@ -75,12 +77,17 @@ class Rows(NamedTuple):
             raise ValueError(
                 f"{name}: residual has shape {shape}; expected rows of {x.shape[-1]} like x, {tuple(x.shape)}"
             )
-        after_x = (residual, weight, bias, eps, scale, flavour, post_norm, group_name)
-        return cls(x, after_x, blocks, collective, group.rank() * blocks // world, shape, name)
+        after_x = (residual, *operands, group_name)
+        return cls(x, after_x, blocks, collective, group.rank() * blocks // world, shape, name, kind)
 
     @property
     def group_name(self) -> str:
         return str(self.after_x[-1])
+
+    def refuse_gradients(self) -> None:
+        """Raise ``RuntimeError`` where autograd would have to record the op."""
+        if self.kind is Operands:  # a LayerNorm's are asked with its other checks
+            refuse_gradients(self.x, *self.after_x[:3])
 
     def counts(self) -> tuple[int, int]:
         """(rows of a block, rows that this rank keeps). Raises ``ValueError`` where they do not fit."""
@@ -128,7 +135,7 @@ def _shape(x: Tensor, residual: Tensor | None, blocks: int, name: str) -> tuple[
 def on_a_cpu(asked: Rows) -> tuple[Tensor, Tensor]:
     """``(normed, residual_out)`` of the rows that this rank keeps, by the group's collective and the exact reference."""
     block, kept = asked.counts()
-    given = Operands.of(asked.like(kept), *asked.after_x)
+    given = asked.kind.of(asked.like(kept), *asked.after_x)
     in_rank_order = settings.batch_invariant()
     if block == 0:  # on every rank of the group alike: all of them skip the collective
         reduced = asked.x.new_empty(asked.shape)
@@ -139,9 +146,14 @@ def on_a_cpu(asked: Rows) -> tuple[Tensor, Tensor]:
             invariant.remember(asked.group_name)
         reduced = asked.summed(block, kept, in_rank_order).reshape(asked.shape)
         if in_rank_order and kept:
-            return invariant.add_rms_norm(reduced, given)
-    normed, residual_out = reference.add_rms_norm(reduced, *given.after_the_sum)
+            return invariant.row_by_row(reduced, given, given.reference)
+    normed, residual_out = given.reference(reduced, *given.after_the_sum)
     return normed.contiguous(), residual_out.contiguous()
+
+
+def fake(asked: Rows) -> tuple[Tensor, Tensor]:
+    """What :func:`on_a_cpu` returns, without values; sizes may be symbols."""
+    return empty_results(asked.kind.of(asked.x.new_empty(asked.shape), *asked.after_x, same=same_sizes))
 
 
 def gathered(normed: Tensor, rows: int, blocks: int, group_name: str) -> Tensor:

@@ -47,16 +47,16 @@ def kernel_of(algorithm: str, c: Constants, variant: Variant, attribute: bool = 
     key = (algorithm, c, variant, attribute)
     found = _kernels.get(key)
     if found is None:
-        from .kernels.gathered_blocks import gathered_blocks_kernel
-        from .kernels.gathered_rows import gathered_rows_kernel
+        from .kernels.gathered_blocks import gathered_blocks_kernel, gathered_blocks_layer_norm_kernel
+        from .kernels.gathered_rows import gathered_rows_kernel, gathered_rows_layer_norm_kernel
         from .kernels.one_shot import (
             one_shot_kernel,
             one_shot_layer_norm_kernel,
             one_shot_layer_norm_of_two_kernel,
             one_shot_quant_kernel,
         )
-        from .kernels.received_rows import received_rows_kernel
-        from .kernels.received_two_shot import received_two_shot_kernel
+        from .kernels.received_rows import received_rows_kernel, received_rows_layer_norm_kernel
+        from .kernels.received_two_shot import received_two_shot_kernel, received_two_shot_layer_norm_kernel
         from .kernels.two_shot import (
             two_shot_kernel,
             two_shot_layer_norm_kernel,
@@ -77,6 +77,10 @@ def kernel_of(algorithm: str, c: Constants, variant: Variant, attribute: bool = 
             ("received_two_shot", "rms_norm"): received_two_shot_kernel,
             ("gathered_rows", "rms_norm"): gathered_rows_kernel,
             ("gathered_blocks", "rms_norm"): gathered_blocks_kernel,
+            ("received_rows", "layer_norm"): received_rows_layer_norm_kernel,
+            ("received_two_shot", "layer_norm"): received_two_shot_layer_norm_kernel,
+            ("gathered_rows", "layer_norm"): gathered_rows_layer_norm_kernel,
+            ("gathered_blocks", "layer_norm"): gathered_blocks_layer_norm_kernel,
         }[algorithm, c.kind]
         options: dict[str, Any] = {
             "maxnreg": register_bound(algorithm, variant.world, Part(variant.lanes, variant.steps))

@@ -19,7 +19,20 @@ from .candidate import Candidate
 from .legality import ADD, MUL
 from .quantization import Quantization
 from .reasons import Reason, Refusal
-from .replacement import GATHER, LAYER_NORM, OP, QUANT, REPLICAS, ROWS, Misfit, Replacement, Value
+from .replacement import (
+    GATHER,
+    LAYER_NORM,
+    LAYER_NORM_GATHER,
+    LAYER_NORM_REPLICAS,
+    LAYER_NORM_ROWS,
+    OP,
+    QUANT,
+    REPLICAS,
+    ROWS,
+    Misfit,
+    Replacement,
+    Value,
+)
 
 aten = torch.ops.aten
 
@@ -87,8 +100,7 @@ def _build(new: Replacement) -> None:
         elif merged is not None and merged.exact:
             new.fused = _two_sums(new, x, residual, bias)
         elif norm.kind == "layer_norm":
-            given_last = norm.eps, candidate.scale, str(norm.flavour), c.group_name
-            new.fused = new.call(LAYER_NORM, x, residual, norm.weight, norm.shift, bias, addend, *given_last)
+            new.fused = _layer_norm(new, x, residual, norm.weight, norm.shift, bias, addend)
         elif candidate.over:
             new.fused = new.call(REPLICAS, x, residual, norm.weight, bias, *arguments[:-1], *_replicas(new, x))
         elif block is None:
@@ -124,6 +136,22 @@ def _build(new: Replacement) -> None:
         new.outputs.append((node, cast(Value, new.repeat(tuple(path), summed))))
     if quantization is not None:
         _quantized(new, quantization)
+
+
+def _layer_norm(new: Replacement, *operands: Node | Value | None) -> Value:
+    """The op whose norm is a LayerNorm, for the rows that the candidate keeps and gathers."""
+    candidate = new.candidate
+    c, norm, block = candidate.collective, candidate.norm, candidate.block
+    given = *operands, norm.eps, candidate.scale, str(norm.flavour)
+    if candidate.over:
+        x = operands[0]
+        assert x is not None
+        return new.call(LAYER_NORM_REPLICAS, *given, *_replicas(new, x))
+    if block is None:
+        return new.call(LAYER_NORM, *given, c.group_name)
+    if candidate.gather is not None:
+        return new.call(LAYER_NORM_GATHER, *given, c.group_name, c.kind)
+    return new.call(LAYER_NORM_ROWS, *given, c.group_name, block.blocks, c.kind)
 
 
 def _replicas(new: Replacement, x: Node | Value) -> tuple[Any, ...]:

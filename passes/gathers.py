@@ -118,8 +118,6 @@ def _over_replicas(
     proof = replicas.proved(candidate.collective, start, reductions, order, pads)
     if isinstance(proof, str):
         return None, stays + proof
-    if candidate.norm.kind == "layer_norm":
-        return None, stays + "the norm is a LayerNorm, and the op that gathers has an RMSNorm alone"
     if candidate.scale_tensor is not None or candidate.scale_first:
         return None, stays + "the sum is multiplied by a tensor, or before an addend"
     if candidate.narrowed:

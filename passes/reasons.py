@@ -97,8 +97,7 @@ REMEDIES: dict[Reason, str] = {
     Reason.UNKNOWN_NORM: "What reads the sum is neither an RMSNorm, s * g(w) / sqrt(mean(s**2) + eps) with g in {1, w, 1 + w}, "
     "nor a LayerNorm.",
     Reason.LAYER_NORM: "The norm subtracts the mean, and is no LayerNorm that the fused op computes: the mean and the biased "
-    "variance of a whole row, rounded residual, statistics that nothing else reads, and all rows of an all-reduce. Use "
-    "torch.nn.LayerNorm behind an all-reduce.",
+    "variance of a whole row, a rounded residual, and statistics that nothing else reads. Use torch.nn.LayerNorm.",
     Reason.EPS_OUTSIDE_ROOT: "eps is added outside the square root. Add it to the mean of squares.",
     Reason.MEAN_DIM: "The mean is not over the last dimension. Normalise over the hidden dimension, kept last.",
     Reason.PARTIAL_WIDTH: "The mean covers only part of the hidden dimension (partial or grouped RMSNorm).",

@@ -78,12 +78,6 @@ def follow(c: Collective, order: dict[Node, int], relaxed: bool = False) -> Foun
 def _of_block(found: Candidate | Refusal, block: rows.RowBlock | None) -> Candidate | Refusal:
     if not isinstance(found, Candidate) or block is None:
         return found
-    if found.norm.kind == "layer_norm":
-        return Refusal(
-            Reason.LAYER_NORM,
-            "each rank keeps some rows of the sum only, and their norm is a LayerNorm; the ops for such rows have an "
-            "RMSNorm alone, without the mean and the vector behind the weight",
-        )
     if found.residual is not None and values.dtype(found.residual) != values.dtype(found.collective.value):
         return Refusal(
             Reason.DTYPE,

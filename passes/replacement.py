@@ -30,6 +30,10 @@ GATHER = torch.ops.tpfuse.reduce_rows_add_rms_norm_gather.default
 REPLICAS = torch.ops.tpfuse.all_reduce_add_rms_norm_gather.default
 QUANT = torch.ops.tpfuse.all_reduce_add_rms_norm_quant.default
 LAYER_NORM = torch.ops.tpfuse.all_reduce_add_layer_norm.default
+LAYER_NORM_ROWS = torch.ops.tpfuse.reduce_rows_add_layer_norm.default
+LAYER_NORM_GATHER = torch.ops.tpfuse.reduce_rows_add_layer_norm_gather.default
+LAYER_NORM_REPLICAS = torch.ops.tpfuse.all_reduce_add_layer_norm_gather.default
+LAYER_NORMS = (LAYER_NORM, LAYER_NORM_ROWS, LAYER_NORM_GATHER, LAYER_NORM_REPLICAS)
 OP_TAIL = (None, False, False, False)  # defaults of OP: scale_tensor, scale_first, partial_bias, residual_first
 aten = torch.ops.aten
 
@@ -167,9 +171,7 @@ class Replacement:
             args, kwargs = _resolve(step.args, actual), _resolve(step.kwargs, actual)
             if step.target in (OP, ROWS, GATHER):
                 x, residual, weight, bias, eps, scale, flavour, post, _, *more = args
-                if self.candidate.block is not None:
-                    x = self.candidate.block.of(x, kept_shape(self.candidate) if residual is None else residual.shape)
-                args = (x, residual, weight, bias, eps, scale, Flavour.parse(flavour), post)
+                args = (self._kept_of(x, residual), residual, weight, bias, eps, scale, Flavour.parse(flavour), post)
                 scale_tensor, scale_first, _, residual_first = (
                     (*more, *OP_TAIL[len(more) :]) if step.target is OP else OP_TAIL
                 )
@@ -182,9 +184,14 @@ class Replacement:
                 args = (x, residual, weight, bias, eps, scale, Flavour.parse(flavour), post)
                 normed, summed = reference.add_rms_norm(*args)
                 results.append((self.gathered(normed, largest), summed))
-            elif step.target is LAYER_NORM:
-                given, (flavour, _, *more) = args[:8], args[8:]
-                results.append(layer_norm_reference.add_layer_norm(*given, LayerNormFlavour.parse(flavour), *more[1:]))
+            elif step.target in LAYER_NORMS:
+                (x, residual, *given), (flavour, _, *more) = args[:8], args[8:]
+                tail = more[1:] if step.target is LAYER_NORM else ()
+                given = [self._kept_of(x, residual), residual, *given, LayerNormFlavour.parse(flavour), *tail]
+                normed, summed = layer_norm_reference.add_layer_norm(*given)
+                if step.target in (LAYER_NORM_GATHER, LAYER_NORM_REPLICAS):
+                    normed = self.gathered(normed, more[-1] if step.target is LAYER_NORM_REPLICAS else None)
+                results.append((normed, summed))
             elif step.target is QUANT:
                 x, residual, weight, bias, eps, scale, flavour, post, _, quantizer, static_scale, keep = args
                 args = (x, residual, weight, bias, eps, scale, Flavour.parse(flavour), post)
@@ -194,6 +201,13 @@ class Replacement:
             else:
                 results.append(step.target(*args, **kwargs))
         return results
+
+    def _kept_of(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+        """The rows of a sum that this rank keeps: all of them without a block."""
+        block = self.candidate.block
+        if block is None:
+            return x
+        return block.of(x, kept_shape(self.candidate) if residual is None else tuple(residual.shape))
 
     def gathered(self, rows: torch.Tensor, largest: int | None = None) -> torch.Tensor:
         """What the gather gives as if every rank had these rows, filled up with zeros to the largest replica's number."""

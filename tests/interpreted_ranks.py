@@ -77,6 +77,12 @@ class Call:
     def two_sums(self) -> bool:
         return self.bias == "partial" or self.partial_addend
 
+    def way(self, world: int) -> str:
+        """Which kernel it takes, but for what its norm is."""
+        if self.gathers:
+            return "gathered rows" if self.blocks == world else "gathered blocks"
+        return self.algorithm if self.blocks == 1 else f"received {self.algorithm}"
+
     @property
     def scale_value(self) -> torch.Tensor | float:
         """The scale as the op gets it."""
@@ -186,6 +192,8 @@ def of_rank(call: Call, given: Inputs, rank: int, world: int) -> Inputs:
         None if given.residual is None else given.residual[mine].clone(),
         given.weight,
         given.bias[mine].clone() if full else given.bias,  # type: ignore[index]
+        given.shift,
+        None if given.addend is None else given.addend[mine].clone(),
     )
 
 
@@ -328,7 +336,8 @@ def expected_of_all(
     for first in range(0, world, size):
         given = of_rank(call, everything, first, world)
         # With several ranks a block, only these have parts of the sums of its rows.
-        found.append(expected(call, given if size == 1 else replace(given, xs=given.xs[first : first + size])))
+        given = given if size == 1 else replace(given, xs=given.xs[first : first + size])
+        found.append(expected(call, given, spelled_out))
     filled = [torch.nn.functional.pad(normed, (0, 0, 0, call.rows - len(normed))) for normed, _ in found]
     return torch.cat(filled), found[rank // size][1]
 
@@ -546,8 +555,8 @@ def _worker(
         torch.set_num_threads(1)
         import triton.language as tl
         from tpfuse.ops.kernel import launch_plain
-        from tpfuse.ops.kernels.gathered_blocks import gathered_blocks_kernel
-        from tpfuse.ops.kernels.gathered_rows import gathered_rows_kernel
+        from tpfuse.ops.kernels.gathered_blocks import gathered_blocks_kernel, gathered_blocks_layer_norm_kernel
+        from tpfuse.ops.kernels.gathered_rows import gathered_rows_kernel, gathered_rows_layer_norm_kernel
         from tpfuse.ops.kernels.one_shot import (
             one_shot_kernel,
             one_shot_layer_norm_kernel,
@@ -555,8 +564,11 @@ def _worker(
             one_shot_quant_kernel,
         )
         from tpfuse.ops.kernels.quant_constants import quantized
-        from tpfuse.ops.kernels.received_rows import received_rows_kernel
-        from tpfuse.ops.kernels.received_two_shot import received_two_shot_kernel
+        from tpfuse.ops.kernels.received_rows import received_rows_kernel, received_rows_layer_norm_kernel
+        from tpfuse.ops.kernels.received_two_shot import (
+            received_two_shot_kernel,
+            received_two_shot_layer_norm_kernel,
+        )
         from tpfuse.ops.kernels.state import MAX_PROGRAMS, PARTIALS, RECORD
         from tpfuse.ops.kernels.two_shot import (
             two_shot_kernel,
@@ -678,11 +690,15 @@ def _worker(
                     ("two_shot", "layer_norm"): two_shot_layer_norm_kernel,
                     ("one_shot", "layer_norm_of_two"): one_shot_layer_norm_of_two_kernel,
                     ("two_shot", "layer_norm_of_two"): two_shot_layer_norm_of_two_kernel,
-                }[call.algorithm, c.kind]
-                if call.blocks > 1:
-                    function = received_rows_kernel if call.algorithm == "one_shot" else received_two_shot_kernel
-                if call.gathers:
-                    function = gathered_rows_kernel if call.blocks == world else gathered_blocks_kernel
+                    ("received one_shot", "rms_norm"): received_rows_kernel,
+                    ("received two_shot", "rms_norm"): received_two_shot_kernel,
+                    ("received one_shot", "layer_norm"): received_rows_layer_norm_kernel,
+                    ("received two_shot", "layer_norm"): received_two_shot_layer_norm_kernel,
+                    ("gathered rows", "rms_norm"): gathered_rows_kernel,
+                    ("gathered blocks", "rms_norm"): gathered_blocks_kernel,
+                    ("gathered rows", "layer_norm"): gathered_rows_layer_norm_kernel,
+                    ("gathered blocks", "layer_norm"): gathered_blocks_layer_norm_kernel,
+                }[call.way(world), c.kind]
                 if program is not None:
                     grid.append(programs)
                     launch_plain(function, 1, args, (c, variant))

@@ -10,7 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from interpreted_ranks import Call, expected_of_all, inputs, of_rank, patch_once, round_in_one_step, same_bits
+from interpreted_ranks import (
+    Call,
+    constants_of,
+    expected_of_all,
+    inputs,
+    of_rank,
+    patch_once,
+    round_in_one_step,
+    same_bits,
+)
 from interpreted_ranks import squares_in_kernel_order as in_kernel_order
 from test_quant_kernel import answer
 from torch import Tensor
@@ -18,8 +27,26 @@ from torch import Tensor
 pytestmark = pytest.mark.ranks
 
 
-def play(calls: list[tuple[str, tuple[int, int]]], conn: Any) -> None:
-    """For each (way, rows that the ranks keep) what is wrong."""
+LAYER_NORM = {"layer_norm": True, "flavour": "layer_norm", "eps": 1e-5, "addend": True}
+
+
+def behind_x(call: Call, mine: Any, group_name: str) -> tuple[tuple[Any, ...], Any, Any, Any]:
+    """The arguments behind x up to the group, their kind, the flavour of a kernel, and the add and norm behind a library."""
+    from tpfuse.ops.arguments import Operands
+    from tpfuse.ops.flavour import LLAMA
+    from tpfuse.ops.kernels import add_norm
+    from tpfuse.ops.layer_norm_flavour import LAYER_NORM as FLAVOUR
+    from tpfuse.ops.layer_norm_operands import LayerNormOperands
+
+    first = mine.residual, mine.weight
+    if call.layer_norm:
+        operands = *first, mine.shift, mine.bias, mine.addend, call.eps, 1.0, str(FLAVOUR), group_name
+        return operands, LayerNormOperands, FLAVOUR, add_norm.add_norm_layer_norm_kernel
+    return (*first, mine.bias, call.eps, 1.0, str(LLAMA), False, group_name), Operands, LLAMA, add_norm.add_norm_kernel
+
+
+def play(calls: list[tuple[str, tuple[int, int], dict[str, Any]]], conn: Any) -> None:
+    """For each (way, rows that the ranks keep, norm) what is wrong."""
     os.environ["TRITON_INTERPRET"] = "1"
     from triton.runtime import interpreter
 
@@ -28,16 +55,12 @@ def play(calls: list[tuple[str, tuple[int, int]]], conn: Any) -> None:
     conn.send([_wrong(*call) for call in calls])
 
 
-def _wrong(way: str, kept: tuple[int, int]) -> list[str]:
+def _wrong(way: str, kept: tuple[int, int], norm: dict[str, Any]) -> list[str]:
     from tpfuse.ops import gather_rows, library, rows_cuda
-    from tpfuse.ops.arguments import Operands
-    from tpfuse.ops.flavour import LLAMA
     from tpfuse.ops.kernel import launch_plain
-    from tpfuse.ops.kernels import add_norm
-    from tpfuse.ops.kernels.gathered_rows import gathered_rows_kernel
-    from tpfuse.ops.kernels.received_rows import received_rows_kernel
+    from tpfuse.ops.kernels import add_norm, gathered_rows, received_rows
     from tpfuse.ops.kernels.state import STATE_WORDS
-    from tpfuse.ops.kernels.variant import Variant, constants
+    from tpfuse.ops.kernels.variant import Variant
     from tpfuse.ops.prepare import Prepared
     from tpfuse.ops.rows_call import Rows
     from tpfuse.ops.schedule import Launch, Schedule
@@ -45,11 +68,15 @@ def _wrong(way: str, kept: tuple[int, int]) -> list[str]:
 
     add_norm.range = lambda first, *rest: (first * 0 + n for n in range(first, *rest))  # type: ignore[attr-defined]
     rows, hidden, world = 3, 72, 2
-    call = Call(rows, hidden, blocks=world, gathers=True, kept=kept, seed=rows, bias="full")
+    call = Call(rows, hidden, blocks=world, gathers=True, kept=kept, seed=rows, bias="full", **norm)
     everything = inputs(call, world)
     mine = of_rank(call, everything, 0, world)
     with in_kernel_order(call):
-        wanted = expected_of_all(call, everything, 0, world)
+        wanted = expected_of_all(call, everything, 0, world, spelled_out=True)
+    kernels = {
+        name: getattr(module, f"{name}_layer_norm_kernel" if norm else f"{name}_kernel")
+        for name, module in (("gathered_rows", gathered_rows), ("received_rows", received_rows))
+    }
     launched = []
 
     class Interpreted:
@@ -64,7 +91,7 @@ def _wrong(way: str, kept: tuple[int, int]) -> list[str]:
             launched.append(self.function.__name__)
             launch_plain(self.function, min(programs, 2), args, self.constexprs)
 
-    c = constants(call.dtype, call.dtype, hidden, LLAMA, bias="full", scaled=False, has_residual=True, post_norm=False)
+    c = constants_of(call, mine)
     words = hidden * 2 // 4
     plane, record = torch.zeros(2, 4 * rows * words, dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
     peers = torch.tensor([plane.data_ptr(), torch.zeros_like(plane).data_ptr(), record.data_ptr()])
@@ -87,44 +114,46 @@ def _wrong(way: str, kept: tuple[int, int]) -> list[str]:
         return Schedule(Selection("", 2), (Launch(kernel, 2, 0, 2), Launch(kernel, 1, 2, 1)))  # type: ignore[arg-type]
 
     def schedule_of(*_: Any) -> Schedule:
-        return launches(gathered_rows_kernel, True) if way == "kernel" else Schedule(Selection("library", rows), ())
+        return launches(kernels["gathered_rows"], True) if way == "kernel" else Schedule(Selection("library", rows), ())
 
     fake = SimpleNamespace(current_device=lambda: None, current_stream_handle=lambda index: 0)
     gather_rows.compat = rows_cuda.compat = library.compat = fake  # type: ignore[assignment]
     settings = SimpleNamespace(batch_invariant=False)
     path = SimpleNamespace(plane=None if way == "library" else p, settings=settings)
-    prepared = Prepared(path, LLAMA, c, None, call.dtype, call.dtype, 10**12)  # type: ignore[arg-type]
-    after_x = (mine.residual, mine.weight, mine.bias, 1e-6, 1.0, str(LLAMA), False, "0")
-    asked = Rows(everything.xs[0], after_x, world, "reduce_scatter", 0, (kept[0], hidden), "op")
-    given = Operands(asked.like(kept[0]), *after_x)._replace(flavour=LLAMA)
+    after_x, kind, flavour, behind_a_library = behind_x(call, mine, "0")
+    prepared = Prepared(path, flavour, c, None, call.dtype, call.dtype, 10**12)  # type: ignore[arg-type]
+    asked = Rows(everything.xs[0], after_x, world, "reduce_scatter", 0, (kept[0], hidden), "op", kind)
+    given = kind(asked.like(kept[0]), *after_x)._replace(flavour=flavour)
     gather_rows._asked = lambda *_: asked  # type: ignore[assignment]
     gather_rows.prepared_of = lambda *_: (prepared, given)  # type: ignore[assignment]
     gather_rows.gather_schedule = SimpleNamespace(of_prepared=schedule_of)  # type: ignore[assignment]
-    gather_rows.rows_schedule = SimpleNamespace(of_prepared=lambda *_: launches(received_rows_kernel, False))  # type: ignore[assignment]
+    gather_rows.rows_schedule = SimpleNamespace(of_prepared=lambda *_: launches(kernels["received_rows"], False))  # type: ignore[assignment]
     total = (everything.xs[0].float() + everything.xs[1].float()).to(call.dtype) + 0.0
     Rows.summed = lambda self, block, kept, invariant: total[:kept].clone()  # type: ignore[method-assign]
     library._kernel = lambda c: Interpreted(  # type: ignore[assignment]
-        add_norm.add_norm_kernel, (c, Variant(world=1, lanes=128, steps=c.groups, split=1, ptx=False))
+        behind_a_library, (c, Variant(world=1, lanes=128, steps=c.groups, split=1, ptx=False))
     )
     gather_rows._gathered = lambda asked, own, block: torch.cat([own, wanted[0][rows:]])  # type: ignore[assignment]
     got = gather_rows._cuda(asked.x, *after_x, "")
     wrong = [n for n, g, w in zip(("normed", "residual"), got, wanted, strict=True) if not same_bits(g, w)]
     if way == "library":
-        return wrong + ([] if launched == ["add_norm_kernel"] * bool(kept[0]) else [f"launched {launched}"])
+        wanted_launches = [behind_a_library.__name__] * bool(kept[0])
+        return wrong + ([] if launched == wanted_launches else [f"launched {launched}"])
     pushed = keep[:, :].count_nonzero() // words  # of each launch row: a sum for rank 1's block, and a norm
     wrong += [] if pushed == (2 if way == "kernel" else 1) * rows else [f"pushed {pushed} rows"]
     wrong += ["words left in the plane"] if bool(plane.any()) else []
-    name = "gathered_rows_kernel" if way == "kernel" else "received_rows_kernel"
+    name = kernels["gathered_rows" if way == "kernel" else "received_rows"].__name__
     return wrong + ([] if launched == [name] * 2 else [f"launched {launched}"])
 
 
 def test_each_way_of_a_call_gives_the_reference_and_launches_what_it_should() -> None:
-    calls = [(way, kept) for way in ("kernel", "scatter", "library") for kept in ((3, 3), (1, 2), (0, 3))]
+    calls = [(way, kept, {}) for way in ("kernel", "scatter", "library") for kept in ((3, 3), (1, 2), (0, 3))]
+    calls += [(way, (1, 2), LAYER_NORM) for way in ("kernel", "scatter", "library")]
     found = answer(play, calls)
     assert found == [[]] * len(calls), [(call, wrong) for call, wrong in zip(calls, found, strict=True) if wrong]
 
 
-def play_blocks(calls: list[tuple[str, tuple[int, ...]]], conn: Any) -> None:
+def play_blocks(calls: list[tuple[str, tuple[int, ...], dict[str, Any]]], conn: Any) -> None:
     """As :func:`play`, rank 2 of four: place 0 of the second of two blocks."""
     os.environ["TRITON_INTERPRET"] = "1"
     from triton.runtime import interpreter
@@ -134,14 +163,12 @@ def play_blocks(calls: list[tuple[str, tuple[int, ...]]], conn: Any) -> None:
     conn.send([_wrong_blocks(*call) for call in calls])
 
 
-def _wrong_blocks(way: str, kept: tuple[int, ...]) -> list[str]:
+def _wrong_blocks(way: str, kept: tuple[int, ...], norm: dict[str, Any]) -> list[str]:
     from tpfuse.ops import gather_blocks, library, rows_cuda
-    from tpfuse.ops.flavour import LLAMA
     from tpfuse.ops.kernel import launch_plain
-    from tpfuse.ops.kernels import add_norm
-    from tpfuse.ops.kernels.gathered_blocks import gathered_blocks_kernel
+    from tpfuse.ops.kernels import add_norm, gathered_blocks
     from tpfuse.ops.kernels.state import STATE_WORDS
-    from tpfuse.ops.kernels.variant import Variant, constants
+    from tpfuse.ops.kernels.variant import Variant
     from tpfuse.ops.prepare import Prepared
     from tpfuse.ops.rows_call import Rows
     from tpfuse.ops.schedule import Launch, Schedule
@@ -149,11 +176,12 @@ def _wrong_blocks(way: str, kept: tuple[int, ...]) -> list[str]:
 
     add_norm.range = lambda first, *rest: (first * 0 + n for n in range(first, *rest))  # type: ignore[attr-defined]
     rows, hidden, world, rank = 3, 72, 4, 2
-    call = Call(rows, hidden, blocks=2, gathers=True, kept=kept, seed=rows)
+    call = Call(rows, hidden, blocks=2, gathers=True, kept=kept, seed=rows, **norm)
     everything = inputs(call, world)
     mine = of_rank(call, everything, rank, world)
     with in_kernel_order(call):
-        wanted = expected_of_all(call, everything, rank, world)
+        wanted = expected_of_all(call, everything, rank, world, spelled_out=True)
+    function = getattr(gathered_blocks, "gathered_blocks_layer_norm_kernel" if norm else "gathered_blocks_kernel")
     launched = []
 
     class Interpreted:
@@ -166,7 +194,7 @@ def _wrong_blocks(way: str, kept: tuple[int, ...]) -> list[str]:
             launched.append(self.function.__name__)
             launch_plain(self.function, min(programs, 2), args, self.constexprs)
 
-    c = constants(call.dtype, call.dtype, hidden, LLAMA, bias="none", scaled=False, has_residual=True, post_norm=False)
+    c = constants_of(call, mine)
     words = hidden * 2 // 4
     planes, record = [torch.zeros(2, 4 * rows * words, dtype=torch.int32) for _ in range(world)], torch.zeros(4)
     peers = torch.tensor([p.data_ptr() for p in planes] + [record.data_ptr()])
@@ -185,23 +213,23 @@ def _wrong_blocks(way: str, kept: tuple[int, ...]) -> list[str]:
 
     def schedule_of(*_: Any) -> Schedule:
         variant = Variant(world, 128, 1, 1, ptx=False, blocks=2, gathers=True)
-        kernel = Interpreted(gathered_blocks_kernel, (c, variant))
+        kernel = Interpreted(function, (c, variant))
         return Schedule(Selection("gathered_blocks", 2), (Launch(kernel, 2, 0, 2), Launch(kernel, 1, 2, 1)))  # type: ignore[arg-type]
 
     fake = SimpleNamespace(current_device=lambda: None, current_stream_handle=lambda index: 0)
     gather_blocks.compat = rows_cuda.compat = library.compat = fake  # type: ignore[assignment]
     path = SimpleNamespace(plane=p if way == "kernel" else None, settings=SimpleNamespace(batch_invariant=False))
-    prepared = Prepared(path, LLAMA, c, None, call.dtype, call.dtype, 10**12)  # type: ignore[arg-type]
-    after_x = (mine.residual, mine.weight, None, 1e-6, 1.0, str(LLAMA), False, "0")
-    asked = Rows(mine.xs[rank], after_x, 2, "all_reduce", 1, (kept[rank], hidden), "op")
-    given = gather_blocks.Operands(asked.x, *after_x)._replace(flavour=LLAMA)
+    after_x, kind, flavour, behind_a_library = behind_x(call, mine, "0")
+    prepared = Prepared(path, flavour, c, None, call.dtype, call.dtype, 10**12)  # type: ignore[arg-type]
+    asked = Rows(mine.xs[rank], after_x, 2, "all_reduce", 1, (kept[rank], hidden), "op", kind)
+    given = kind(asked.x, *after_x)._replace(flavour=flavour)
     gather_blocks._asked = lambda *_: (asked, "block", "across", rows)  # type: ignore[assignment]
     gather_blocks.prepared_of = lambda *_: (prepared, given)  # type: ignore[assignment]
     gather_blocks.of_prepared = schedule_of  # type: ignore[assignment]
     total = (mine.xs[2].float() + mine.xs[3].float()).to(call.dtype) + 0.0
     library.all_reduce = lambda x, group: total.clone()  # type: ignore[assignment]
     library._kernel = lambda c: Interpreted(  # type: ignore[assignment]
-        add_norm.add_norm_kernel, (c, Variant(world=1, lanes=128, steps=c.groups, split=1, ptx=False))
+        behind_a_library, (c, Variant(world=1, lanes=128, steps=c.groups, split=1, ptx=False))
     )
     filled = torch.zeros(rows, hidden, dtype=call.dtype)
     gather_blocks.gathered = (
@@ -215,23 +243,31 @@ def _wrong_blocks(way: str, kept: tuple[int, ...]) -> list[str]:
         launched.append(args[-1])
         return wanted[0][rows : rows + kept[rank]], wanted[1]
 
-    gather_blocks.run = of_the_block  # type: ignore[assignment]
+    gather_blocks.run = of_the_block if kind is gather_blocks.Operands else None  # type: ignore[assignment]
+    gather_blocks.layer_norm_cuda = SimpleNamespace(run=None if gather_blocks.run else of_the_block)  # type: ignore[assignment]
     got = gather_blocks._cuda(asked.x, *after_x, "block", "across", rows)
     wrong = [n for n, g, w in zip(("normed", "residual"), got, wanted, strict=True) if not same_bits(g, w)]
     if way == "library":  # inside of CUDA-graph capture, say
-        return wrong + ([] if launched == ["add_norm_kernel"] * bool(kept[rank]) else [f"launched {launched}"])
+        wanted_launches = [behind_a_library.__name__] * bool(kept[rank])
+        return wrong + ([] if launched == wanted_launches else [f"launched {launched}"])
     if way == "block":
         return wrong + ([] if launched == ["block"] else [f"launched {launched}"])
     # To the other rank of the block a part of each row; to both of the other block the norms of rows 0 and 2, which place 0 owns.
     pushed = [int(plane.count_nonzero()) // words for plane in planes]
     # The second launch has row 2 alone, which is its row 0.
     wrong += [] if pushed == [2, 2, 0, rows] else [f"pushed {pushed}"]
-    return wrong + ([] if launched == ["gathered_blocks_kernel"] * 2 else [f"launched {launched}"])
+    return wrong + ([] if launched == [function.__name__] * 2 else [f"launched {launched}"])
 
 
 def test_each_way_of_a_call_of_replicas_gives_the_reference_and_launches_what_it_should() -> None:
     calls = [
-        (way, kept) for way in ("kernel", "block", "library") for kept in ((3, 3, 3, 3), (1, 1, 2, 2), (3, 3, 0, 0))
+        (way, kept, norm)
+        for norm, choices in (
+            ({}, ((3, 3, 3, 3), (1, 1, 2, 2), (3, 3, 0, 0))),
+            (LAYER_NORM, ((1, 1, 2, 2), (3, 3, 0, 0))),
+        )
+        for way in ("kernel", "block", "library")
+        for kept in choices
     ]
     found = answer(play_blocks, calls)
     assert found == [[]] * len(calls), [(call, wrong) for call, wrong in zip(calls, found, strict=True) if wrong]

@@ -60,13 +60,13 @@ def first(report):
     return next(site for site in report.sites if len(site.group) == 2)
 
 
-def inside(f, groups, *given, pattern=PATTERN, dynamic=()):
+def inside(f, groups, *given, pattern=PATTERN, dynamic=(), target=GATHER):
     new, report = fused(f, *given, dynamic=dynamic)
     site = first(report)
     assert (site.fused, site.pattern, site.note, site.over) == (True, pattern, "", (0, 1, 2, 3)), site
     assert "it replaces all_gather_into_tensor" in site.detail
-    (node,) = [n for n in new.graph.nodes if n.target is GATHER]
-    assert node.args[8:11] == (groups.world, groups.block, groups.column)
+    (node,) = [n for n in new.graph.nodes if n.target is target]
+    assert node.args[-4:-1] == (groups.world, groups.block, groups.column)
     assert not any("all_gather" in str(n.target) for n in new.graph.nodes) and graphs.all_reduces_left(new) == 1
     new.graph.lint()
     return new, report, node
@@ -100,6 +100,19 @@ def test_other_dtypes_a_bias_and_a_residual_in_another_shape(groups, dtype):
 
     x, r, w, e = args(3, dtype)
     inside(f, groups, x, r.view(3, H), w, e, pattern="all_reduce+bias+add+rms_norm+all_gather")
+
+
+@pytest.mark.parametrize("rows", [LARGEST, 3, 0])
+def test_a_layer_norm_with_an_addend_behind_a_vector(groups, rows):
+    def f(x, r, w, e):
+        h = r + ((graphs.all_reduce(x, group=groups.block) + w) + r * 2)
+        y = torch.nn.functional.layer_norm(h, (H,), w, w, 1e-6)
+        return experts(gather(filled(y), groups.column), e, groups.world), h
+
+    target = torch.ops.tpfuse.all_reduce_add_layer_norm_gather.default
+    pattern = "all_reduce+bias+add+add+layer_norm+all_gather"
+    *_, node = inside(f, groups, *args(rows), pattern=pattern, target=target)
+    assert node.args[-1] == LARGEST
 
 
 @pytest.mark.parametrize("rows", [3, 5])
@@ -244,12 +257,7 @@ def test_rows_that_are_filled_up_otherwise(groups, rows, fill, why):
 
 
 @pytest.mark.parametrize("rows", [LARGEST, 3])
-def test_norms_and_sums_that_the_op_lacks(groups, rows):
-    def layer_norm(h, w):
-        return torch.nn.functional.layer_norm(h, (H,), w, None, 1e-6)
-
-    outside(layer(groups, normed=layer_norm), *args(rows), why="the norm is a LayerNorm")
-
+def test_sums_that_the_op_lacks(groups, rows):
     def scaled(x, r, w, e):
         h = r + graphs.all_reduce(x, group=groups.block) * w[0]
         return experts(gather(filled(norm(h, w)), groups.column), e, groups.world), h

@@ -20,6 +20,7 @@ slow = pytest.mark.slow
 
 MIXED = {"num_hidden_layers": 2, "initializer_range": 0.2, "first_k_dense_replace": 1}  # a dense layer, then experts
 MODELS = {"deepseek_v3": MIXED, "glm4_moe": MIXED, "qwen3_moe": {"num_hidden_layers": 2, "initializer_range": 0.2}}
+OF_LAYER_NORMS = {"starcoder2": {"num_hidden_layers": 2, "initializer_range": 0.2}}
 # tp, dp, cp, k; sequences of each replica
 QUICK = [((4, 2, 1, 2), (0, 2)), ((4, 2, 1, 1), (1, 2)), ((4, 4, 1, 1), (2, 0, 1, 2))]
 ROWS = {2: [(2, 2), (1, 2), (2, 0)], 4: [(1, 1, 1, 1), (0, 1, 2, 3)]}
@@ -40,7 +41,7 @@ def both_ways(rank, world_size, name, sizes, dtype, choices, decode):
     import tpfuse.hf
 
     config = ParallelConfig(*sizes)
-    model = tpfuse.hf.parallelize(copy.deepcopy(unsharded(name, **MODELS[name])).to(dtype), config)
+    model = tpfuse.hf.parallelize(copy.deepcopy(unsharded(name, **(MODELS | OF_LAYER_NORMS)[name])).to(dtype), config)
     results, fused = [], []
     for policy in ("off", "shared") if decode else (None, "shared"):
         torch._dynamo.reset()
@@ -88,6 +89,14 @@ def _right(outcomes, embedding, choices, lengths):
 def test_logits_are_the_bits_of_the_unfused_model(pool, sizes, sequences):
     outcomes = pool.run(both_ways, "deepseek_v3", sizes, torch.bfloat16, [sequences], False)
     _right(outcomes, int(sizes[1] < 4), [sequences], (5,))
+
+
+@slow
+@pytest.mark.parametrize(("sizes", "sequences"), [((4, 2, 1, 4), (1, 2)), QUICK[1]], ids=str)
+def test_a_dense_model_with_layer_norms_has_the_bits_of_the_unfused_model(pool, sizes, sequences):
+    """Its MLP over all ranks, from whose sum each replica takes its rows, or over none, in front of which rows are scattered."""
+    outcomes = pool.run(both_ways, "starcoder2", sizes, torch.bfloat16, [sequences], False)
+    _right(outcomes, 1, [sequences], (5,))
 
 
 @slow

@@ -310,6 +310,10 @@ def test_the_op(group):
     partial = {**names, "x": torch.randn(6, H), "reduce_rows_add_rms_norm": tpfuse.ops.reduce_rows_add_rms_norm}
     exec(one("op.md", "Rows with destinations"), partial)
     assert partial["normed"].shape == (3, H)
+    own = {"residual": residual, "norm_bias": torch.rand(H)}
+    own["reduce_rows_add_layer_norm"] = tpfuse.ops.reduce_rows_add_layer_norm
+    exec(one("op.md", "Rows with destinations", 1), partial := partial | own)
+    assert partial["normed"].shape == partial["residual"].shape == (3, H)
     op = tpfuse.ops.reduce_rows_add_rms_norm_gather
     partial |= {"reduce_rows_add_rms_norm_gather": op, "x": torch.randn(12, H), "residual": torch.randn(3, H)}
     exec(one("op.md", "The gather behind the norm"), partial)

@@ -19,7 +19,7 @@ import triton.language as tl
 
 from .call import spoil
 from .center import mean_of_values, normalised_around, variance_of
-from .gather import is_whole, push_to_all
+from .gather import gather_of, is_whole, push_to_all
 from .memory import NAN_WORD, store16
 from .packing import over_scalar, pack, plus, plus_scalar, plus_words, rounded, times, times_scalar, times_words, unpack
 from .quantize import quantize_row, quantize_step
@@ -255,7 +255,7 @@ def finish(
     Args:
         held: for each step what :func:`accept` returned.
         io: the tensors of the call: residual, weight, bias, normed, residual_out; what :func:`quantize_step` adds to them, or
-            the shift of a LayerNorm and its addend, or, where the normed rows are gathered, what :func:`push_to_all` takes.
+            the shift of a LayerNorm and its addend; where the normed rows are gathered, :func:`.gather.with_gather` made it.
         loads: for each step what :func:`prefetch` returned; looked at only by programs of one or two steps.
     """
     STEPS: tl.constexpr = S.steps
@@ -291,7 +291,7 @@ def finish(
         if C.keeps_normed:
             store_words(normed, row_start + element, out, active, C.out_dtype, S.ptx)
         if S.gathers:
-            push_to_all(out, row, element, active & whole, io[5], C, S)
+            push_to_all(out, row, element, active & whole, gather_of(io, C), C, S)
         if C.scale_a_row:
             outs = outs + (out,)
         elif C.quantized:

@@ -70,6 +70,25 @@ def is_whole(mean, state, S: tl.constexpr):
 
 
 @triton.jit
+def with_gather(io, mine, to, C: tl.constexpr):
+    """The tensors of a call as the epilogue takes them: the own rows of the norm, and behind all others what :func:`push_to_all`
+    takes as ``to``."""
+    if C.centered:
+        return (io[0], io[1], io[2], mine, io[4], io[5], io[6], to)
+    else:
+        return (io[0], io[1], io[2], mine, io[4], to)
+
+
+@triton.jit
+def gather_of(io, C: tl.constexpr):
+    """``to`` of what :func:`with_gather` returned."""
+    if C.centered:
+        return io[7]
+    else:
+        return io[5]
+
+
+@triton.jit
 def push_to_all(words, row, element, active, to, C: tl.constexpr, S: tl.constexpr):
     """Push the normed words of ``C.values`` elements a lane of row ``row`` of the own block to every rank of another block.
 

@@ -19,7 +19,7 @@ import triton.language as tl
 
 from .call import begin, end, failed, let_next_kernel_start, poison, wait_for_previous_kernel
 from .epilogue import accept, finish, prefetch
-from .gather import push_to_all, receive_normed
+from .gather import push_to_all, receive_normed, with_gather
 from .gathered_rows import fill, poison_blocks
 from .memory import marked, push
 from .reduction import sum_over_ranks
@@ -58,31 +58,14 @@ def receive_part(
     return words
 
 
-@triton.jit(do_not_specialize=["rank", "rows", "kept", "stride", "phase_bytes", "limit"])
-def gathered_blocks_kernel(
-    x,
-    residual,
-    weight,
-    bias,
-    normed,
-    residual_out,
-    peers,
-    state,
-    rank,
-    rows,
-    kept,
-    stride,
-    phase_bytes,
-    limit,
-    eps,
-    scale,
-    C: tl.constexpr,
-    S: tl.constexpr,
+@triton.jit
+def gathered_blocks(
+    x, io, peers, state, rank, rows, kept, stride, phase_bytes, limit, eps, scale, C: tl.constexpr, S: tl.constexpr
 ):
-    """Arguments as in ``gathered_rows_kernel``, but for ``x``: the rows of the own block in this launch, ``kept`` of them.
+    """A call; arguments as in :func:`gathered_blocks_kernel`.
 
-    A phase holds two areas: scatter, where the slot of (row of the own block, place in the block) is
-    ``(row * R + place) * row_bytes``, and behind its ``rows * R`` rows gather, as there.
+    Args:
+        io: see :func:`.epilogue.finish`; ``normed`` among them has the rows of all blocks.
     """
     PDL: tl.constexpr = S.pdl  # Triton 3.6 passes no plain string on
     STEPS: tl.constexpr = S.steps
@@ -108,8 +91,9 @@ def gathered_blocks_kernel(
     in_block = (watch[0], watch[1] + 8 * (S.world - RANKS), watch[2])
     gather = (rows * RANKS).to(tl.int64) * C.row_bytes
     to = (peers, offset + gather, block, place)
+    normed = io[3]
     mine = normed + (block * stride).to(tl.int64) * C.hidden
-    io = (residual, weight, bias, mine, residual_out, to)
+    io = with_gather(io, mine, to, C)
 
     push_to_block(to_push, first, (first < items).to(tl.int32), bases, offset, place, C, OWN)
     for item in range(first + tl.num_programs(0), items, tl.num_programs(0)):
@@ -158,3 +142,64 @@ def gathered_blocks_kernel(
         poison(kept, io, C, S)
         poison_blocks(rows, stride, normed, C, S)
     let_next_kernel_start(PDL)
+
+
+@triton.jit(do_not_specialize=["rank", "rows", "kept", "stride", "phase_bytes", "limit"])
+def gathered_blocks_kernel(
+    x,
+    residual,
+    weight,
+    bias,
+    normed,
+    residual_out,
+    peers,
+    state,
+    rank,
+    rows,
+    kept,
+    stride,
+    phase_bytes,
+    limit,
+    eps,
+    scale,
+    C: tl.constexpr,
+    S: tl.constexpr,
+):
+    """Arguments as in ``gathered_rows_kernel``, but for ``x``: the rows of the own block in this launch, ``kept`` of them.
+
+    A phase holds two areas: scatter, where the slot of (row of the own block, place in the block) is
+    ``(row * R + place) * row_bytes``, and behind its ``rows * R`` rows gather, as there.
+    """
+    io = (residual, weight, bias, normed, residual_out)
+    gathered_blocks(x, io, peers, state, rank, rows, kept, stride, phase_bytes, limit, eps, scale, C, S)
+
+
+@triton.jit(do_not_specialize=["rank", "rows", "kept", "stride", "phase_bytes", "limit"])
+def gathered_blocks_layer_norm_kernel(
+    x,
+    residual,
+    weight,
+    bias,
+    normed,
+    residual_out,
+    shift,
+    addend,
+    peers,
+    state,
+    rank,
+    rows,
+    kept,
+    stride,
+    phase_bytes,
+    limit,
+    eps,
+    scale,
+    C: tl.constexpr,
+    S: tl.constexpr,
+):
+    """:func:`gathered_blocks_kernel` with a LayerNorm; ``shift``, ``(H,)``, is added behind the weight.
+
+    ``addend``, of the rows that this rank keeps, is added behind the bias. Unused ones are any pointer.
+    """
+    io = (residual, weight, bias, normed, residual_out, shift, addend)
+    gathered_blocks(x, io, peers, state, rank, rows, kept, stride, phase_bytes, limit, eps, scale, C, S)

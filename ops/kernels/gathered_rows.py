@@ -18,7 +18,7 @@ import triton.language as tl
 
 from .call import begin, end, failed, let_next_kernel_start, poison, wait_for_previous_kernel
 from .epilogue import accept, finish, prefetch
-from .gather import push_to_all, receive_normed
+from .gather import push_to_all, receive_normed, with_gather
 from .memory import NAN_WORD
 from .received_rows import parts_of_blocks, push_blocks, receive
 from .reduction import sum_over_ranks
@@ -50,31 +50,14 @@ def poison_blocks(rows, stride, normed, C: tl.constexpr, S: tl.constexpr):
                 fill(normed, r * stride + item // S.split, item % S.split, i, _NAN, C, S)
 
 
-@triton.jit(do_not_specialize=["rank", "rows", "kept", "stride", "phase_bytes", "limit"])
-def gathered_rows_kernel(
-    x,
-    residual,
-    weight,
-    bias,
-    normed,
-    residual_out,
-    peers,
-    state,
-    rank,
-    rows,
-    kept,
-    stride,
-    phase_bytes,
-    limit,
-    eps,
-    scale,
-    C: tl.constexpr,
-    S: tl.constexpr,
+@triton.jit
+def gathered_rows(
+    x, io, peers, state, rank, rows, kept, stride, phase_bytes, limit, eps, scale, C: tl.constexpr, S: tl.constexpr
 ):
-    """Arguments as in ``received_rows_kernel``, but for ``normed``: the rows of all blocks, ``stride`` apart as in ``x``.
+    """A call; arguments as in :func:`gathered_rows_kernel`.
 
-    A phase holds two areas: scatter, where the slot of (row of the own block, rank) is ``(row * W + rank) * row_bytes``, and
-    behind its ``rows * W`` rows gather, where that of (row, owner) is ``(row * W + owner) * normed_row_bytes``.
+    Args:
+        io: see :func:`.epilogue.finish`; ``normed`` among them has the rows of all blocks.
     """
     WORLD: tl.constexpr = S.world
     PDL: tl.constexpr = S.pdl  # Triton 3.6 passes no plain string on
@@ -96,8 +79,9 @@ def gathered_rows_kernel(
     watch = (state.to(tl.int64), peers.to(tl.int64), limit.to(tl.int64))
     gather = (rows * WORLD).to(tl.int64) * C.row_bytes
     to = (peers, offset + gather, rank, 0)
+    normed = io[3]
     mine = normed + (rank * stride).to(tl.int64) * C.hidden
-    io = (residual, weight, bias, mine, residual_out, to)
+    io = with_gather(io, mine, to, C)
 
     push_blocks(x, to_push, items, stride, bases, offset, rank, C, S)
 
@@ -138,3 +122,64 @@ def gathered_rows_kernel(
         poison(kept, io, C, S)
         poison_blocks(rows, stride, normed, C, S)
     let_next_kernel_start(PDL)
+
+
+@triton.jit(do_not_specialize=["rank", "rows", "kept", "stride", "phase_bytes", "limit"])
+def gathered_rows_kernel(
+    x,
+    residual,
+    weight,
+    bias,
+    normed,
+    residual_out,
+    peers,
+    state,
+    rank,
+    rows,
+    kept,
+    stride,
+    phase_bytes,
+    limit,
+    eps,
+    scale,
+    C: tl.constexpr,
+    S: tl.constexpr,
+):
+    """Arguments as in ``received_rows_kernel``, but for ``normed``: the rows of all blocks, ``stride`` apart as in ``x``.
+
+    A phase holds two areas: scatter, where the slot of (row of the own block, rank) is ``(row * W + rank) * row_bytes``, and
+    behind its ``rows * W`` rows gather, where that of (row, owner) is ``(row * W + owner) * normed_row_bytes``.
+    """
+    io = (residual, weight, bias, normed, residual_out)
+    gathered_rows(x, io, peers, state, rank, rows, kept, stride, phase_bytes, limit, eps, scale, C, S)
+
+
+@triton.jit(do_not_specialize=["rank", "rows", "kept", "stride", "phase_bytes", "limit"])
+def gathered_rows_layer_norm_kernel(
+    x,
+    residual,
+    weight,
+    bias,
+    normed,
+    residual_out,
+    shift,
+    addend,
+    peers,
+    state,
+    rank,
+    rows,
+    kept,
+    stride,
+    phase_bytes,
+    limit,
+    eps,
+    scale,
+    C: tl.constexpr,
+    S: tl.constexpr,
+):
+    """:func:`gathered_rows_kernel` with a LayerNorm; ``shift``, ``(H,)``, is added behind the weight.
+
+    ``addend``, of the rows that this rank keeps, is added behind the bias. Unused ones are any pointer.
+    """
+    io = (residual, weight, bias, normed, residual_out, shift, addend)
+    gathered_rows(x, io, peers, state, rank, rows, kept, stride, phase_bytes, limit, eps, scale, C, S)

@@ -86,36 +86,11 @@ def push_blocks(x, to_push, items, stride, bases, offset, rank, C: tl.constexpr,
             push_to_receivers(more, item, 1, bases, offset, rank, b, AT_ONCE, C, S)
 
 
-@triton.jit(do_not_specialize=["rank", "rows", "kept", "stride", "phase_bytes", "limit"])
-def received_rows_kernel(
-    x,
-    residual,
-    weight,
-    bias,
-    normed,
-    residual_out,
-    peers,
-    state,
-    rank,
-    rows,
-    kept,
-    stride,
-    phase_bytes,
-    limit,
-    eps,
-    scale,
-    C: tl.constexpr,
-    S: tl.constexpr,
+@triton.jit
+def received_rows(
+    x, io, peers, state, rank, rows, kept, stride, phase_bytes, limit, eps, scale, C: tl.constexpr, S: tl.constexpr
 ):
-    """Slot of (row of the own block, rank) in a phase: ``(row * W + rank) * row_bytes``.
-
-    Args:
-        x: the first row of the launch in the first block; the other blocks follow ``stride`` rows apart.
-        residual, weight, bias, normed, residual_out: as in ``one_shot_kernel``, of the rows that this rank keeps.
-        rows: rows of each block in this launch.
-        kept: how many of them this rank finishes.
-        peers, state, phase_bytes, limit: as in ``one_shot_kernel``.
-    """
+    """A call. ``io``: see :func:`.epilogue.finish`; the rest as in :func:`received_rows_kernel`."""
     WORLD: tl.constexpr = S.world
     PDL: tl.constexpr = S.pdl  # Triton 3.6 passes no plain string on
     STEPS: tl.constexpr = S.steps
@@ -131,7 +106,6 @@ def received_rows_kernel(
     # Before the phase is asked for: both are on their way together.
     to_push = parts_of_blocks(x, first, stride, (first < items).to(tl.int32), 0, AT_ONCE, C, S)
     phase = begin(state)
-    io = (residual, weight, bias, normed, residual_out)
     items = tl.where(failed(state), 0, items)  # no push and no poll on a failed plane; see one_shot_kernel
     offset = phase.to(tl.int64) * phase_bytes
     own_plane = own_base + offset
@@ -163,3 +137,68 @@ def received_rows_kernel(
     if items == 0:
         poison(kept, io, C, S)
     let_next_kernel_start(PDL)
+
+
+@triton.jit(do_not_specialize=["rank", "rows", "kept", "stride", "phase_bytes", "limit"])
+def received_rows_kernel(
+    x,
+    residual,
+    weight,
+    bias,
+    normed,
+    residual_out,
+    peers,
+    state,
+    rank,
+    rows,
+    kept,
+    stride,
+    phase_bytes,
+    limit,
+    eps,
+    scale,
+    C: tl.constexpr,
+    S: tl.constexpr,
+):
+    """Slot of (row of the own block, rank) in a phase: ``(row * W + rank) * row_bytes``.
+
+    Args:
+        x: the first row of the launch in the first block; the other blocks follow ``stride`` rows apart.
+        residual, weight, bias, normed, residual_out: as in ``one_shot_kernel``, of the rows that this rank keeps.
+        rows: rows of each block in this launch.
+        kept: how many of them this rank finishes.
+        peers, state, phase_bytes, limit: as in ``one_shot_kernel``.
+    """
+    io = (residual, weight, bias, normed, residual_out)
+    received_rows(x, io, peers, state, rank, rows, kept, stride, phase_bytes, limit, eps, scale, C, S)
+
+
+@triton.jit(do_not_specialize=["rank", "rows", "kept", "stride", "phase_bytes", "limit"])
+def received_rows_layer_norm_kernel(
+    x,
+    residual,
+    weight,
+    bias,
+    normed,
+    residual_out,
+    shift,
+    addend,
+    peers,
+    state,
+    rank,
+    rows,
+    kept,
+    stride,
+    phase_bytes,
+    limit,
+    eps,
+    scale,
+    C: tl.constexpr,
+    S: tl.constexpr,
+):
+    """:func:`received_rows_kernel` with a LayerNorm; ``shift``, ``(H,)``, is added behind the weight.
+
+    ``addend``, of the rows that this rank keeps, is added behind the bias. Unused ones are any pointer.
+    """
+    io = (residual, weight, bias, normed, residual_out, shift, addend)
+    received_rows(x, io, peers, state, rank, rows, kept, stride, phase_bytes, limit, eps, scale, C, S)

@@ -74,33 +74,11 @@ def receive_sum(row, part, i: tl.constexpr, gather, owner, phase, watch, C: tl.c
     return positive_zeros((words[0], words[1], words[2], words[3]), C.dtype, S.ptx)
 
 
-@triton.jit(do_not_specialize=["rank", "rows", "kept", "stride", "phase_bytes", "limit"])
-def received_two_shot_kernel(
-    x,
-    residual,
-    weight,
-    bias,
-    normed,
-    residual_out,
-    peers,
-    state,
-    rank,
-    rows,
-    kept,
-    stride,
-    phase_bytes,
-    limit,
-    eps,
-    scale,
-    C: tl.constexpr,
-    S: tl.constexpr,
+@triton.jit
+def received_two_shot(
+    x, io, peers, state, rank, rows, kept, stride, phase_bytes, limit, eps, scale, C: tl.constexpr, S: tl.constexpr
 ):
-    """Arguments as in ``received_rows_kernel``.
-
-    A phase holds two areas: scatter, where the slot of (row of a block, rank) at the row's owner is
-    ``((row // R) * W + rank) * row_bytes``, and behind its ``ceil(rows / R) * W`` rows gather, where row ``t`` of the own block
-    is at ``t * row_bytes``.
-    """
+    """A call. ``io``: see :func:`.epilogue.finish`; the rest as in :func:`received_two_shot_kernel`."""
     WORLD: tl.constexpr = S.world
     PDL: tl.constexpr = S.pdl  # Triton 3.6 passes no plain string on
     STEPS: tl.constexpr = S.steps
@@ -116,7 +94,6 @@ def received_two_shot_kernel(
     # Before the phase is asked for: both are on their way together.
     to_push = parts_of_blocks(x, first, stride, (first < items).to(tl.int32), 0, AT_ONCE, C, S)
     phase = begin(state)
-    io = (residual, weight, bias, normed, residual_out)
     items = tl.where(failed(state), 0, items)  # no push and no poll on a failed plane; see one_shot_kernel
     turns = (items + tl.num_programs(0) - 1) // tl.num_programs(0)
     offset = phase.to(tl.int64) * phase_bytes
@@ -179,3 +156,65 @@ def received_two_shot_kernel(
     if items == 0:
         poison(kept, io, C, S)
     let_next_kernel_start(PDL)
+
+
+@triton.jit(do_not_specialize=["rank", "rows", "kept", "stride", "phase_bytes", "limit"])
+def received_two_shot_kernel(
+    x,
+    residual,
+    weight,
+    bias,
+    normed,
+    residual_out,
+    peers,
+    state,
+    rank,
+    rows,
+    kept,
+    stride,
+    phase_bytes,
+    limit,
+    eps,
+    scale,
+    C: tl.constexpr,
+    S: tl.constexpr,
+):
+    """Arguments as in ``received_rows_kernel``.
+
+    A phase holds two areas: scatter, where the slot of (row of a block, rank) at the row's owner is
+    ``((row // R) * W + rank) * row_bytes``, and behind its ``ceil(rows / R) * W`` rows gather, where row ``t`` of the own block
+    is at ``t * row_bytes``.
+    """
+    io = (residual, weight, bias, normed, residual_out)
+    received_two_shot(x, io, peers, state, rank, rows, kept, stride, phase_bytes, limit, eps, scale, C, S)
+
+
+@triton.jit(do_not_specialize=["rank", "rows", "kept", "stride", "phase_bytes", "limit"])
+def received_two_shot_layer_norm_kernel(
+    x,
+    residual,
+    weight,
+    bias,
+    normed,
+    residual_out,
+    shift,
+    addend,
+    peers,
+    state,
+    rank,
+    rows,
+    kept,
+    stride,
+    phase_bytes,
+    limit,
+    eps,
+    scale,
+    C: tl.constexpr,
+    S: tl.constexpr,
+):
+    """:func:`received_two_shot_kernel` with a LayerNorm; ``shift``, ``(H,)``, is added behind the weight.
+
+    ``addend``, of the rows that this rank keeps, is added behind the bias. Unused ones are any pointer.
+    """
+    io = (residual, weight, bias, normed, residual_out, shift, addend)
+    received_two_shot(x, io, peers, state, rank, rows, kept, stride, phase_bytes, limit, eps, scale, C, S)

@@ -18,11 +18,11 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import interpreted_ranks
-from interpreted_ranks import Call, expected, ulps_apart
+from interpreted_ranks import Call, constants_of, expected, layer_norm_flavour, ulps_apart
 from tpfuse.ops import all_reduce_add_rms_norm, geometry, paths, prepare, raise_if_failed, reset, schedule
 from tpfuse.ops.flavour import NAMED
 from tpfuse.ops.geometry import Part
-from tpfuse.ops.kernels.variant import constants, supports
+from tpfuse.ops.kernels.variant import supports
 
 from tpfuse.measure import bench
 
@@ -150,25 +150,11 @@ def warm(calls: list[Call], rank: int, world: int, group: Any = None) -> None:
     assert path.plane is not None, path.cause
     found: dict[int, Any] = {}
     for call in calls:
-        flavour = NAMED[call.flavour]
+        flavour = layer_norm_flavour(call).scaling if call.layer_norm else NAMED[call.flavour]
         weight = None if call.flavour == "weightless" else call.weight_dtype or call.dtype
         if not call.rows or supports(call.dtype, weight, call.hidden, flavour):
             continue
-        c = constants(
-            call.dtype,
-            weight,
-            call.hidden,
-            flavour,
-            bias=call.bias,
-            scaled=call.scale != 1.0 or call.scale_rows,
-            scale_loaded=call.scale_tensor or call.scale_rows,
-            scale_by_row=call.scale_rows,
-            scale_first=call.scale_first,
-            wide_residual=call.wide_residual,
-            wide_sum=call.wide_sum,
-            has_residual=call.residual,
-            post_norm=call.post_norm,
-        )
+        c = constants_of(call, interpreted_ranks.inputs(replace(call, rows=1, pool=0), world))
         for one in schedule.schedule_of(path.plane, path.settings, c, call.dtype, call.rows).launches:
             found.setdefault(id(one.kernel), (one.kernel, c))
     for mine in (True, False):

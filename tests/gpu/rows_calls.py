@@ -1,4 +1,7 @@
-"""Calls of the ops whose rows have destinations, and of the all-reduce among them: what ``rows_on_ranks.py`` makes."""
+"""Calls of the ops whose rows have destinations, and of the all-reduce among them: what ``rows_on_ranks.py`` makes.
+
+With either norm: a call of an op for LayerNorm has ``layer_norm``.
+"""
 
 from __future__ import annotations
 
@@ -16,19 +19,11 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import interpreted_ranks
 import on_ranks
-from interpreted_ranks import Call, expected_of_all, of_rank, ulps_apart
-from tpfuse.ops import (
-    all_reduce_add_rms_norm,
-    all_reduce_add_rms_norm_gather,
-    gather_schedule,
-    paths,
-    prepare,
-    reduce_rows_add_rms_norm,
-    reduce_rows_add_rms_norm_gather,
-    rows_schedule,
-)
+from interpreted_ranks import Call, constants_of, expected_of_all, of_rank, ulps_apart
+from tpfuse.ops import gather_schedule, layer_norm_flavour, paths, prepare, rows_schedule
 from tpfuse.ops.flavour import NAMED
-from tpfuse.ops.kernels.variant import constants
+
+from tpfuse import ops
 
 inputs = lru_cache(maxsize=4)(interpreted_ranks.inputs)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # a CPU rehearses: the op runs over gloo there
@@ -63,9 +58,40 @@ def edges(world: int) -> list[Call]:
             and not (call.scale_tensor or call.scale_first or call.scale_rows or call.wide_residual or call.wide_sum)
         ]
         calls += [replace(call, blocks=blocks) for call in kinds]
+        calls += layer_norms(world, blocks)
     gathered = [replace(call, gathers=True) for call in calls if call.blocks > 1]
     wide = Call(5, 16384, blocks=world, gathers=True, weight_dtype=torch.float32, seed=77)  # the widest normed rows
     return [*calls, *gathered, wide, *(Call(0, 4096, blocks=world, gathers=g, seed=1) for g in (False, True))]
+
+
+def layer_norms(world: int, blocks: int) -> list[Call]:
+    """Every flavour, dtype and kind of operand of a LayerNorm, over widths that one program, several and many steps hold."""
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"mean": 20.0},
+        {"special": "zeros"},
+        {"special": "nonfinite"},
+        {"bias": "row", "addend": True},
+        {"bias": "full", "scale": 0.22},
+        {"residual": False},
+        {"weight_dtype": torch.float32, "flavour": "layer_norm"},
+    ]
+    flavours, dtypes = sorted(layer_norm_flavour.NAMED), (torch.bfloat16, torch.float16, torch.float32)
+    calls = []
+    for n, kind in enumerate(kinds):
+        for m, (rows, hidden) in enumerate(((1, 4096), (world + 1, 72), (64, 2880), (13, 8192), (2, 16384))):
+            special = "special" in kind or hidden > 8192
+            more = {
+                "dtype": torch.bfloat16 if special else dtypes[(n + m) % 3],
+                "flavour": flavours[(n + m) % 4],
+                **kind,
+            }
+            counts = [(b * rows) // (blocks - 1) for b in range(blocks)]
+            # Without a residual nothing says how many rows are kept.
+            kept = kept_by_block(world, blocks, counts) if m % 2 and more.get("residual", True) else ()
+            seed = 3000 * blocks + 10 * n + m
+            calls.append(Call(rows, hidden, blocks=blocks, kept=kept, layer_norm=True, eps=1e-5, seed=seed, **more))
+    return calls
 
 
 def some_calls(world: int, count: int, seed: int) -> list[Call]:
@@ -77,6 +103,7 @@ def some_calls(world: int, count: int, seed: int) -> list[Call]:
         {},
         {"dtype": torch.float32, "special": "zeros"},
         {"flavour": "gemma", "bias": "full", "scale": 0.22},
+        {"layer_norm": True, "flavour": "layer_norm", "bias": "row", "addend": True},
     ]
     calls = []
     for n in range(count):
@@ -114,14 +141,13 @@ class Made:
         self.call = call
         self.in_blocks = call.gathers and call.blocks < world
         x = (mine if self.in_blocks else everything).xs[rank].contiguous()
-        self.given = (x.to(DEVICE), there(mine.residual), there(mine.weight))
-        self.options: dict[str, Any] = {
-            "eps": call.eps,
-            "bias": there(mine.bias),
-            "scale": call.scale,
-            "flavour": NAMED[call.flavour],
-            "post_norm": call.post_norm,
-        }
+        self.given: tuple[Tensor | None, ...] = (x.to(DEVICE), there(mine.residual), there(mine.weight))
+        self.options: dict[str, Any] = {"eps": call.eps, "bias": there(mine.bias), "scale": call.scale}
+        if call.layer_norm:
+            self.options |= {"flavour": layer_norm_flavour.NAMED[call.flavour], "addend": there(mine.addend)}
+            self.given += (there(mine.shift),)
+        else:
+            self.options |= {"flavour": NAMED[call.flavour], "post_norm": call.post_norm}
         self.want = tuple(t.to(DEVICE) for t in expected_of_all(call, everything, rank, world))
         self.first: tuple[Tensor, Tensor] | None = None
         # The order of the sum of squares moves the root by some places of fp32; a denormal has few bits to hide that in.
@@ -129,21 +155,43 @@ class Made:
         self.allowed = (off, off if call.post_norm else 0)
 
     def __call__(self) -> tuple[Tensor, Tensor]:
+        norm = "add_layer_norm" if self.call.layer_norm else "add_rms_norm"
         if self.call.blocks == 1:
-            return all_reduce_add_rms_norm(*self.given, **self.options)
+            return getattr(ops, f"all_reduce_{norm}")(*self.given, **self.options)
         if self.in_blocks:
             block, across = _groups_of(dist.get_world_size())[self.call.blocks]
             groups = {"group": dist.group.WORLD, "block_group": block, "gather_group": across}
-            return all_reduce_add_rms_norm_gather(*self.given, largest=self.call.rows, **groups, **self.options)
+            return getattr(ops, f"all_reduce_{norm}_gather")(
+                *self.given, largest=self.call.rows, **groups, **self.options
+            )
         if self.call.gathers:
-            return reduce_rows_add_rms_norm_gather(*self.given, **self.options)
-        return reduce_rows_add_rms_norm(*self.given, blocks=self.call.blocks, **self.options)
+            return getattr(ops, f"reduce_rows_{norm}_gather")(*self.given, **self.options)
+        return getattr(ops, f"reduce_rows_{norm}")(*self.given, blocks=self.call.blocks, **self.options)
 
     def complaint(self, got: tuple[Tensor, Tensor]) -> str:
+        if self.call.layer_norm:
+            return self._complaint_of_a_layer_norm(*(t.cpu() for t in got))
         apart = tuple(ulps_apart(g.cpu(), w.cpu()) for g, w in zip(got, self.want, strict=True))
         if all(a <= limit for a, limit in zip(apart, self.allowed, strict=True)):
             return ""
         return f"{self.call}: {apart} ulps from the reference, allowed {self.allowed}"
+
+    def _complaint_of_a_layer_norm(self, normed: Tensor, residual: Tensor) -> str:
+        """The residual is exact. An element of the norm may be a small difference of larger numbers: its bound is that of the
+        largest of its row."""
+        want, summed = (t.cpu() for t in self.want)
+        if ulps_apart(residual, summed):
+            return (
+                f"{self.call}: residual_out is {ulps_apart(residual, summed)} ulps from the reference, which is exact"
+            )
+        finite = want.float().isfinite()
+        size = torch.where(finite, want.float().abs(), 0.0).amax(-1, keepdim=True) + 1.0
+        step = torch.finfo(self.call.dtype).eps
+        allowed = size * (step * 16 * (1 + abs(self.call.mean)) if self.call.dtype == torch.float32 else step)
+        apart = torch.where(finite, (normed.float() - want.float()).abs(), 0.0)
+        if bool((apart > allowed).any()) or not torch.equal(normed.isnan(), want.isnan()):
+            return f"{self.call}: normed is {(apart / allowed).max().item():.2f} of the bound apart"
+        return ""
 
     def wrong(self, got: tuple[Tensor, Tensor]) -> Tensor:
         """Elements with other bits than those of the first time, counted on the device."""
@@ -169,9 +217,7 @@ def warm(calls: list[Call], rank: int, world: int) -> None:
         for call in calls:
             if call.blocks == 1 or not call.rows:
                 continue
-            weight = None if call.flavour == "weightless" else call.weight_dtype or call.dtype
-            kind = {"bias": call.bias, "scaled": call.scale != 1.0, "has_residual": call.residual}
-            c = constants(call.dtype, weight, call.hidden, NAMED[call.flavour], post_norm=call.post_norm, **kind)  # type: ignore[arg-type]
+            c = constants_of(call, inputs(replace(call, rows=1, kept=()), world))
             if call.gathers:
                 of = gather_schedule.schedule_of(path.plane, path.settings, c, call.dtype, call.rows, call.blocks)
             else:

@@ -1,5 +1,5 @@
 """Sequence parallelism: reduce-scatters and all-gathers in place of all-reduces. Every reduce-scatter fuses, bit for bit, and
-every all-gather behind its norm with it.
+every all-gather behind its norm with it, of an RMSNorm and of a LayerNorm with the biases of a GPT.
 
 Two ways to write it, both anew: torchtitan's plan of DTensor styles for a Llama (``SequenceParallel`` norms, rowwise linears with
 outputs in ``Shard(1)``; ``torchtitan/models/llama3/parallelize.py`` of github.com/pytorch/torchtitan, as it was while it called
@@ -25,13 +25,21 @@ pytestmark = pytest.mark.ranks
 DIM, HEADS, INNER, LAYERS, VOCABULARY, RANKS = 32, 4, 64, 2, 64, 2
 
 
+def norm_of(kind: str) -> nn.Module:
+    """A norm with a weight, and where it has one a bias, that the ranks share."""
+    norm = nn.LayerNorm(DIM) if kind == "layer_norm" else nn.RMSNorm(DIM, eps=1e-5)
+    for parameter in norm.parameters():
+        nn.init.uniform_(parameter, generator=torch.Generator().manual_seed(parameter.dim() + len(kind)))
+    return norm
+
+
 class Attention(nn.Module):
-    def __init__(self, heads: int = HEADS) -> None:
+    def __init__(self, heads: int = HEADS, biased: bool = False) -> None:
         super().__init__()
         width = heads * (DIM // HEADS)
         self.heads = heads
         self.wq, self.wk, self.wv = (nn.Linear(DIM, width, bias=False) for _ in range(3))
-        self.wo = nn.Linear(width, DIM, bias=False)
+        self.wo = nn.Linear(width, DIM, bias=biased)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, length, _ = x.shape
@@ -41,20 +49,21 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    def __init__(self, inner: int = INNER) -> None:
+    def __init__(self, inner: int = INNER, biased: bool = False) -> None:
         super().__init__()
         self.w1, self.w3 = (nn.Linear(DIM, inner, bias=False) for _ in range(2))
-        self.w2 = nn.Linear(inner, DIM, bias=False)
+        self.w2 = nn.Linear(inner, DIM, bias=biased)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
 class Block(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, norm: str) -> None:
         super().__init__()
-        self.attention, self.feed_forward = Attention(), FeedForward()
-        self.attention_norm, self.ffn_norm = nn.RMSNorm(DIM, eps=1e-5), nn.RMSNorm(DIM, eps=1e-5)
+        biased = norm == "layer_norm"
+        self.attention, self.feed_forward = Attention(biased=biased), FeedForward(biased=biased)
+        self.attention_norm, self.ffn_norm = norm_of(norm), norm_of(norm)
 
     def forward(self, x: Tensor) -> Tensor:
         h = x + self.attention(self.attention_norm(x))
@@ -62,11 +71,11 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, norm: str) -> None:
         super().__init__()
         self.tok_embeddings = nn.Embedding(VOCABULARY, DIM)
-        self.layers = nn.ModuleList(Block() for _ in range(LAYERS))
-        self.norm = nn.RMSNorm(DIM, eps=1e-5)
+        self.layers = nn.ModuleList(Block(norm) for _ in range(LAYERS))
+        self.norm = norm_of(norm)
         self.output = nn.Linear(DIM, VOCABULARY, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -117,30 +126,37 @@ def gather_along_first_dim(x: Tensor) -> Tensor:
 
 
 class Megatron(nn.Module):
-    """One rank's part of the layers: rows are (sequence, batch, hidden), of which each rank holds a stretch of the sequence."""
+    """One rank's part of the layers: rows are (sequence, batch, hidden), of which each rank holds a stretch of the sequence.
 
-    def __init__(self) -> None:
+    With LayerNorms the row-parallel linears have biases, which are added behind the sum.
+    """
+
+    def __init__(self, norm: str) -> None:
         super().__init__()
         self.attention = nn.ModuleList(Attention(HEADS // RANKS) for _ in range(LAYERS))
         self.mlp = nn.ModuleList(FeedForward(INNER // RANKS) for _ in range(LAYERS))
-        self.norms = nn.ModuleList(nn.RMSNorm(DIM, eps=1e-5) for _ in range(2 * LAYERS + 1))
+        self.norms = nn.ModuleList(norm_of(norm) for _ in range(2 * LAYERS + 1))
+        self.bias = norm_of(norm).bias if norm == "layer_norm" else None
 
     def forward(self, h: Tensor) -> Tensor:
         for n, (attention, mlp) in enumerate(zip(self.attention, self.mlp, strict=True)):
             x = gather_along_first_dim(self.norms[2 * n](h))
-            h = h + reduce_scatter_along_first_dim(attention(x.transpose(0, 1)).transpose(0, 1))
-            h = h + reduce_scatter_along_first_dim(mlp(gather_along_first_dim(self.norms[2 * n + 1](h))))
+            h = h + self.biased(reduce_scatter_along_first_dim(attention(x.transpose(0, 1)).transpose(0, 1)))
+            h = h + self.biased(reduce_scatter_along_first_dim(mlp(gather_along_first_dim(self.norms[2 * n + 1](h)))))
         return self.norms[-1](h)
 
+    def biased(self, x: Tensor) -> Tensor:
+        return x if self.bias is None else x + self.bias
 
-def both_ways(rank: int, world_size: int, style: str, dtype: torch.dtype, batch: int, folder: Path):
+
+def both_ways(rank: int, world_size: int, style: str, norm: str, dtype: torch.dtype, batch: int, folder: Path):
     """Outputs equal with fusion and in eager mode, the sites of the fused graph, and its gathers before and after."""
     torch.manual_seed(0 if style == "torchtitan" else rank)
     if style == "torchtitan":
-        model, x = Llama().to(dtype), torch.randint(VOCABULARY, (batch, 6))
+        model, x = Llama(norm).to(dtype), torch.randint(VOCABULARY, (batch, 6))
         sequence_parallel(model, dist.init_device_mesh("cpu", (world_size,)))
     else:
-        model, x = Megatron().to(dtype), torch.randn(3, batch, DIM).to(dtype)
+        model, x = Megatron(norm).to(dtype), torch.randn(3, batch, DIM).to(dtype)
     torch._dynamo.reset()
     tpfuse.clear_reports()
     options = {"tpfuse.inner": "aot_eager", "tpfuse.verify": True, "tpfuse.dump": str(folder)}
@@ -159,20 +175,26 @@ def pool():
 
 
 @pytest.mark.parametrize(
-    ("style", "dtype", "batch"),
+    ("style", "norm", "dtype", "batch"),
     [
-        ("torchtitan", torch.bfloat16, 1),
-        ("megatron", torch.bfloat16, 2),
-        pytest.param("torchtitan", torch.float32, 2, marks=pytest.mark.slow),
-        pytest.param("megatron", torch.float16, 1, marks=pytest.mark.slow),
+        ("torchtitan", "rms_norm", torch.bfloat16, 1),
+        ("megatron", "rms_norm", torch.bfloat16, 2),
+        ("torchtitan", "layer_norm", torch.bfloat16, 1),
+        ("megatron", "layer_norm", torch.bfloat16, 2),
+        pytest.param("torchtitan", "rms_norm", torch.float32, 2, marks=pytest.mark.slow),
+        pytest.param("megatron", "rms_norm", torch.float16, 1, marks=pytest.mark.slow),
+        pytest.param("torchtitan", "layer_norm", torch.float32, 2, marks=pytest.mark.slow),
+        pytest.param("megatron", "layer_norm", torch.float16, 1, marks=pytest.mark.slow),
     ],
 )
-def test_every_reduce_scatter_fuses(pool, tmp_path, style, dtype, batch):
-    for equal, sites, gathers in pool.run(both_ways, style, dtype, batch, tmp_path):
+def test_every_reduce_scatter_fuses(pool, tmp_path, style, norm, dtype, batch):
+    for equal, sites, gathers in pool.run(both_ways, style, norm, dtype, batch, tmp_path):
         assert equal
         assert [(s.fused, s.reason) for s in sites] == [(True, None)] * (2 * LAYERS + (style == "torchtitan"))
         patterns = [s.pattern for s in sites[-2 * LAYERS :]]
-        inside, alone = "reduce_scatter+add+rms_norm+all_gather", "reduce_scatter+add+rms_norm"
+        bias = "bias+" if (style, norm) == ("megatron", "layer_norm") else ""  # the other's is part of the partial sum
+        alone = f"reduce_scatter+{bias}add+{norm}"
+        inside = f"{alone}+all_gather"
         # Megatron's last norm is not gathered in this model; the head of the other reads all rows.
         assert patterns == [inside] * (2 * LAYERS - 1) + [inside if style == "torchtitan" else alone]
         # One is left: of the norm before which Megatron sums nothing, and of torchtitan's logits.
