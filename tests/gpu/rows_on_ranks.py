@@ -186,7 +186,8 @@ def replays(rank: int, world: int) -> list[str]:
 def dead_rank(rank: int, world: int, killed: bool, most: float, name: str) -> list[str]:
     """The last rank leaves, or is killed; the others call on: NaN, an error within ``most`` seconds, no hang.
 
-    The first replica keeps no row: it has nothing to turn to NaN, and must say so all the same. Calls with either norm take turns.
+    The first replica keeps no row: it has nothing to turn to NaN, and must say so all the same. Calls with
+    either norm take turns.
     """
     blocks = world if name == "dead-gather" or world == 2 else 2
     kept = kept_by_block(world, blocks, [0, *(3,) * (blocks - 1)]) if world > 2 else (3, 3)
