@@ -15,6 +15,7 @@ import random
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from tpfuse.ops import (
     all_reduce_add_rms_norm,
     prepare,
     raise_if_failed,
+    reduce_rows_add_layer_norm,
+    reduce_rows_add_layer_norm_gather,
     reduce_rows_add_rms_norm,
     reduce_rows_add_rms_norm_gather,
 )
@@ -152,7 +155,7 @@ def _captured(members: list[Made]) -> Any:
 
 
 def replays(rank: int, world: int) -> list[str]:
-    """A CUDA graph of all three ops, replayed with other inputs, between eager calls."""
+    """A CUDA graph of all three ops, two of them with either norm, replayed with other inputs, between eager calls."""
     g = torch.Generator(device="cuda").manual_seed(rank)
     x = torch.randn(8, 4096, generator=g, device="cuda").bfloat16()
     same = torch.Generator(device="cuda").manual_seed(99)
@@ -161,8 +164,10 @@ def replays(rank: int, world: int) -> list[str]:
 
     def step() -> tuple[Tensor, Tensor]:
         _, h = reduce_rows_add_rms_norm(x, residual, weight, blocks=2)
+        z, h = reduce_rows_add_layer_norm(x, h, weight, weight, blocks=2)
         y, own = reduce_rows_add_rms_norm_gather(x[: 8 // world * world], h[: 8 // world], weight)
-        return all_reduce_add_rms_norm(x[:4], y[:4] + own.sum(0), weight)
+        v, own = reduce_rows_add_layer_norm_gather(x[: 8 // world * world], own, weight, weight)
+        return all_reduce_add_rms_norm(x[:4], y[:4] + v[:4] + z + own.sum(0), weight)
 
     step()
     graph, _, (out,) = _captured([step])  # type: ignore[list-item]
@@ -181,13 +186,16 @@ def replays(rank: int, world: int) -> list[str]:
 def dead_rank(rank: int, world: int, killed: bool, most: float, name: str) -> list[str]:
     """The last rank leaves, or is killed; the others call on: NaN, an error within ``most`` seconds, no hang.
 
-    The first replica keeps no row: it has nothing to turn to NaN, and must say so all the same.
+    The first replica keeps no row: it has nothing to turn to NaN, and must say so all the same. Calls with
+    either norm take turns.
     """
     blocks = world if name == "dead-gather" or world == 2 else 2
     kept = kept_by_block(world, blocks, [0, *(3,) * (blocks - 1)]) if world > 2 else (3, 3)
-    site = Made(Call(3, 7168, blocks=blocks, kept=kept, gathers=name != "dead", seed=5), rank, world)
+    call = Call(3, 7168, blocks=blocks, kept=kept, gathers=name != "dead", seed=5)
+    sites = [Made(of, rank, world) for of in (call, replace(call, layer_norm=True, flavour="layer_norm"))]
     for _ in range(3):
-        site()
+        for site in sites:
+            site()
     _settled()
     dist.barrier()
     if rank == world - 1:
@@ -196,8 +204,8 @@ def dead_rank(rank: int, world: int, killed: bool, most: float, name: str) -> li
         os._exit(0)
     began, outs, text = time.monotonic(), [], ""
     try:
-        for _ in range(20):  # the ones queued behind the first must not wait again
-            outs.append(site())
+        for n in range(20):  # the ones queued behind the first must not wait again
+            outs.append(sites[n % 2]())
         torch.cuda.synchronize()
         raise_if_failed()
     except RuntimeError as error:
