@@ -153,6 +153,8 @@ def to_float8(model: nn.Module) -> None:
     # torchao refuses CPUs, where torch has the operators all the same, which is enough for a rehearsal.
     with contextlib.nullcontext() if on_gpu else patch.object(quant_api, "_check_hardware_support"):
         quantize_(model, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
+    # torchao switches it on. It times variants of Inductor's own kernels, takes others at each compile, and most of a minute.
+    torch._inductor.config.coordinate_descent_tuning = False  # type: ignore[attr-defined]
 
 
 def llama(rank: int, world: int, plan: Plan) -> list[Line]:
