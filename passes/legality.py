@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from torch.fx import Graph, Node
+from tpfuse.ops.reference import DTYPES
 
 from tpfuse import compat
 
@@ -19,7 +20,6 @@ from .collectives import Collective
 from .quant_expression import FLOAT8
 from .reasons import Reason, Refusal
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ADD = values.overloads("add.Tensor")
 MUL = values.overloads("mul.Tensor", "mul.Scalar")
 WHERE = values.overloads("where.self")
