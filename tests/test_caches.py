@@ -164,7 +164,7 @@ def test_the_digest_reads_every_module_that_decides():
         patch.setattr(Path, "read_bytes", spy)
         inductor.sources_digest()
     names = {path.name for path in read}
-    assert {"backend.py", "compat.py", "options.py", "norms.py", "collectives.py", "one_shot.py", "select.py"} <= names
+    assert {"backend.py", "dynamo.py", "options.py", "norms.py", "collectives.py", "one_shot.py", "select.py"} <= names
     for part in (passes, ops):
         assert set(Path(str(part.__file__)).resolve().parent.glob("*.py")) <= set(read)
 

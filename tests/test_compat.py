@@ -1,6 +1,6 @@
 """One canary for each private torch API that tpfuse touches: when a release moves one, its test names it.
 
-All private names live in ``tpfuse/compat.py``; the last tests keep it so.
+All private names live in ``tpfuse/compat/``; the last tests keep it so.
 """
 
 from __future__ import annotations
@@ -341,9 +341,13 @@ def test_symmetric_memory_error(monkeypatch):
 
 
 def test_every_name_has_a_canary():
-    names = [name for name, f in inspect.getmembers(compat, inspect.isfunction) if f.__module__ == compat.__name__]
+    parts = [module for _, module in inspect.getmembers(compat, inspect.ismodule)]
+    names = [
+        n for part in parts for n, f in inspect.getmembers(part, inspect.isfunction) if f.__module__ == part.__name__
+    ]
+    assert sorted(names) == sorted(compat.__all__), "compat offers what its modules define"
     missing = [name for name in names if f"test_{name}" not in globals()]
-    assert not missing, f"compat.py has no canary for {missing}"
+    assert not missing, f"tpfuse/compat/ has no canary for {missing}"
 
 
 PRIVATE = re.compile(r"^(torch(\.\w+)*\._\w+|functorch)")
@@ -394,8 +398,8 @@ torch.ops._c10d_functional.all_reduce; torch._ops.OpOverload; torch.compile
 def test_private_names_are_taken_from_compat():
     files = [path for part in ("passes", "ops", "tpfuse") for path in (PACKAGE / part).rglob("*.py")]
     assert len(files) > 40
-    found = {str(f.relative_to(PACKAGE)): private_names(f.read_text()) for f in files if f.name != "compat.py"}
-    assert not {name: names for name, names in found.items() if names}, "private torch APIs belong in tpfuse/compat.py"
+    found = {str(f.relative_to(PACKAGE)): private_names(f.read_text()) for f in files if f.parent.name != "compat"}
+    assert not {name: names for name, names in found.items() if names}, "private torch APIs belong in tpfuse/compat/"
 
 
 # -- graphs, storages and groups -----------------------------------------------------------------------------------
