@@ -11,8 +11,10 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -342,9 +344,8 @@ def test_symmetric_memory_error(monkeypatch):
 
 def test_every_name_has_a_canary():
     parts = [module for _, module in inspect.getmembers(compat, inspect.ismodule)]
-    names = [
-        n for part in parts for n, f in inspect.getmembers(part, inspect.isfunction) if f.__module__ == part.__name__
-    ]
+    found = [(n, f.__module__ == p.__name__) for p in parts for n, f in inspect.getmembers(p, inspect.isfunction)]
+    names = [name for name, own in found if own and not name.startswith("_")]
     assert sorted(names) == sorted(compat.__all__), "compat offers what its modules define"
     missing = [name for name in names if f"test_{name}" not in globals()]
     assert not missing, f"tpfuse/compat/ has no canary for {missing}"
@@ -560,6 +561,62 @@ def test_room_for_recompiles():
     with pytest.raises(ZeroDivisionError), compat.room_for_recompiles():
         1 / 0  # noqa: B018
     assert torch._dynamo.config.recompile_limit == before
+
+
+@pytest.mark.parametrize("first_out", ["who raised it", "who found it raised"])
+def test_threads_do_not_take_the_room_from_each_other(monkeypatch, first_out):
+    """One setting for all threads, as torch 2.11 has it."""
+    config = SimpleNamespace(recompile_limit=8)
+    monkeypatch.setattr(torch._dynamo, "config", config)
+    entered, leave, left = (threading.Event() for _ in range(3))
+    seen: list[int] = []
+
+    def other():
+        with compat.room_for_recompiles(), compat.room_for_recompiles():
+            entered.set()
+            assert leave.wait(30)
+            seen.append(config.recompile_limit)
+        left.set()
+
+    thread = threading.Thread(target=other)
+    with compat.room_for_recompiles():
+        thread.start()
+        assert entered.wait(30)
+        if first_out == "who found it raised":
+            leave.set()
+            assert left.wait(30)
+        assert config.recompile_limit == compat.dynamo.ROOM
+    leave.set()
+    thread.join(30)
+    assert seen == [compat.dynamo.ROOM]
+    assert config.recompile_limit == 8
+
+
+def test_a_thread_with_a_larger_limit_of_its_own_keeps_it():
+    """Where each has its own, as in torch 2.13; in torch 2.11 the limit is the other thread's too."""
+    before, entered, leave = torch._dynamo.config.recompile_limit, threading.Event(), threading.Event()
+    seen: list[int] = []
+
+    def other():
+        torch._dynamo.config.recompile_limit = 100
+        with compat.room_for_recompiles():
+            entered.set()
+            assert leave.wait(30)
+        seen.append(torch._dynamo.config.recompile_limit)
+
+    thread = threading.Thread(target=other)
+    try:
+        with compat.room_for_recompiles():
+            thread.start()
+            assert entered.wait(30)
+        per_thread = compat.dynamo._limit_is_per_thread()
+        assert torch._dynamo.config.recompile_limit == (before if per_thread else 100)
+        leave.set()
+        thread.join(30)
+        assert seen == ([100] if per_thread else [before])
+    finally:
+        leave.set()
+        torch._dynamo.config.recompile_limit = before
 
 
 def test_with_room_for_recompiles():
