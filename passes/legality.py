@@ -22,6 +22,7 @@ from .reasons import Reason, Refusal
 
 ADD = values.overloads("add.Tensor")
 MUL = values.overloads("mul.Tensor", "mul.Scalar")
+SUMS = values.overloads("sum.dim_IntList")
 WHERE = values.overloads("where.self")
 NORMS = values.overloads("native_layer_norm.default", "_fused_rms_norm.default")
 DROPOUTS = values.overloads("native_dropout.default", "dropout.default")
@@ -79,6 +80,14 @@ def no_norm(current: values.Aliases, terms: list[Term]) -> Refusal:
     for reader in current.readers:
         if reader.target in values.ROW_MOVERS or _gathers(reader):
             return Refusal(Reason.ROWS_MOVE, f"{reader.name} ({reader.target}) moves rows of the {what}")
+    for reader in current.readers:
+        if _adds_rows(reader):
+            (source,) = reader.all_input_nodes
+            return Refusal(
+                Reason.ROWS_SUMMED,
+                f"{reader.name} ({reader.target}) adds up rows of the {what}, {shape_of(source)} to {shape_of(reader)}; each of "
+                "them was rounded when the ranks were summed, and a fused op would round their sum alone",
+            )
     for reader in current.readers:
         for other in [a for a in reader.all_input_nodes if a not in current] if reader.target in MUL else []:
             tensor, hidden = values.value(other), values.width(current.root)
@@ -338,6 +347,15 @@ def _drops_out(node: Node) -> bool:
         if depth < MASK_DEPTH and (depth == 0 or values.dtype(current) == torch.bool or target in MASKS):
             stack.extend((a, depth + 1) for a in current.all_input_nodes)
     return False
+
+
+def _adds_rows(reader: Node) -> bool:
+    """Whether a reader adds up whole rows, and keeps their columns."""
+    dims = reader.args[1] if reader.target in SUMS and len(reader.args) > 1 else None
+    source = values.value(reader.args[0]) if isinstance(reader.args[0], Node) else None
+    if source is None or not isinstance(dims, Sequence) or not dims:
+        return False
+    return all(isinstance(d, int) and d % source.dim() != source.dim() - 1 for d in dims)
 
 
 def _gathers(node: Node) -> bool:
