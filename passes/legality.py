@@ -128,9 +128,9 @@ def no_norm(current: values.Aliases, terms: list[Term]) -> Refusal:
         if reader.target in values.CASTS and values.moves(reader):
             return Refusal(Reason.NO_NORM, f"{reader.name} ({reader.target}) moves the {what} to another device")
         if reader.target in values.CASTS:
-            return Refusal(
-                Reason.DTYPE, f"the {what} is cast from {values.dtype(current.root)} to {values.dtype(reader)}"
-            )
+            cast = f"the {what} is cast from {values.dtype(current.root)} to {values.dtype(reader)}"
+            late = "; the fused op rounds an fp32 sum before anything is added to it" if terms else ""
+            return Refusal(Reason.DTYPE, cast + late)
     for reader in current.readers:
         sizes = reader.args[1] if reader.target in NORMS else None
         if isinstance(sizes, Sequence) and len(sizes) > 1:
