@@ -182,6 +182,22 @@ def test_a_hit_whose_report_is_gone_compiles_again(root, pool):
         assert [r["from_cache"] for r in result["reports"]] == [True]
 
 
+def compile_from_a_bundle(rank: int, world_size: int, before: list[str], after: list[str]) -> dict[str, Any]:
+    """Compile with one folder, bundle what its caches gave, and compile with a folder that holds the bundle alone."""
+    compile_once(rank, world_size, before)
+    saved = torch.compiler.save_cache_artifacts()
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = after[rank]
+    torch.compiler.load_cache_artifacts(saved[0])
+    return compile_once(rank, world_size, after)
+
+
+def test_a_bundle_of_the_caches_carries_the_report(root, pool):
+    for result in pool.run(compile_from_a_bundle, folders(root, "ab"), folders(root, "mn")):
+        assert was_hit(result)
+        assert fused(result) == FUSED
+        assert [r["from_cache"] for r in result["reports"]] == [True]
+
+
 def test_graph_ids_stay_unique_when_reports_come_from_disk(root, pool):
     ids = [pool.run(compile_once, folders(root, "ab"))[0]["reports"][0]["graph_id"] for _ in range(2)]
     assert len(set(ids)) == 2

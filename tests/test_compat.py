@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import os
 import re
 import subprocess
@@ -520,6 +521,22 @@ def test_current_stream_handle():
     from torch._dynamo import device_interface
 
     assert "from torch._C import _cuda_getCurrentRawStream" in inspect.getsource(device_interface)
+
+
+def test_bundle_file(tmp_path, monkeypatch):
+    """What one folder's bundle carries is a file in another, in a process that knows nothing but torch."""
+    from torch.compiler._cache import CacheArtifactManager
+
+    data = [{"a": 1, "b": None}]
+    with CacheArtifactManager.with_fresh_cache():
+        compat.bundle_file("folder/name.json", data)
+        saved, info = torch.compiler.save_cache_artifacts()
+    assert info.artifacts["autotune"] == ["folder/name.json"]
+    (tmp_path / "bundle").write_bytes(saved)
+    load = "import torch; torch.compiler.load_cache_artifacts(open('bundle', 'rb').read())"
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "caches")}
+    subprocess.run([sys.executable, "-c", load], cwd=tmp_path, env=environment, check=True, timeout=120)
+    assert json.loads((tmp_path / "caches" / "folder" / "name.json").read_text()) == data
 
 
 def test_compile_in_this_process():

@@ -49,6 +49,7 @@ from .groups import (
     symmetric_memory_error,
 )
 from .inductor import (
+    bundle_file,
     cache_folder,
     compile_fx,
     compile_in_this_process,
@@ -77,6 +78,7 @@ __all__ = [
     "auto_functionalized",
     "auto_functionalized_v2",
     "boxed",
+    "bundle_file",
     "cache_folder",
     "compile_fx",
     "compile_in_this_process",

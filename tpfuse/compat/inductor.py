@@ -94,6 +94,19 @@ def cache_folder() -> str:
     return cache_dir()
 
 
+def bundle_file(name: str, data: Any) -> None:
+    """Have ``torch.compiler.save_cache_artifacts`` carry a JSON file of :func:`cache_folder`, which loading writes again.
+
+    Why private: bundles have no public door. A process that loads one before it imports tpfuse would know no artifact type of
+    ours, and torch then drops the whole bundle; its own type for tuned kernels writes any JSON file below that folder.
+    Raises whatever a torch without these names raises.
+    """
+    from torch._inductor.runtime.autotune_cache import AutotuneCacheArtifact
+    from torch.compiler._cache import CacheArtifactManager
+
+    CacheArtifactManager.record_artifact(AutotuneCacheArtifact.type(), name, data)
+
+
 def compile_in_this_process() -> None:
     """Inductor starts no workers that compile beside a measurement. Why private: its settings have no public home."""
     torch._inductor.config.compile_threads = 1  # type: ignore[attr-defined]
