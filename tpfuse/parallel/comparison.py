@@ -23,6 +23,11 @@ Why no rank waits for ever, and none runs another op than its peers:
   so. Not at once: a rank that has compiled the graph once more than others, for an argument of its own, has left a note too many.
 - *Ranks that compile again.* What was agreed on, or refused, is kept by structure, equally on all ranks. One rank that compiles
   a graph again, for other rows say, finds the same answer there and waits for nobody.
+- *Refusals are not bound to one graph.* Replicas may run two graphs of a model at the same time, a prefill here and a decode step
+  there, whose ops over all ranks wait for each other. They pair as long as graphs of one structure have one answer: with the
+  prefill refused and the decode step fused, a kernel would wait for a rank that is in the library's all-reduce. Lines of code,
+  functions and module classes do not tell these two graphs from those of another model, so another model with just the same
+  reductions (number, dtypes, hidden sizes, ranks) stays refused as well. It runs with its own bits, and its report says why.
 """
 
 from __future__ import annotations
