@@ -13,10 +13,9 @@ from torch import Tensor
 from tpfuse import compat
 
 from .flavour import Flavour
-from .reference import NARROW, add_rms_norm, output_dtype, residual_dtype, sum_dtype
+from .reference import DTYPES, NARROW, add_rms_norm, output_dtype, residual_dtype, sum_dtype
 
 NAME = "all_reduce_add_rms_norm"
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Operands(NamedTuple):
@@ -58,7 +57,7 @@ class Operands(NamedTuple):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype to which the sum over ranks is rounded, in which everything behind it is given."""
-        return sum_dtype(self.x.dtype, None if self.residual is None else self.residual.dtype)
+        return sum_dtype(self.x, self.residual)
 
     def check_two_sums(self, same: Callable[[Any, Any], bool] = operator.eq) -> None:
         """Raise ``ValueError`` unless a bias that is a partial sum, and an order of additions, are such as the op takes."""
@@ -125,7 +124,7 @@ def check(
     if x.dtype not in DTYPES:
         raise ValueError(f"{name}: x has dtype {x.dtype}; expected one of {DTYPES}")
     hidden = x.shape[-1]
-    dtype = sum_dtype(x.dtype, None if residual is None else residual.dtype)
+    dtype = sum_dtype(x, residual)
     if residual is not None and residual.dtype != dtype:
         check_wide(x, residual, flavour, name)
     if residual is not None and not same(residual.shape, x.shape):

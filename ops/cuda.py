@@ -85,7 +85,7 @@ def run(
     else:
         check(x, residual, weight, bias, prepared.flavour, post_norm)
         if scale_tensor is not None:
-            check_scale(x, scale, scale_tensor, sum_dtype(x.dtype, None if residual is None else residual.dtype))
+            check_scale(x, scale, scale_tensor, sum_dtype(x, residual))
     if out is None:
         normed = torch.empty_like(x, dtype=prepared.normed_dtype, memory_format=torch.contiguous_format)
         residual_out = torch.empty_like(x, dtype=prepared.residual_dtype, memory_format=torch.contiguous_format)

@@ -9,13 +9,14 @@ from dataclasses import replace
 
 import torch
 
+from . import rows_schedule
 from . import select as selection
 from .kernels.variant import Constants
 from .plane import Plane
 from .prepare import Prepared, load_ahead, samples
 from .rows_schedule import rows_taken
 from .schedule import Schedule, dependent_launch_of, kernel_of, launches_of, room_of, variants_needed
-from .select import UNBOUNDED, Selection
+from .select import UNBOUNDED, Entry, Selection
 from .settings import Settings
 
 # Bytes of a block above which the library gathers, for four ranks: there the kernel takes 0.93 of the time of the op and NCCL's
@@ -31,8 +32,8 @@ def gathered_bytes(world: int, copies: int) -> int:
     return min(GATHERED_BYTES, GATHERED_BYTES * 3 // (world - 1)) // copies
 
 
-def algorithm_of(p: Plane, blocks: int) -> str:
-    return "gathered_rows" if blocks == p.world else "gathered_blocks"
+def algorithm_of(world: int, blocks: int) -> str:
+    return "gathered_rows" if blocks == world else "gathered_blocks"
 
 
 def rows_of_a_launch(p: Plane, settings: Settings, c: Constants, blocks: int) -> int:
@@ -50,20 +51,26 @@ def most_rows(p: Plane, settings: Settings, c: Constants, dtype: torch.dtype, bl
     """How many rows a block may have in a call that takes the kernel; 0 where none does."""
     if rows_of_a_launch(p, settings, c, blocks) == 0:
         return 0
-    taken = rows_taken(p, settings, c.hidden, dtype, 1)
-    shared = selection.entry(p.architecture, p.world, settings.table).two_shot_bytes == UNBOUNDED
-    if settings.algorithm != "auto" or settings.batch_invariant or shared:
+    if settings.algorithm != "auto" or settings.batch_invariant:
+        return rows_taken(p, settings, c.hidden, dtype, 1)
+    return bytes_taken(selection.entry(p.architecture, p.world, settings.table), blocks) // c.row_bytes
+
+
+def bytes_taken(thresholds: Entry, blocks: int) -> int:
+    """How many bytes a block may have in a call that takes the kernel, where nothing but the table decides."""
+    taken = rows_schedule.bytes_taken(thresholds, 1)
+    if thresholds.two_shot_bytes == UNBOUNDED:  # ranks that share a GPU
         return taken
     # With several ranks a block each row goes to all others of them, which a library's all-reduce need not do.
-    copies = max(1, p.world // blocks - 1)
-    return min(taken, gathered_bytes(p.world, copies) // c.row_bytes)
+    copies = max(1, thresholds.world // blocks - 1)
+    return min(taken, gathered_bytes(thresholds.world, copies))
 
 
 def schedule_of(p: Plane, settings: Settings, c: Constants, dtype: torch.dtype, rows: int, blocks: int) -> Schedule:
     """Launches for ``rows`` rows of each block, or none: the library path."""
     if rows > most_rows(p, settings, c, dtype, blocks):
         return Schedule(Selection("library", rows), ())
-    chosen = Selection(algorithm_of(p, blocks), min(rows, rows_of_a_launch(p, settings, c, blocks)))
+    chosen = Selection(algorithm_of(p.world, blocks), min(rows, rows_of_a_launch(p, settings, c, blocks)))
     return Schedule(chosen, launches_of(p, settings, c, chosen, rows, blocks=blocks))
 
 
@@ -75,7 +82,7 @@ def of_prepared(blocks: int, prepared: Prepared, p: Plane, dtype: torch.dtype, r
 
 def load(prepared: Prepared, p: Plane, dtype: torch.dtype, blocks: int) -> None:
     """Compile and load the kernels for every row count before any of them runs; see :mod:`.prepare`."""
-    c, settings, algorithm = prepared.constants, prepared.path.settings, algorithm_of(p, blocks)
+    c, settings, algorithm = prepared.constants, prepared.path.settings, algorithm_of(p.world, blocks)
     assert c is not None
     most = min(most_rows(p, settings, c, dtype, blocks), rows_of_a_launch(p, settings, c, blocks))
     if most:

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .arguments import DTYPES, check, check_order, check_partial, refuse_gradients
+from .arguments import check, check_order, check_partial, refuse_gradients
 from .layer_norm_flavour import LayerNormFlavour
 from .layer_norm_reference import add_layer_norm, output_dtype
-from .reference import sum_dtype
+from .reference import DTYPES, sum_dtype
 
 NAME = "all_reduce_add_layer_norm"
 
@@ -52,7 +52,7 @@ class LayerNormOperands(NamedTuple):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype to which the sum over ranks is rounded, in which everything behind it is given."""
-        return sum_dtype(self.x.dtype, None if self.residual is None else self.residual.dtype)
+        return sum_dtype(self.x, self.residual)
 
     def check(self, same: Callable[[Any, Any], bool] = operator.eq) -> None:
         """Raise as :meth:`of` does."""

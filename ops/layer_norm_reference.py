@@ -92,7 +92,7 @@ def add_layer_norm(
     """
     if addend is not None and addend_bias is not None:
         addend = addend + addend_bias
-    h = reduced.to(sum_dtype(reduced.dtype, None if residual is None else residual.dtype))
+    h = reduced.to(sum_dtype(reduced, residual))
     if bias is not None:
         h = h + bias
     if residual_first and residual is not None:

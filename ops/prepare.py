@@ -98,7 +98,7 @@ def prepare(
     """
     parsed = Flavour.parse(flavour)
     check(x, residual, weight, bias, parsed, post_norm)
-    dtype = reference.sum_dtype(x.dtype, None if residual is None else residual.dtype)
+    dtype = reference.sum_dtype(x, residual)
     check_scale(x, scale, scale_tensor, dtype)
     weight_dtype = None if weight is None else weight.dtype
     hidden = x.shape[-1]

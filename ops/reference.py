@@ -11,12 +11,14 @@ from torch import Tensor
 
 from .flavour import Flavour
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of partial sums
 NARROW = (torch.bfloat16, torch.float16)
 
 
-def sum_dtype(partial: torch.dtype, residual: torch.dtype | None) -> torch.dtype:
+def sum_dtype(partial: Tensor, residual: Tensor | None) -> torch.dtype:
     """The dtype to which a sum over ranks is rounded: that of the partial sums, or of a 16-bit residual beside fp32 ones."""
-    return residual if partial == torch.float32 and residual in NARROW else partial  # type: ignore[return-value]
+    narrows = residual is not None and partial.dtype == torch.float32 and residual.dtype in NARROW
+    return residual.dtype if residual is not None and narrows else partial.dtype
 
 
 def rms_norm(
@@ -111,7 +113,7 @@ def add_rms_norm(
     With a flavour that reads the unrounded sum the norm is that of ``residual + y`` in fp32; what is returned is rounded to the
     residual's dtype.
     """
-    reduced = reduced.to(sum_dtype(reduced.dtype, None if residual is None else residual.dtype))
+    reduced = reduced.to(sum_dtype(reduced, residual))
     if residual_first and residual is not None and bias is not None:
         h = (residual + reduced) + bias
         return rms_norm(h, weight, eps, flavour), h

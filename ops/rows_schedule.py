@@ -12,7 +12,7 @@ from .kernels.variant import Constants
 from .plane import Plane
 from .prepare import Prepared, load_ahead, samples
 from .schedule import Schedule, dependent_launch_of, kernel_of, launches_of, room_of, variants_needed
-from .select import UNBOUNDED, Selection
+from .select import UNBOUNDED, Entry, Selection
 from .settings import Settings
 
 ONE_SHOT, TWO_SHOT = "received_rows", "received_two_shot"
@@ -33,10 +33,15 @@ def rows_taken(p: Plane, settings: Settings, hidden: int, dtype: torch.dtype, bl
     if settings.algorithm != "auto":
         return 0 if settings.algorithm == "library" else UNBOUNDED
     thresholds = selection.entry(p.architecture, p.world, settings.table)
+    return bytes_taken(thresholds, blocks) // (hidden * dtype.itemsize)
+
+
+def bytes_taken(thresholds: Entry, blocks: int) -> int:
+    """How many bytes a block may have in a call that takes the kernels, where nothing but the table decides."""
     most = max(thresholds.one_shot_bytes, thresholds.two_shot_bytes)
-    if 2 < blocks == p.world and most < UNBOUNDED:  # unbounded: ranks that share a GPU have no such library
-        most = min(most, SCATTERED_BYTES)
-    return most // (hidden * dtype.itemsize)
+    if 2 < blocks == thresholds.world and most < UNBOUNDED:  # unbounded: ranks that share a GPU have no such library
+        return min(most, SCATTERED_BYTES)
+    return most
 
 
 def one_shot_rows(p: Plane, settings: Settings, hidden: int, dtype: torch.dtype, blocks: int) -> int:

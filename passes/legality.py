@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from torch.fx import Graph, Node
+from tpfuse.ops.reference import DTYPES
 
 from tpfuse import compat
 
@@ -19,9 +20,9 @@ from .collectives import Collective
 from .quant_expression import FLOAT8
 from .reasons import Reason, Refusal
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ADD = values.overloads("add.Tensor")
 MUL = values.overloads("mul.Tensor", "mul.Scalar")
+SUMS = values.overloads("sum.dim_IntList")
 WHERE = values.overloads("where.self")
 NORMS = values.overloads("native_layer_norm.default", "_fused_rms_norm.default")
 DROPOUTS = values.overloads("native_dropout.default", "dropout.default")
@@ -80,6 +81,14 @@ def no_norm(current: values.Aliases, terms: list[Term]) -> Refusal:
         if reader.target in values.ROW_MOVERS or _gathers(reader):
             return Refusal(Reason.ROWS_MOVE, f"{reader.name} ({reader.target}) moves rows of the {what}")
     for reader in current.readers:
+        if _adds_rows(reader):
+            (source,) = reader.all_input_nodes
+            return Refusal(
+                Reason.ROWS_SUMMED,
+                f"{reader.name} ({reader.target}) adds up rows of the {what}, {shape_of(source)} to {shape_of(reader)}; each of "
+                "them was rounded when the ranks were summed, and a fused op would round their sum alone",
+            )
+    for reader in current.readers:
         for other in [a for a in reader.all_input_nodes if a not in current] if reader.target in MUL else []:
             tensor, hidden = values.value(other), values.width(current.root)
             if isinstance(other.meta.get("val"), torch.SymInt | torch.SymFloat):
@@ -119,9 +128,9 @@ def no_norm(current: values.Aliases, terms: list[Term]) -> Refusal:
         if reader.target in values.CASTS and values.moves(reader):
             return Refusal(Reason.NO_NORM, f"{reader.name} ({reader.target}) moves the {what} to another device")
         if reader.target in values.CASTS:
-            return Refusal(
-                Reason.DTYPE, f"the {what} is cast from {values.dtype(current.root)} to {values.dtype(reader)}"
-            )
+            cast = f"the {what} is cast from {values.dtype(current.root)} to {values.dtype(reader)}"
+            late = "; the fused op rounds an fp32 sum before anything is added to it" if terms else ""
+            return Refusal(Reason.DTYPE, cast + late)
     for reader in current.readers:
         sizes = reader.args[1] if reader.target in NORMS else None
         if isinstance(sizes, Sequence) and len(sizes) > 1:
@@ -338,6 +347,15 @@ def _drops_out(node: Node) -> bool:
         if depth < MASK_DEPTH and (depth == 0 or values.dtype(current) == torch.bool or target in MASKS):
             stack.extend((a, depth + 1) for a in current.all_input_nodes)
     return False
+
+
+def _adds_rows(reader: Node) -> bool:
+    """Whether a reader adds up whole rows, and keeps their columns."""
+    dims = reader.args[1] if reader.target in SUMS and len(reader.args) > 1 else None
+    source = values.value(reader.args[0]) if isinstance(reader.args[0], Node) else None
+    if source is None or not isinstance(dims, Sequence) or not dims:
+        return False
+    return all(isinstance(d, int) and d % source.dim() != source.dim() - 1 for d in dims)
 
 
 def _gathers(node: Node) -> bool:

@@ -9,13 +9,11 @@ Every fact that decides is in the graph or in the options, which are equal on al
 
 from __future__ import annotations
 
-import torch
+from tpfuse.ops.reference import NARROW
 
 from . import values
 from .candidate import Candidate
 from .options import PassOptions
-
-LOW = (torch.bfloat16, torch.float16)
 
 
 def is_lowered(candidate: Candidate, options: PassOptions) -> bool:
@@ -33,4 +31,4 @@ def is_lowered(candidate: Candidate, options: PassOptions) -> bool:
     if one_for_two or candidate.quantization is not None:
         return False  # two reductions again; several quantizations again, whose bf16 steps nothing would round
     # Between operators that it fuses, Inductor keeps bf16 and fp16 values in fp32, and rounds other elements than the model does.
-    return options.numerics == "relaxed" or all(tensor.dtype not in LOW for tensor in tensors if tensor is not None)
+    return options.numerics == "relaxed" or all(tensor.dtype not in NARROW for tensor in tensors if tensor is not None)

@@ -112,6 +112,11 @@ def _why_not(together: Candidate) -> str | None:
         return f"{other.node.name} is a {other.kind} over {list(other.ranks)}, {c.node.name} a {c.kind} over {list(c.ranks)}"
     if together.block is not None and together.block.nodes:
         return "each rank keeps some rows of them"
+    casts = [n for n in merged.nodes if n.target in values.CASTS]
+    rounded = [s.node.name for s, nodes in ((c, together.narrowed), (other, casts)) if nodes]
+    if rounded:
+        names = " and ".join(rounded)
+        return f"the op makes a sum alone that is taken in fp32 and rounded before anything is added, as of {names}"
     if other.index is not None or storages.mutates(other.node):
         return f"{other.node.name} writes in place or is one of several in one call"
     # Experts see rows without their batch dimension; what leads to the norm brings both into one shape, or build() refuses.

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import torch
 from torch.fx import Node
+from tpfuse.ops.reference import NARROW
 
 from . import values
 from .reasons import Reason, Refusal
-from .widened import NARROW
 
 
 def find(current: values.Aliases) -> tuple[Node, ...]:

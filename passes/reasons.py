@@ -24,6 +24,7 @@ class Reason(str, Enum):
     RETURNED = "returned"
     EXTRA_READER = "extra-reader"
     ROWS_MOVE = "rows-move"
+    ROWS_SUMMED = "rows-summed"
     SUM_OF_REDUCTIONS = "sum-of-reductions"
     ADD_CHAIN = "add-chain"
     RESIDUAL_SHAPE = "residual-shape"
@@ -74,6 +75,8 @@ REMEDIES: dict[Reason, str] = {
     "compute it from the normed value.",
     Reason.ROWS_MOVE: "Rows are selected, gathered or re-ordered between the all-reduce and the norm. Move the selection "
     "after the norm.",
+    Reason.ROWS_SUMMED: "Rows of the sum are added to each other before the norm, such as those of several experts. Add "
+    "them up in front of the all-reduce: that is one reduction of fewer bytes, which rounds once instead of for each row.",
     Reason.SUM_OF_REDUCTIONS: "Two reductions meet in one norm, and one op cannot make both. Add the partial sums first "
     "and reduce once, where their groups are equal; numerics='relaxed' does that.",
     Reason.ADD_CHAIN: "Several tensors are added between the sum and the norm. Add them to each other first, so that one addend "

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
+import torch
 from torch.fx import Node
+from tpfuse.ops.reference import NARROW
 
 from . import region, values
 from .candidate import Candidate, Merged
@@ -125,7 +127,9 @@ def _way(node: Node, sums: Mapping[Node, Collective]) -> _Way | None:
     bias: Node | None = None
     while node not in sums:
         source = values.aliased(node)
-        if source is None and node.target in MUL and factor is None:
+        if source is None and node.target in values.CASTS:
+            source = _rounded(node, sums)
+        elif source is None and node.target in MUL and factor is None:
             source, factor = _scaled(node, sums)
         elif source is None and node.target in ADD and factor is None and bias is None:
             source, bias = _biased(node)
@@ -134,6 +138,14 @@ def _way(node: Node, sums: Mapping[Node, Collective]) -> _Way | None:
         path.append(node)
         node = source
     return _Way(sums[node], tuple(reversed(path)), factor, bias)
+
+
+def _rounded(node: Node, sums: Mapping[Node, Collective]) -> Node | None:
+    """The fp32 sum that a cast rounds to 16 bits before anything else is done with it; None for any other cast."""
+    mine = node.args[0]
+    if not isinstance(mine, Node) or values.moves(node) or _origin_in(mine, sums) is None:
+        return None
+    return mine if values.dtype(mine) == torch.float32 and values.dtype(node) in NARROW else None
 
 
 def _biased(node: Node) -> tuple[Node | None, Node | None]:

@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch.fx import Node
+from tpfuse.ops.reference import NARROW
 
 from . import values
 from .reasons import Reason, Refusal
 
-NARROW = (torch.bfloat16, torch.float16)
 ADD = values.overloads("add.Tensor")
 
 
@@ -59,7 +59,7 @@ class WideAdd:
 def find(current: values.Aliases, order: dict[Node, int]) -> WideAdd | Refusal | None:
     """The add in fp32 that alone reads a 16-bit sum; None when something else reads it."""
     dtype = values.dtype(current.root)
-    if dtype not in NARROW or len(current.readers) != 1:
+    if dtype is None or dtype not in NARROW or len(current.readers) != 1:
         return None
     add = current.readers[0]
     mine, path = _read_by(current, add)

@@ -12,6 +12,7 @@ from dataclasses import replace
 import layers
 import pytest
 import torch
+from browser import sample
 from ranks import RankPool, run_ranks
 
 OPTIONS = {"tpfuse.inner": "aot_eager", "tpfuse.policy": "all"}
@@ -136,6 +137,60 @@ def one_of_two_decisions_each(rank, world_size):
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "fine"
+
+
+def graphs_of(width):
+    """Reports of a graph over both ranks: with one eps, with another, and with the first for other sizes."""
+    (site,) = sample.report(layers=1).fused[:1]
+    made = replace(sample.report(layers=1), sites=[replace(site, group=(0, 1), over=(), shape=(1, 5, width))])
+    changed = ({}, {"eps": 0.5}, {"shape": (2, 5, width)})
+    return [replace(made, sites=[replace(site, **change) for site in made.sites]) for change in changed]
+
+
+def told(report):
+    """Seconds until a rank has compared, and the error."""
+    from tpfuse.parallel import comparison
+
+    started, error = time.perf_counter(), ""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comparison, "SECONDS_AFTER_A_NOTE", 0.5)
+        try:
+            comparison.agree_on([report])
+        except comparison.AgreementError as raised:
+            error = str(raised)
+    return time.perf_counter() - started, error
+
+
+def keeps_to_it(rank, world_size):
+    """The second time rank 1 decides otherwise. In between rank 0 compiles for other sizes, which is another graph."""
+    from tpfuse.parallel import comparison
+
+    one, other, wider = graphs_of(40)
+    answers = [told(report) for report in ([one, wider, one] if rank == 0 else [one, other])]
+    assert all(error == "" for _, error in answers[:-1]), answers
+    if rank == 0:  # the comparison that rank 1 was alone in counts for both, so that later tests compare the same ones
+        comparison._histories()[(0, 1)].number += 1
+    return answers[-1]
+
+
+def test_a_rank_that_was_seen_to_keep_to_its_decision_is_not_waited_for(pool):
+    first, (seconds, error) = pool.run(keeps_to_it)
+    assert first[1] == ""
+    assert "rank 0 of [0, 1] decided otherwise about it before, and kept to that when compiling the same lines" in error
+    assert seconds < 60, "the limit is 600 s"
+
+
+def comes_later(rank, world_size):
+    one, other, _ = graphs_of(48)
+    answers = [told(one)]
+    if rank == 0:
+        time.sleep(2)
+    return [error for _, error in (*answers, told(one), told(other))]
+
+
+def test_a_note_about_another_compile_changes_nothing(pool):
+    """Rank 0 is slow: it compiles the graph of the first decision once more, as rank 1 has done, and then that of the second."""
+    assert pool.run(comes_later) == [["", "", ""]] * 2
 
 
 @pytest.mark.slow

@@ -133,3 +133,15 @@ def test_the_page_names_files_that_exist_and_every_file_of_the_walks():
     for part in ("passes", "ops", "ops/kernels"):
         inside = {path.name for path in (ROOT / part).glob("*.py")} - {"__init__.py"} - UNNAMED
         assert not {name for name in inside if not any(n == name or n.endswith(f"/{name}") for n in names)}
+
+
+def test_a_set_of_dtypes_is_named_once():
+    """Two copies of what "16 bits" or "what the op takes" means drift apart when one learns a dtype."""
+    named: dict[frozenset[str], list[str]] = {}
+    for module, path in MODULES.items():
+        for node in ast.parse(path.read_text()).body:
+            value = node.value if isinstance(node, ast.Assign) else None
+            if isinstance(value, ast.Tuple) and all(ast.unparse(item).startswith("torch.") for item in value.elts):
+                named.setdefault(frozenset(map(ast.unparse, value.elts)), []).append(module)
+    assert named, "no dtypes were found: this test looks at nothing"
+    assert {modules[0]: modules[1:] for modules in named.values() if len(modules) > 1} == {}

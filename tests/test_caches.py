@@ -164,7 +164,7 @@ def test_the_digest_reads_every_module_that_decides():
         patch.setattr(Path, "read_bytes", spy)
         inductor.sources_digest()
     names = {path.name for path in read}
-    assert {"backend.py", "compat.py", "options.py", "norms.py", "collectives.py", "one_shot.py", "select.py"} <= names
+    assert {"backend.py", "dynamo.py", "options.py", "norms.py", "collectives.py", "one_shot.py", "select.py"} <= names
     for part in (passes, ops):
         assert set(Path(str(part.__file__)).resolve().parent.glob("*.py")) <= set(read)
 
@@ -179,6 +179,22 @@ def test_a_hit_whose_report_is_gone_compiles_again(root, pool):
         assert result["close"]
     for result in pool.run(compile_once, folders(root, "ab")):
         assert was_hit(result)
+        assert [r["from_cache"] for r in result["reports"]] == [True]
+
+
+def compile_from_a_bundle(rank: int, world_size: int, before: list[str], after: list[str]) -> dict[str, Any]:
+    """Compile with one folder, bundle what its caches gave, and compile with a folder that holds the bundle alone."""
+    compile_once(rank, world_size, before)
+    saved = torch.compiler.save_cache_artifacts()
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = after[rank]
+    torch.compiler.load_cache_artifacts(saved[0])
+    return compile_once(rank, world_size, after)
+
+
+def test_a_bundle_of_the_caches_carries_the_report(root, pool):
+    for result in pool.run(compile_from_a_bundle, folders(root, "ab"), folders(root, "mn")):
+        assert was_hit(result)
+        assert fused(result) == FUSED
         assert [r["from_cache"] for r in result["reports"]] == [True]
 
 

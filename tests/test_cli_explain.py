@@ -237,7 +237,7 @@ def test_the_command_prints_groups_plan_sites_and_steps(tmp_path, monkeypatch):
         "attn_tp 4-7 4",
         "0-2 dense replica all_reduce(attn_tp [4-7]), add, norm yes",
         "1 one_shot over 4-7, gathered_blocks over 4-7 of 0-7, one_shot over 0-7 10 280.0 KiB",
-        "4096 library over 4-7, library over 4-7 of 0-7, library over 0-7 0 0 B",
+        "4096 library over 4-7, library+all_gather over 4-7 of 0-7, library over 0-7 0 0 B",
     ):
         assert line in lines
     # The number of the graph is the process's own count.

@@ -1,18 +1,21 @@
 """One canary for each private torch API that tpfuse touches: when a release moves one, its test names it.
 
-All private names live in ``tpfuse/compat.py``; the last tests keep it so.
+All private names live in ``tpfuse/compat/``; the last tests keep it so.
 """
 
 from __future__ import annotations
 
 import ast
 import inspect
+import json
 import os
 import re
 import subprocess
 import sys
+import threading
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -341,9 +344,12 @@ def test_symmetric_memory_error(monkeypatch):
 
 
 def test_every_name_has_a_canary():
-    names = [name for name, f in inspect.getmembers(compat, inspect.isfunction) if f.__module__ == compat.__name__]
+    parts = [module for _, module in inspect.getmembers(compat, inspect.ismodule)]
+    found = [(n, f.__module__ == p.__name__) for p in parts for n, f in inspect.getmembers(p, inspect.isfunction)]
+    names = [name for name, own in found if own and not name.startswith("_")]
+    assert sorted(names) == sorted(compat.__all__), "compat offers what its modules define"
     missing = [name for name in names if f"test_{name}" not in globals()]
-    assert not missing, f"compat.py has no canary for {missing}"
+    assert not missing, f"tpfuse/compat/ has no canary for {missing}"
 
 
 PRIVATE = re.compile(r"^(torch(\.\w+)*\._\w+|functorch)")
@@ -394,8 +400,8 @@ torch.ops._c10d_functional.all_reduce; torch._ops.OpOverload; torch.compile
 def test_private_names_are_taken_from_compat():
     files = [path for part in ("passes", "ops", "tpfuse") for path in (PACKAGE / part).rglob("*.py")]
     assert len(files) > 40
-    found = {str(f.relative_to(PACKAGE)): private_names(f.read_text()) for f in files if f.name != "compat.py"}
-    assert not {name: names for name, names in found.items() if names}, "private torch APIs belong in tpfuse/compat.py"
+    found = {str(f.relative_to(PACKAGE)): private_names(f.read_text()) for f in files if f.parent.name != "compat"}
+    assert not {name: names for name, names in found.items() if names}, "private torch APIs belong in tpfuse/compat/"
 
 
 # -- graphs, storages and groups -----------------------------------------------------------------------------------
@@ -517,6 +523,22 @@ def test_current_stream_handle():
     assert "from torch._C import _cuda_getCurrentRawStream" in inspect.getsource(device_interface)
 
 
+def test_bundle_file(tmp_path, monkeypatch):
+    """What one folder's bundle carries is a file in another, in a process that knows nothing but torch."""
+    from torch.compiler._cache import CacheArtifactManager
+
+    data = [{"a": 1, "b": None}]
+    with CacheArtifactManager.with_fresh_cache():
+        compat.bundle_file("folder/name.json", data)
+        saved, info = torch.compiler.save_cache_artifacts()
+    assert info.artifacts["autotune"] == ["folder/name.json"]
+    (tmp_path / "bundle").write_bytes(saved)
+    load = "import torch; torch.compiler.load_cache_artifacts(open('bundle', 'rb').read())"
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "caches")}
+    subprocess.run([sys.executable, "-c", load], cwd=tmp_path, env=environment, check=True, timeout=120)
+    assert json.loads((tmp_path / "caches" / "folder" / "name.json").read_text()) == data
+
+
 def test_compile_in_this_process():
     before = torch._inductor.config.compile_threads
     try:
@@ -556,6 +578,62 @@ def test_room_for_recompiles():
     with pytest.raises(ZeroDivisionError), compat.room_for_recompiles():
         1 / 0  # noqa: B018
     assert torch._dynamo.config.recompile_limit == before
+
+
+@pytest.mark.parametrize("first_out", ["who raised it", "who found it raised"])
+def test_threads_do_not_take_the_room_from_each_other(monkeypatch, first_out):
+    """One setting for all threads, as torch 2.11 has it."""
+    config = SimpleNamespace(recompile_limit=8)
+    monkeypatch.setattr(torch._dynamo, "config", config)
+    entered, leave, left = (threading.Event() for _ in range(3))
+    seen: list[int] = []
+
+    def other():
+        with compat.room_for_recompiles(), compat.room_for_recompiles():
+            entered.set()
+            assert leave.wait(30)
+            seen.append(config.recompile_limit)
+        left.set()
+
+    thread = threading.Thread(target=other)
+    with compat.room_for_recompiles():
+        thread.start()
+        assert entered.wait(30)
+        if first_out == "who found it raised":
+            leave.set()
+            assert left.wait(30)
+        assert config.recompile_limit == compat.dynamo.ROOM
+    leave.set()
+    thread.join(30)
+    assert seen == [compat.dynamo.ROOM]
+    assert config.recompile_limit == 8
+
+
+def test_a_thread_with_a_larger_limit_of_its_own_keeps_it():
+    """Where each has its own, as in torch 2.13; in torch 2.11 the limit is the other thread's too."""
+    before, entered, leave = torch._dynamo.config.recompile_limit, threading.Event(), threading.Event()
+    seen: list[int] = []
+
+    def other():
+        torch._dynamo.config.recompile_limit = 100
+        with compat.room_for_recompiles():
+            entered.set()
+            assert leave.wait(30)
+        seen.append(torch._dynamo.config.recompile_limit)
+
+    thread = threading.Thread(target=other)
+    try:
+        with compat.room_for_recompiles():
+            thread.start()
+            assert entered.wait(30)
+        per_thread = compat.dynamo._limit_is_per_thread()
+        assert torch._dynamo.config.recompile_limit == (before if per_thread else 100)
+        leave.set()
+        thread.join(30)
+        assert seen == ([100] if per_thread else [before])
+    finally:
+        leave.set()
+        torch._dynamo.config.recompile_limit = before
 
 
 def test_with_room_for_recompiles():

@@ -130,6 +130,17 @@ def _():
     return reported(lambda x, r, w: norm(r[:, -1:] + all_reduce(x)[:, -1:], w))
 
 
+@produces(Reason.ROWS_SUMMED)
+def _():
+    """Llama4: what each expert gives to a token is reduced, and added up afterwards."""
+    return reported(
+        lambda x, r, w: norm(r + all_reduce(x * 2).view(2, -1, HIDDEN).sum(0), w),
+        tensor(6, HIDDEN),
+        tensor(3, HIDDEN),
+        torch.rand(HIDDEN),
+    )
+
+
 @produces(Reason.SUM_OF_REDUCTIONS)
 def _():
     return reported(lambda x, r, w: norm(r + (all_reduce(x) * r[..., :1] + all_reduce(x * 2)) * 0.5, w))

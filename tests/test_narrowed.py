@@ -157,6 +157,28 @@ def test_a_narrow_sum_beside_it_stays_a_sum_of_its_own():
             assert graphs.equal(graphs.run(fused, *args), layer(*args))
 
 
+def two_sums(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    own, other = (graphs.all_reduce(t).to(residual.dtype) for t in (x.sin(), x.cos()))
+    return plain(own + other, residual, weight)
+
+
+def one_by_one(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    own, other = (graphs.all_reduce(t).to(residual.dtype) for t in (x.sin(), x.cos()))
+    return plain(other, residual + own, weight)
+
+
+@pytest.mark.parametrize("layer", [two_sums, one_by_one], ids=lambda f: f.__name__)
+def test_of_two_fp32_sums_one_is_made_and_the_other_says_what_the_op_lacks(layer):
+    args = operands()
+    fused, report = graphs.fused_copy(graphs.trace(layer, args), VERIFIED)
+    kept, made = report.sites
+    assert made.fused, made.detail
+    assert (kept.fused, kept.reason) == (False, "sum-of-reductions")
+    assert "the op makes a sum alone that is taken in fp32 and rounded before anything is added" in kept.detail
+    with torch.no_grad():
+        assert graphs.equal(graphs.run(fused, *args), layer(*args))
+
+
 def test_any_number_of_rows():
     x, residual, weight = operands(rows=6)
 
@@ -186,6 +208,10 @@ def read_in_fp32_too(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tenso
     return *plain(x, residual, weight), x.sum()
 
 
+def rounded_late(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    return plain(x + residual.sin().float() * 1.1, residual, weight)
+
+
 def rounded_to_both(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Through fp16 to bf16: two roundings, which one cast does not give."""
     return plain(x.half(), residual, weight)
@@ -197,6 +223,7 @@ def rounded_to_both(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor
         (no_residual, "dtype", "rounds to the dtype of a residual, and none is added"),
         (fp32_residual, "dtype", "is torch.float32, and the fused op rounds to the dtype of its residual"),
         (read_in_fp32_too, "dtype", "is cast from torch.float32 to torch.bfloat16"),
+        (rounded_late, "dtype", "the fused op rounds an fp32 sum before anything is added to it"),
         (rounded_to_both, "dtype", "is cast from torch.float16 to torch.bfloat16"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),

@@ -459,6 +459,7 @@ def alternatives(text: str) -> list[tuple[str, list[str]]]:
 
 NAMES: dict[str, Any] = {
     "torch": torch, "dist": dist, "F": nn.functional, "all_reduce": all_reduce, "norm": norm, "world_size": 4, "scale": 2.0,
+    "experts": lambda t: torch.stack([t * 2, t * 3]),
     "hidden": H, "heads": 4, "eps": 1e-6, "o_proj": lambda t: t * 2, "down_proj": lambda t: t * 2, "embed": lambda t: t * 2,
 }  # fmt: skip
 
@@ -507,8 +508,9 @@ def verdicts(lines: list[str], *tensors: torch.Tensor) -> list[str | None]:
 
 
 LINES = [
-    "reduce-op", "dtype", "returned", "extra-reader", "rows-move", "sum-of-reductions", "add-chain", "residual-shape",
-    "residual-derived", "collective-order", "layout", "scale-not-constant", "residual-streams", "norm-statistics", "unknown-norm",
+    "reduce-op", "dtype", "returned", "extra-reader", "rows-move", "rows-summed", "sum-of-reductions", "add-chain",
+    "residual-shape", "residual-derived", "collective-order", "layout", "scale-not-constant", "residual-streams",
+    "norm-statistics", "unknown-norm",
     "layer-norm", "eps-outside-root", "mean-dim", "partial-width", "weight-inside-mean",
 ]  # fmt: skip
 

@@ -38,7 +38,7 @@ def sources_digest() -> str:
     from tpfuse import inner, ops, passes
 
     files = sorted(Path(str(package.__file__)).parent.glob("*.py"))
-    for part in (inner, passes, ops):
+    for part in (compat, inner, passes, ops):
         files += sorted(Path(str(part.__file__)).parent.rglob("*.py"))
     for path in files:
         digest.update(path.name.encode())

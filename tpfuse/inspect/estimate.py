@@ -63,12 +63,14 @@ def saving(site: Site, rows: int | None = None, path: str | None = None) -> Savi
     Args:
         site: fused or not.
         rows: row count to assume instead of the one in the graph.
-        path: the algorithm that :func:`tpfuse.ops.select` names for that size; ``library`` saves nothing.
+        path: the algorithm for that size, as :func:`.algorithm.algorithm_of` names it; ``library`` saves nothing, and a gather
+            that the library does behind the op nothing more.
     """
-    if path == "library" or site.lowered or not site.shape or not isinstance(site.shape[-1], int):
+    sums, _, outside = (path or "").partition("+")
+    if sums == "library" or site.lowered or not site.shape or not isinstance(site.shape[-1], int):
         return NOTHING
     # A site without a flavour is a sum that another site's op makes too: the gather is that one's.
-    gathers = site.pattern.endswith("+all_gather") and site.flavour is not None
+    gathers = site.pattern.endswith("+all_gather") and site.flavour is not None and not outside
     per_row = TRIPS_SAVED * (1 + gathers) * site.shape[-1] * item_size(site.dtype)
     known = rows_of(site) if rows is None else rows
     return Saving(LAUNCHES_SAVED * (1 + gathers), None if known is None else known * per_row, per_row)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -20,16 +19,15 @@ import torch
 
 import tpfuse
 from tpfuse import compat
-from tpfuse.ops import gather_schedule
-from tpfuse.ops.select import entry, one_shot_bytes, select
 from tpfuse.parallel import GROUP_NAMES, ParallelConfig, Plan
 from tpfuse.parallel.architecture import architecture_of
 from tpfuse.parallel.layout import Op
 from tpfuse.parallel.model import Parallelized, exchange_rows, layout_of, parallelize
 from tpfuse.passes.options import PassOptions
-from tpfuse.passes.report import GraphReport, Site
+from tpfuse.passes.report import GraphReport
 
 from . import estimate, load, metamodel, page, table, words
+from .algorithm import algorithm_of
 from .fake import fake_world
 
 EXPLAIN_VERSION = 1
@@ -67,7 +65,7 @@ class Step:
 
     Attributes:
         rows: per attention replica.
-        algorithms: algorithm by group of ranks, e.g. ``{"0-3": "one_shot"}``.
+        algorithms: algorithm by group of ranks, e.g. ``{"0-3": "one_shot"}``; see :func:`.algorithm.algorithm_of`.
         launches: saved per step.
         bytes: memory traffic saved per step and rank.
     """
@@ -314,31 +312,11 @@ def _step(rows: int, reports: Sequence[GraphReport], request: Request) -> Step:
     algorithms: dict[str, str] = {}
     saved = estimate.NOTHING
     for site in (site for report in reports for site in report.fused):
-        algorithm = _algorithm(site, rows, request.architecture)
+        algorithm = algorithm_of(site, rows, request.architecture)
         within = f" of {words.ranks(site.over)}" if site.over else ""
         algorithms[words.ranks(site.group) + within] = algorithm
         saved = saved + estimate.saving(site, rows, algorithm)
     return Step(rows, algorithms, saved.launches, saved.bytes or 0)
-
-
-def _algorithm(site: Site, rows: int, architecture: str) -> str:
-    """What the op's own selection would take for this many rows."""
-    try:
-        dtype = getattr(torch, site.dtype)
-        world, width = len(site.over or site.group), int(site.shape[-1])
-        found = select(architecture, world, dtype, width, rows).algorithm
-        if site.over:  # the rows of replicas: one algorithm, up to a size
-            copies = max(1, len(site.group) - 1)
-            fits = rows * width * dtype.itemsize <= gather_schedule.gathered_bytes(world, copies)
-            return "gathered_blocks" if fits and found != "library" else "library"
-        part = re.match(r"reduce_scatter|all_reduce\+rows/(\d+)", site.pattern)
-        if part is None or found == "library":
-            return found
-        # Rows with destinations have a limit of their own.
-        most = one_shot_bytes(entry(architecture, world), int(part[1] or world))
-        return "one_shot" if rows * width * dtype.itemsize <= most else "two_shot"
-    except ValueError:  # a world size that the kernels do not take
-        return "library"
 
 
 def _notes(layout: Parallelized, reports: Sequence[GraphReport], request: Request) -> list[str]:

@@ -17,20 +17,28 @@ Why no rank waits for ever, and none runs another op than its peers:
   another. An op that gathers over more ranks than it sums belongs to the larger group, which comes first; when the smaller one is
   compared, that op is already left out where it must be, and only ops of that very group are left to be refused. So each group is
   compared once, and there are no rounds.
+- *Ranks that change their mind.* A rank that has something to compare waits for ranks that may be slow, 600 s. One that keeps to
+  what was agreed on compares nothing, and leaves a note of the graph that it compiled: its lines, its sizes, and how often it has
+  compiled it. A rank that decides otherwise about that very compile finds the note and gives up early, with an error that says
+  so. Not at once: a rank that has compiled the graph once more than others, for an argument of its own, has left a note too many.
 - *Ranks that compile again.* What was agreed on, or refused, is kept by structure, equally on all ranks. One rank that compiles
   a graph again, for other rows say, finds the same answer there and waits for nobody.
+- *Refusals are not bound to one graph.* Replicas may run two graphs of a model at the same time, a prefill here and a decode step
+  there, whose ops over all ranks wait for each other. They pair as long as graphs of one structure have one answer: with the
+  prefill refused and the decode step fused, a kernel would wait for a rank that is in the library's all-reduce. Lines of code,
+  functions and module classes do not tell these two graphs from those of another model, so another model with just the same
+  reductions (number, dtypes, hidden sizes, ranks) stays refused as well. It runs with its own bits, and its report says why.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import time
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
@@ -40,12 +48,14 @@ from tpfuse.options import AGREEMENT_SECONDS
 from tpfuse.passes import Reason
 from tpfuse.passes.report import GraphReport, Site
 
+from . import entries
 from .decision import AgreementError, decision_of, ranks_in_words
 from .disagreement import Disagreement, Ranks, difference, without
 
 # A rank that fuses nothing is in no danger of waiting inside a kernel, and its peers may have reasons not to compile at all.
 SECONDS_OF_NOTHING_FUSED = 30.0
-AT_ONCE = 0.01  # for what should be there already
+# A rank that was seen to keep to an earlier decision about the same compile of the same graph is not expected any more.
+SECONDS_AFTER_A_NOTE = 30.0
 
 
 @dataclass
@@ -59,6 +69,7 @@ class _History:
         refused: structures that the group disagreed about, with how.
         open: structure -> the entry of this rank that others did not answer in time, when nothing was fused.
         given_up: ranks compile different graphs.
+        compiled: how often this rank has compiled each graph, by what :func:`_place` says of it.
     """
 
     number: int = 0
@@ -67,6 +78,7 @@ class _History:
     refused: dict[str, Disagreement] = field(default_factory=dict)
     open: dict[str, str] = field(default_factory=dict)
     given_up: bool = False
+    compiled: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass
@@ -139,9 +151,13 @@ def _compare(group: Ranks, report: GraphReport, context: str) -> Disagreement | 
     effect = _digest([_effect(site, group, report.numerics) for site in sites])
     fuses = any(site.fused and site.callers == group for site in sites)
     store = compat.default_store()
+    place = _place(history, group, structure, own)
     if structure in history.open:
         _close(history, store, group, structure)
-    if history.given_up or history.agreed.get((structure, context)) == effect:
+    if history.given_up:
+        return None
+    if history.agreed.get((structure, context)) == effect:
+        entries.note(store, place, dist.get_rank(), effect)
         return None
     if structure in history.refused and structure not in history.fused:
         return history.refused[structure]
@@ -162,7 +178,11 @@ def _compare(group: Ranks, report: GraphReport, context: str) -> Disagreement | 
         "decisions": within,
     }
     store.set(f"{prefix}/{dist.get_rank()}", json.dumps(mine))
-    found, missing = _entries(store, prefix, group, limit)
+    before = structure in history.fused or any(known == structure for known, _ in history.agreed)
+    found, missing = entries.read(store, prefix, group, min(limit, SECONDS_AFTER_A_NOTE) if before else limit)
+    kept_to_it = entries.noted_otherwise(store, place, missing, effect) if before else []
+    if missing and before and not kept_to_it:
+        found, missing = entries.read(store, prefix, group, limit - SECONDS_AFTER_A_NOTE)
     others = sorted(rank for rank, entry in found.items() if entry["structure"] != structure)
     if others:
         history.given_up = True
@@ -178,7 +198,13 @@ def _compare(group: Ranks, report: GraphReport, context: str) -> Disagreement | 
             # What these ranks do not share with the rest of the op's, who have agreed on it and come to no further comparison.
             raise difference(found, group).error()
         return _refuse(history, structure, found, group)
-    before = structure in history.fused or any(known == structure for known, _ in history.agreed)
+    if kept_to_it:
+        raise AgreementError(
+            f"{ranks_in_words(kept_to_it)} of {list(group)} decided otherwise about it before, and kept to that when compiling "
+            "the same lines for the same sizes, but all of them have to run the same ops. Compile with the same options and "
+            "versions on all ranks",
+            kept_to_it,
+        )
     if missing and (before or any(site.fused for site in sites)):
         what = "decided otherwise about it before, and" if before else "compiled no graph like this one, and"
         raise AgreementError(
@@ -192,6 +218,13 @@ def _compare(group: Ranks, report: GraphReport, context: str) -> Disagreement | 
     else:
         _agree(history, structure, found)
     return None
+
+
+def _place(history: _History, group: Ranks, structure: str, own: Sequence[Site]) -> str:
+    """Where notes about this compile of this graph go: equal on ranks that compile the same lines for the same sizes as often."""
+    graph = _digest([structure, *([s.source, s.role, s.layer, [str(n) for n in s.shape]] for s in own)])
+    history.compiled[graph] += 1
+    return f"tpfuse/graphs/{','.join(map(str, group))}/known/{graph}/{history.compiled[graph]}"
 
 
 def _effect(site: Site, group: Ranks, numerics: str) -> list[Any] | str | None:
@@ -232,7 +265,7 @@ def _refuse(history: _History, structure: str, found: Mapping[int, Mapping[str, 
 
 def _close(history: _History, store: Any, group: Ranks, structure: str) -> None:
     """Look for the answers to an entry that came too late for the compile that left it."""
-    found, missing = _entries(store, history.open[structure], group, AT_ONCE)
+    found, missing = entries.read(store, history.open[structure], group, entries.AT_ONCE)
     effects = {entry["effect"] for entry in found.values()}
     if {entry["structure"] for entry in found.values()} != {structure}:
         return
@@ -255,19 +288,3 @@ def _histories() -> dict[Ranks, _History]:
 
 def _digest(parts: Sequence[Any]) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-
-
-def _entries(store: Any, prefix: str, group: Ranks, limit: float) -> tuple[dict[int, dict[str, Any]], list[int]]:
-    """(what each rank left in time, the ranks that left nothing)"""
-    deadline = time.monotonic() + limit
-    found: dict[int, dict[str, Any]] = {}
-    missing: list[int] = []
-    for rank in group:
-        try:
-            left = max(AT_ONCE, deadline - time.monotonic())
-            store.wait([f"{prefix}/{rank}"], timedelta(seconds=left))
-        except Exception:  # a store raises RuntimeError or DistStoreError by version and kind
-            missing.append(rank)
-            continue
-        found[rank] = json.loads(store.get(f"{prefix}/{rank}"))
-    return found, missing

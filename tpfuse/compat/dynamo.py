@@ -1,0 +1,147 @@
+"""Dynamo: sources, frames, recompiles, and what is run or written while it traces."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+
+
+def source_name(source: Any) -> str:
+    """Where Dynamo took a graph input from, e.g. ``L['self'].eps``.
+
+    Why private: only Dynamo's ``Source`` knows; its ``name`` is a method before torch 2.10 and a property after.
+    """
+    name = source.name
+    return name() if callable(name) else name
+
+
+def in_compiled_module() -> bool:
+    """Whether a compiled module's call is under way, also in frames that a graph break left to eager.
+
+    Why private: ``torch.compiler.is_compiling`` is false in such frames, and nothing public tells them apart.
+    """
+    inside = getattr(torch._dynamo.eval_frame, "_is_in_optimized_module", None)
+    return inside is not None and bool(inside())
+
+
+def trace_time_call() -> Callable[[Callable[[Any], None]], None]:
+    """What compiled code calls as ``call(function)`` so that Dynamo runs ``function`` while it traces that place.
+
+    Why private: Dynamo traces a plain call into the graph; only its own ``comptime`` runs at trace time, and only when the
+    traced code holds that very object. Outside of a compile the call does nothing.
+    """
+    from torch._dynamo.comptime import comptime
+
+    return cast(Callable[[Callable[[Any], None]], None], comptime)
+
+
+def trace_artifact(name: str, payload: Callable[[], str]) -> None:
+    """Add a JSON document to the structured trace of ``TORCH_TRACE=DIR``. With that off, ``payload`` is called for the
+    first record of a process at most.
+
+    Why private: torch documents the trace and ``tlparse``, but its writer is ``torch._logging.trace_structured``.
+    Raises whatever a torch with another signature raises.
+    """
+    from torch._logging import trace_structured
+
+    trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": "json"}, payload_fn=payload)
+
+
+def may_vary(tensor: torch.Tensor, dim: int) -> None:
+    """Let Dynamo make one size of an input a symbol, if the code allows. Why semi-private: only the name is documented."""
+    torch._dynamo.maybe_mark_dynamic(tensor, dim)
+
+
+ROOM = 64
+
+
+@dataclass
+class _Room:
+    """Who is inside of :func:`room_for_recompiles`.
+
+    Attributes:
+        lock: around every change of these and of the limit.
+        relying: threads inside that found their limit raised, by another thread that is inside or by the user.
+        owed: the limit to go back to, left by a thread that raised it and went while others relied on it; or None.
+        mine: per thread, how often it is inside.
+    """
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    relying: int = 0
+    owed: int | None = None
+    mine: threading.local = field(default_factory=threading.local)
+
+
+_room = _Room()
+
+
+@contextlib.contextmanager
+def room_for_recompiles() -> Iterator[None]:
+    """A context in which a function may have a graph for each of many shapes, also while other threads enter and leave it.
+
+    Why private: past ``recompile_limit`` (8) Dynamo runs a function eagerly or, with ``fullgraph``, raises. A server's batch
+    sizes are more than 8. Set by hand, for each decode step comes through here: ``config.patch`` makes a class for each call.
+    In torch 2.11 the setting is one for all threads: a thread that put it back would take it from those inside, so the last of
+    them does. In torch 2.13 each thread has its own.
+    """
+    depth = getattr(_room.mine, "depth", 0)
+    before = _enter() if depth == 0 else None
+    _room.mine.depth = depth + 1
+    try:
+        yield
+    finally:
+        _room.mine.depth = depth
+        if depth == 0:
+            _leave(before)
+
+
+def _limit_is_per_thread() -> bool:
+    """Whether torch keeps settings in context variables, as 2.13 does, which other threads do not see."""
+    settings = getattr(torch._dynamo.config, "_config", {})
+    return isinstance(getattr(settings.get("recompile_limit"), "user_override", None), contextvars.ContextVar)
+
+
+def _enter() -> int | None:
+    """Make room. Returns the limit that was there, or None where there was room."""
+    config: Any = torch._dynamo.config
+    with _room.lock:
+        before: int = config.recompile_limit
+        if before >= ROOM:
+            _room.relying += not _limit_is_per_thread()
+            return None
+        config.recompile_limit = ROOM
+        return before
+
+
+def _leave(before: int | None) -> None:
+    config: Any = torch._dynamo.config
+    with _room.lock:
+        if before is None:
+            if _limit_is_per_thread():
+                return
+            _room.relying -= 1
+            before, _room.owed = (None, _room.owed) if _room.relying else (_room.owed, None)
+        elif _room.relying:
+            before, _room.owed = None, before
+        if before is not None:
+            config.recompile_limit = before
+
+
+def with_room_for_recompiles(call: Callable[..., Any]) -> Callable[..., Any]:
+    """What ``torch.compile`` returned, called inside of :func:`room_for_recompiles`."""
+
+    @functools.wraps(call)
+    def roomy(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # part of another compiled function, whose limit counts
+            return call(*args, **kwargs)
+        with room_for_recompiles():
+            return call(*args, **kwargs)
+
+    return roomy
