@@ -95,7 +95,7 @@ def no_norm(current: values.Aliases, terms: list[Term]) -> Refusal:
             if isinstance(hidden, int) and values.is_vector(other, hidden):
                 return Refusal(
                     Reason.SCALE_NOT_CONSTANT,
-                    f"{reader.name} multiplies the {what} by {other.name}, one value a column",
+                    f"{reader.name} multiplies the {what} by {other.name}, one value a column{_gate(other)}",
                 )
     spread = streams.spread(current)
     if spread is not None:
@@ -105,6 +105,13 @@ def no_norm(current: values.Aliases, terms: list[Term]) -> Refusal:
             f"{reader.name} ({reader.target}) spreads the {what} over {number} residual streams (hyper-connections): the fused "
             "op lacks the mixing of the streams by weights of each row, before and behind the add",
         )
+    for reader in current.readers:
+        for other in [a for a in reader.all_input_nodes if a not in current] if reader.target in MUL else []:
+            if values.same_shape(reader, current.root) and not values.same_rows(other, current.root):
+                return Refusal(
+                    Reason.SCALE_NOT_CONSTANT,
+                    f"{reader.name} multiplies the {what} by {other.name} of shape {shape_of(other)}{_gate(other)}",
+                )
     for reader in current.readers:
         if _drops_out(reader):
             return Refusal(Reason.DROPOUT, f"{reader.name} ({reader.target}) drops values of the {what} at random")
@@ -131,6 +138,20 @@ def no_norm(current: values.Aliases, terms: list[Term]) -> Refusal:
             )
     readers = ", ".join(f"{r.name} ({r.target})" for r in current.readers[:3]) or "nothing"
     return Refusal(Reason.NO_NORM, f"the {what} is read by {readers}; no norm follows")
+
+
+def _gate(node: Node) -> str:
+    """What to say about a factor that is no weight: it cannot be folded into one."""
+    current = node
+    while current.op == "call_function":
+        source = next(iter(current.all_input_nodes), None)
+        kept = (
+            current.target in values.CASTS or current.target in values.ROW_MOVERS or values.aliased(current) is source
+        )
+        if source is None or not kept:
+            return ": a gate that the model computes, as diffusion transformers do (adaLN); the op has no such factor"
+        current = source
+    return ""
 
 
 def add_chain(kinds: Sequence[str]) -> Refusal:

@@ -88,7 +88,7 @@ REMEDIES: dict[Reason, str] = {
     "on the input of the all-reduce.",
     Reason.SCALE_NOT_CONSTANT: "The sum is multiplied by a tensor of another dtype, or of several values. Cast a scalar to the "
     "sum's dtype and take it without dimensions (scale[0]), multiply by a Python number, or use numerics='relaxed' for a scalar. "
-    "Fold one value a column into the weight in front of the all-reduce.",
+    "Fold a weight of one value a column into the one in front of the all-reduce.",
     Reason.DROPOUT: "Dropout stands between the sum and the norm. Call model.eval() before compiling for inference.",
     Reason.STREAMS: "The residual consists of several streams (hyper-connections), and the fused op adds one residual. "
     "Nothing to do: the mixing of the streams between the sum and the norm is not built.",

@@ -535,3 +535,12 @@ def tracing_through_compiled() -> Iterator[None]:
 
     with torch._dynamo.config.patch(error_on_nested_fx_trace=False), torch.compiler.set_stance("force_eager"):
         yield
+
+
+def graph_break_of(gm: torch.fx.GraphModule) -> Any | None:
+    """What ended a graph of Dynamo's: ``reason`` (text) and ``user_stack`` (``FrameSummary``, the innermost last).
+
+    None where the traced function returned. Why private: Dynamo leaves it on the graph for its own tools alone.
+    """
+    cause = getattr(gm, "compile_subgraph_reason", None)
+    return cause if getattr(cause, "graph_break", False) else None
