@@ -140,6 +140,19 @@ def no_norm(current: values.Aliases, terms: list[Term]) -> Refusal:
     return Refusal(Reason.NO_NORM, f"the {what} is read by {readers}; no norm follows")
 
 
+def flattened(current: values.Aliases) -> Refusal | None:
+    """A sum in one dimension that gets its rows back behind the reduction."""
+    tensor = values.value(current.root)
+    readers = [r for r in current.readers if r.target in values.RESHAPES]
+    if tensor is None or tensor.dim() != 1 or not readers or len(readers) != len(current.readers):
+        return None
+    return Refusal(
+        Reason.ROWS_MOVE,
+        f"the sum is of a flattened tensor, and {readers[0].name} makes it {shape_of(readers[0])} again; reduce it in that shape "
+        "(all_reduce(x) for all_reduce(x.view(-1))), then its rows are seen",
+    )
+
+
 def _gate(node: Node) -> str:
     """What to say about a factor that is no weight: it cannot be folded into one."""
     current = node

@@ -72,8 +72,8 @@ REMEDIES: dict[Reason, str] = {
     Reason.RETURNED: "The sum itself is an output of the graph, so it has to exist. Return the residual sum instead.",
     Reason.EXTRA_READER: "Another operation reads the sum before the residual is added. Let it read the residual sum, or "
     "compute it from the normed value.",
-    Reason.ROWS_MOVE: "Rows are selected, gathered or re-ordered between the all-reduce and the norm. Move the selection "
-    "after the norm.",
+    Reason.ROWS_MOVE: "Rows are selected, gathered, re-ordered or flattened between the all-reduce and the norm. Move the "
+    "selection after the norm, and reduce in the shape that the norm reads.",
     Reason.SUM_OF_REDUCTIONS: "Two reductions meet in one norm, and one op cannot make both. Add the partial sums first "
     "and reduce once, where their groups are equal; numerics='relaxed' does that.",
     Reason.ADD_CHAIN: "Several tensors are added between the sum and the norm. Add them to each other first, so that one addend "

@@ -39,6 +39,9 @@ def follow(c: Collective, order: dict[Node, int], relaxed: bool = False) -> Foun
             return Found(c, kept, c.kind)
         if kept is not None:
             block, current = kept
+    flat = legality.flattened(current)
+    if flat is not None:
+        return Found(c, flat, c.kind)
     rounded = narrowed.find(current)
     if rounded:
         current = values.aliases(rounded[-1], order)
