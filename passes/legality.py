@@ -22,10 +22,11 @@ from .reasons import Reason, Refusal
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ADD = values.overloads("add.Tensor")
 MUL = values.overloads("mul.Tensor", "mul.Scalar")
+DIV = values.overloads("div.Tensor", "div.Scalar")
 WHERE = values.overloads("where.self")
 NORMS = values.overloads("native_layer_norm.default", "_fused_rms_norm.default")
 DROPOUTS = values.overloads("native_dropout.default", "dropout.default")
-MASKS = values.CASTS | MUL | values.overloads("div.Tensor", "div.Scalar", "gt.Scalar", "lt.Scalar", "ge.Scalar")
+MASKS = values.CASTS | MUL | DIV | values.overloads("gt.Scalar", "lt.Scalar", "ge.Scalar")
 MASK_DEPTH = 4
 GATHERS = frozenset({"all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all_single", "broadcast"})
 
