@@ -13,7 +13,7 @@ from torch.fx import Graph, Node
 
 from tpfuse import compat
 
-from . import collectives, storages, streams, values
+from . import collectives, in_words, storages, streams, values
 from .candidate import Candidate, Found, Term
 from .collectives import Collective
 from .quant_expression import FLOAT8
@@ -78,6 +78,14 @@ def no_norm(current: values.Aliases, terms: list[Term]) -> Refusal:
                 "graph break, which TORCH_LOGS=graph_breaks shows, or layers that are compiled one by one)",
             )
     for reader in current.readers:
+        name = in_words.opaque_norm(reader)
+        if name is not None:
+            return Refusal(
+                Reason.UNKNOWN_NORM,
+                f"the {what} is read by {name}, an operator that the pass cannot look into; a norm of PyTorch's operators, "
+                "torch.nn.functional.rms_norm or spelled out, is seen",
+            )
+    for reader in current.readers:
         if reader.target in values.ROW_MOVERS or _gathers(reader):
             return Refusal(Reason.ROWS_MOVE, f"{reader.name} ({reader.target}) moves rows of the {what}")
     for reader in current.readers:
@@ -96,7 +104,7 @@ def no_norm(current: values.Aliases, terms: list[Term]) -> Refusal:
             if isinstance(hidden, int) and values.is_vector(other, hidden):
                 return Refusal(
                     Reason.SCALE_NOT_CONSTANT,
-                    f"{reader.name} multiplies the {what} by {other.name}, one value a column{_gate(other)}",
+                    f"{reader.name} multiplies the {what} by {other.name}, one value a column{in_words.gate(other)}",
                 )
     spread = streams.spread(current)
     if spread is not None:
@@ -111,7 +119,7 @@ def no_norm(current: values.Aliases, terms: list[Term]) -> Refusal:
             if values.same_shape(reader, current.root) and not values.same_rows(other, current.root):
                 return Refusal(
                     Reason.SCALE_NOT_CONSTANT,
-                    f"{reader.name} multiplies the {what} by {other.name} of shape {shape_of(other)}{_gate(other)}",
+                    f"{reader.name} multiplies the {what} by {other.name} of shape {shape_of(other)}{in_words.gate(other)}",
                 )
     for reader in current.readers:
         if _drops_out(reader):
@@ -137,7 +145,7 @@ def no_norm(current: values.Aliases, terms: list[Term]) -> Refusal:
                 Reason.MEAN_DIM,
                 f"{reader.name} ({reader.target}) normalizes the {what} over its last {len(sizes)} dimensions",
             )
-    readers = ", ".join(f"{r.name} ({r.target})" for r in current.readers[:3]) or "nothing"
+    readers = ", ".join(f"{r.name} ({in_words.operator_of(r)})" for r in current.readers[:3]) or "nothing"
     return Refusal(Reason.NO_NORM, f"the {what} is read by {readers}; no norm follows")
 
 
@@ -152,20 +160,6 @@ def flattened(current: values.Aliases) -> Refusal | None:
         f"the sum is of a flattened tensor, and {readers[0].name} makes it {shape_of(readers[0])} again; reduce it in that shape "
         "(all_reduce(x) for all_reduce(x.view(-1))), then its rows are seen",
     )
-
-
-def _gate(node: Node) -> str:
-    """What to say about a factor that is no weight: it cannot be folded into one."""
-    current = node
-    while current.op == "call_function":
-        source = next(iter(current.all_input_nodes), None)
-        kept = (
-            current.target in values.CASTS or current.target in values.ROW_MOVERS or values.aliased(current) is source
-        )
-        if source is None or not kept:
-            return ": a gate that the model computes, as diffusion transformers do (adaLN); the op has no such factor"
-        current = source
-    return ""
 
 
 def add_chain(kinds: Sequence[str]) -> Refusal:

@@ -131,6 +131,11 @@ def _term(current: values.Aliases) -> Term | Refusal | None:
     operands = [a for a in reader.args if isinstance(a, Node)]
     mine = [a for a in operands if a in current]
     other = next((a for a in operands if a not in current), None)
+    if len(operands) == 1 and mine:
+        return Refusal(
+            Reason.RESIDUAL_SHAPE,
+            f"{reader.name} adds a number to the sum; the op adds a vector or a tensor of the sum's shape",
+        )
     if other is None:
         return Refusal(Reason.RESIDUAL_DERIVED, f"{reader.name} adds the sum to itself") if mine else None
     if values.dtype(other) != values.dtype(current.root):

@@ -472,6 +472,7 @@ NEAR_MISSES = {
         Reason.SCALE_NOT_CONSTANT,
     ),
     "one value a column (LayerScale)": (lambda x, r, w: llama(r + all_reduce(x) * w, w), Reason.SCALE_NOT_CONSTANT),
+    "a number is added": (lambda x, r, w: llama(r + (all_reduce(x) + 0.5), w), Reason.RESIDUAL_SHAPE),
     "divided by 3": (lambda x, r, w: llama(r + all_reduce(x) / 3, w), Reason.SCALE_NOT_CONSTANT),
     "integer sum": (lambda x, r, w: all_reduce(x.int()), Reason.DTYPE),
 }
