@@ -14,7 +14,7 @@ from tpfuse.ops.reference import DTYPES
 
 from tpfuse import compat
 
-from . import collectives, storages, streams, values
+from . import collectives, in_words, storages, streams, values
 from .candidate import Candidate, Found, Term
 from .collectives import Collective
 from .quant_expression import FLOAT8
@@ -23,10 +23,11 @@ from .reasons import Reason, Refusal
 ADD = values.overloads("add.Tensor")
 MUL = values.overloads("mul.Tensor", "mul.Scalar")
 SUMS = values.overloads("sum.dim_IntList")
+DIV = values.overloads("div.Tensor", "div.Scalar")
 WHERE = values.overloads("where.self")
 NORMS = values.overloads("native_layer_norm.default", "_fused_rms_norm.default")
 DROPOUTS = values.overloads("native_dropout.default", "dropout.default")
-MASKS = values.CASTS | MUL | values.overloads("div.Tensor", "div.Scalar", "gt.Scalar", "lt.Scalar", "ge.Scalar")
+MASKS = values.CASTS | MUL | DIV | values.overloads("gt.Scalar", "lt.Scalar", "ge.Scalar")
 MASK_DEPTH = 4
 GATHERS = frozenset({"all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all_single", "broadcast"})
 
@@ -78,6 +79,14 @@ def no_norm(current: values.Aliases, terms: list[Term]) -> Refusal:
                 "graph break, which TORCH_LOGS=graph_breaks shows, or layers that are compiled one by one)",
             )
     for reader in current.readers:
+        name = in_words.opaque_norm(reader)
+        if name is not None:
+            return Refusal(
+                Reason.UNKNOWN_NORM,
+                f"the {what} is read by {name}, an operator that the pass cannot look into; a norm of PyTorch's operators, "
+                "torch.nn.functional.rms_norm or spelled out, is seen",
+            )
+    for reader in current.readers:
         if reader.target in values.ROW_MOVERS or _gathers(reader):
             return Refusal(Reason.ROWS_MOVE, f"{reader.name} ({reader.target}) moves rows of the {what}")
     for reader in current.readers:
@@ -104,7 +113,7 @@ def no_norm(current: values.Aliases, terms: list[Term]) -> Refusal:
             if isinstance(hidden, int) and values.is_vector(other, hidden):
                 return Refusal(
                     Reason.SCALE_NOT_CONSTANT,
-                    f"{reader.name} multiplies the {what} by {other.name}, one value a column",
+                    f"{reader.name} multiplies the {what} by {other.name}, one value a column{in_words.gate(other)}",
                 )
     spread = streams.spread(current)
     if spread is not None:
@@ -114,6 +123,13 @@ def no_norm(current: values.Aliases, terms: list[Term]) -> Refusal:
             f"{reader.name} ({reader.target}) spreads the {what} over {number} residual streams (hyper-connections): the fused "
             "op lacks the mixing of the streams by weights of each row, before and behind the add",
         )
+    for reader in current.readers:
+        for other in [a for a in reader.all_input_nodes if a not in current] if reader.target in MUL else []:
+            if values.same_shape(reader, current.root) and not values.same_rows(other, current.root):
+                return Refusal(
+                    Reason.SCALE_NOT_CONSTANT,
+                    f"{reader.name} multiplies the {what} by {other.name} of shape {shape_of(other)}{in_words.gate(other)}",
+                )
     for reader in current.readers:
         if _drops_out(reader):
             return Refusal(Reason.DROPOUT, f"{reader.name} ({reader.target}) drops values of the {what} at random")
@@ -138,8 +154,21 @@ def no_norm(current: values.Aliases, terms: list[Term]) -> Refusal:
                 Reason.MEAN_DIM,
                 f"{reader.name} ({reader.target}) normalizes the {what} over its last {len(sizes)} dimensions",
             )
-    readers = ", ".join(f"{r.name} ({r.target})" for r in current.readers[:3]) or "nothing"
+    readers = ", ".join(f"{r.name} ({in_words.operator_of(r)})" for r in current.readers[:3]) or "nothing"
     return Refusal(Reason.NO_NORM, f"the {what} is read by {readers}; no norm follows")
+
+
+def flattened(current: values.Aliases) -> Refusal | None:
+    """A sum in one dimension that gets its rows back behind the reduction."""
+    tensor = values.value(current.root)
+    readers = [r for r in current.readers if r.target in values.RESHAPES]
+    if tensor is None or tensor.dim() != 1 or not readers or len(readers) != len(current.readers):
+        return None
+    return Refusal(
+        Reason.ROWS_MOVE,
+        f"the sum is of a flattened tensor, and {readers[0].name} makes it {shape_of(readers[0])} again; reduce it in that shape "
+        "(all_reduce(x) for all_reduce(x.view(-1))), then its rows are seen",
+    )
 
 
 def add_chain(kinds: Sequence[str]) -> Refusal:

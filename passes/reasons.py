@@ -73,8 +73,8 @@ REMEDIES: dict[Reason, str] = {
     Reason.RETURNED: "The sum itself is an output of the graph, so it has to exist. Return the residual sum instead.",
     Reason.EXTRA_READER: "Another operation reads the sum before the residual is added. Let it read the residual sum, or "
     "compute it from the normed value.",
-    Reason.ROWS_MOVE: "Rows are selected, gathered or re-ordered between the all-reduce and the norm. Move the selection "
-    "after the norm.",
+    Reason.ROWS_MOVE: "Rows are selected, gathered, re-ordered or flattened between the all-reduce and the norm. Move the "
+    "selection after the norm, and reduce in the shape that the norm reads.",
     Reason.ROWS_SUMMED: "Rows of the sum are added to each other before the norm, such as those of several experts. Add "
     "them up in front of the all-reduce: that is one reduction of fewer bytes, which rounds once instead of for each row.",
     Reason.SUM_OF_REDUCTIONS: "Two reductions meet in one norm, and one op cannot make both. Add the partial sums first "
@@ -91,7 +91,7 @@ REMEDIES: dict[Reason, str] = {
     "on the input of the all-reduce.",
     Reason.SCALE_NOT_CONSTANT: "The sum is multiplied by a tensor of another dtype, or of several values. Cast a scalar to the "
     "sum's dtype and take it without dimensions (scale[0]), multiply by a Python number, or use numerics='relaxed' for a scalar. "
-    "Fold one value a column into the weight in front of the all-reduce.",
+    "Fold a weight of one value a column into the one in front of the all-reduce.",
     Reason.DROPOUT: "Dropout stands between the sum and the norm. Call model.eval() before compiling for inference.",
     Reason.STREAMS: "The residual consists of several streams (hyper-connections), and the fused op adds one residual. "
     "Nothing to do: the mixing of the streams between the sum and the norm is not built.",

@@ -7,6 +7,7 @@ rewritten is for :mod:`~tpfuse.passes.legality` to say.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -15,7 +16,7 @@ from torch.fx import Node
 from . import constants, equal_values, legality, narrowed, norms, rows, values, widened
 from .candidate import Candidate, Found, Start, Term
 from .collectives import Collective
-from .legality import ADD, MUL
+from .legality import ADD, DIV, MUL
 from .norms import NormForm
 from .reasons import Reason, Refusal
 from .widened import WideAdd
@@ -39,6 +40,9 @@ def follow(c: Collective, order: dict[Node, int], relaxed: bool = False) -> Foun
             return Found(c, kept, c.kind)
         if kept is not None:
             block, current = kept
+    flat = legality.flattened(current)
+    if flat is not None:
+        return Found(c, flat, c.kind)
     rounded = narrowed.find(current)
     if rounded:
         current = values.aliases(rounded[-1], order)
@@ -112,6 +116,8 @@ def _term(current: values.Aliases) -> Term | Refusal | None:
                 return Term("scale", reader, tensor) if constants.multiplies_alike(tensor, current.root) else known
             factor = known
         return None if factor is None else Term("scale", reader, None, float(factor))
+    if reader.target in DIV:
+        return _quotient(current, reader)
     if reader.target not in ADD:
         return None
     if reader.kwargs.get("alpha", 1) != 1:
@@ -119,11 +125,33 @@ def _term(current: values.Aliases) -> Term | Refusal | None:
     operands = [a for a in reader.args if isinstance(a, Node)]
     mine = [a for a in operands if a in current]
     other = next((a for a in operands if a not in current), None)
+    if len(operands) == 1 and mine:
+        return Refusal(
+            Reason.RESIDUAL_SHAPE,
+            f"{reader.name} adds a number to the sum; the op adds a vector or a tensor of the sum's shape",
+        )
     if other is None:
         return Refusal(Reason.RESIDUAL_DERIVED, f"{reader.name} adds the sum to itself") if mine else None
     if values.dtype(other) != values.dtype(current.root):
         return Refusal(Reason.DTYPE, f"the sum is {values.dtype(current.root)}, {other.name} is {values.dtype(other)}")
     return _added(reader, mine[0], other)
+
+
+def _quotient(current: values.Aliases, reader: Node) -> Term | Refusal | None:
+    """The sum divided by a number, as a mean over the ranks is: a scale where the reciprocal is exact, so that no bit differs."""
+    by = reader.args[1]
+    if reader.args[0] not in current or isinstance(by, bool) or not isinstance(by, int | float):
+        return None
+    if values.dtype(reader) != values.dtype(current.root):
+        return None
+    mantissa, exponent = math.frexp(by)
+    if abs(mantissa) == 0.5 and abs(exponent) < 100:
+        return Term("scale", reader, None, 1.0 / by)
+    return Refusal(
+        Reason.SCALE_NOT_CONSTANT,
+        f"{reader.name} divides the sum by {by}, and the op multiplies, which rounds differently unless the number is a power of "
+        "two. Multiply by the reciprocal",
+    )
 
 
 def _scalar_operand(current: values.Aliases) -> Node | None:

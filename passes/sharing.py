@@ -48,6 +48,7 @@ SOFTMAX = values.overloads(
     "_softmax.default", "softmax.int", "_safe_softmax.default", "prims::exp.default", "exp.default"
 )
 MATMULS = values.overloads("bmm.default", "baddbmm.default", "matmul.default")
+PRODUCTS = values.overloads("mm.default", "addmm.default", "linear.default", "einsum.default") | MATMULS
 
 SEARCH_LIMIT = 400  # nodes looked at behind one all-reduce
 NEAR = 12  # of these, the ones whose module names are read
@@ -117,7 +118,7 @@ def _producers(collective: Collective, order: dict[Node, int]) -> Iterator[Node]
 def _role_of_dataflow(producers: Iterable[Node]) -> str | None:
     """Attention has an attention kernel or a softmax between two batched products; an MLP an activation; else unknown."""
     softmax = bmm = False
-    activation = embedding = False
+    activation = embedding = product = False
     for node in producers:
         if ATTENTION_OPS.search(str(node.target)):
             return "attention"
@@ -127,7 +128,9 @@ def _role_of_dataflow(producers: Iterable[Node]) -> str | None:
             softmax = softmax or node.target in SOFTMAX
         bmm = bmm or node.target in MATMULS
         activation = activation or node.target in ACTIVATIONS
-        embedding = embedding or node.target in EMBEDDINGS
+        product = product or node.target in PRODUCTS
+        # Behind a product it is the residual that comes from an embedding: a head that is cut by rows, for example.
+        embedding = embedding or (node.target in EMBEDDINGS and not product)
     if softmax and bmm and not activation:
         return "attention"
     if activation:

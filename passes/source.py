@@ -22,6 +22,8 @@ LIBRARIES = {
     "tpfuse.passes": None,
     "transformers": "models/",
     "accelerate": None,
+    "deepspeed": None,
+    "fairscale": None,
     "vllm": "model_executor/models/",
 }
 INSTALLED = re.compile(

@@ -268,6 +268,25 @@ def test_in_compiled_module():
     assert torch.compile(Asks(), backend="eager")(torch.zeros(1)).item() == 1.0
 
 
+def test_graph_break_of():
+    def breaks(x: torch.Tensor) -> torch.Tensor:
+        y = x + 1
+        torch._dynamo.graph_break()
+        return y * 2
+
+    seen: list[Any] = []
+
+    def backend(gm: Any, inputs: Any) -> Any:
+        seen.append(compat.graph_break_of(gm))
+        return gm.forward
+
+    torch._dynamo.reset()
+    torch.compile(breaks, backend=backend)(torch.ones(2))
+    first, last = seen
+    assert first.reason and first.user_stack[-1].filename == __file__ and first.user_stack[-1].line
+    assert last is None, "the function returns there"
+
+
 def test_trace_time_call():
     seen: list[str] = []
 

@@ -9,6 +9,9 @@ import torch.distributed as dist
 from torch import Tensor
 from tpfuse.passes import PassOptions, fuse
 
+import tpfuse
+from tpfuse import unfused
+
 H = 32
 VERIFIED = PassOptions(policy="all", verify=True)
 
@@ -79,3 +82,21 @@ def test_bits_for_every_number_of_rows(program):
 def test_batch_and_sequence_may_be_symbolic(program, dynamic):
     report = fuse(graphs.trace(program, inputs(2, 5, H), dynamic), VERIFIED)
     assert [site.fused for site in report.sites] == [True], report.sites
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_flattened_sum_is_told_to_keep_its_shape(dynamic):
+    """Engines flatten what they reduce: ``all_reduce(y.view(-1))``. The model's norm is there, in another shape."""
+
+    def flattened(x, r, w, e):
+        return norm(r + graphs.all_reduce((x @ e).view(-1)).view(r.shape), w)
+
+    torch._dynamo.reset()
+    tpfuse.clear_reports()
+    compiled = torch.compile(flattened, backend="tpfuse", dynamic=dynamic, options={"tpfuse.inner": "aot_eager"})
+    x, r, w, e = torch.randn(2, 3, H), torch.randn(2, 3, H), torch.rand(H), torch.randn(H, H)
+    with torch.no_grad(), pytest.warns(tpfuse.FusionWarning, match="the shape that the norm reads"):
+        unfused.forget()
+        assert graphs.equal(compiled(x, r, w, e), flattened(x, r, w, e))
+    (site,) = tpfuse.reports()[-1].sites
+    assert site.reason == "rows-move" and "flattened" in site.detail

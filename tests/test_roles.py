@@ -135,3 +135,28 @@ def test_roles_and_decisions_do_not_depend_on_spelling_names_or_inner_compiler(n
     assert [(s.fused, s.role, s.layer) for s in sites] == [
         (True, role, layer) for layer in range(LAYERS) for role in ("attention", "mlp")
     ]
+
+
+def test_a_head_that_is_cut_by_rows_is_no_embedding():
+    """DeepSpeed's ``LmHeadLinearAllreduce``: only the residual comes from the embedding."""
+
+    class Headed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Embedding(16, H), nn.Linear(H // 2, 16, bias=False)
+            self.eval().requires_grad_(False)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            h = self.a(tokens)
+            return self.b((h + functional(h))[..., : H // 2])
+
+    torch._dynamo.reset()
+    model = Headed()
+    run = torch.compile(
+        lambda tokens: F.rms_norm(in_place(model(tokens)), (16,)),
+        backend="tpfuse",
+        options={"tpfuse.inner": "aot_eager"},
+    )
+    with torch.inference_mode():
+        run(torch.arange(5)[None])
+    assert [s.role for s in tpfuse.reports()[-1].sites] == ["embedding", "other"]

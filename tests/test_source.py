@@ -152,6 +152,8 @@ def test_the_innermost_frame_of_a_model(file, shown):
         f"{Path(source.__file__).parent.parent}/ops/anything.py",
         f"{SITE}/transformers/distributed/tensor_parallel.py",
         "/x/site-packages/accelerate/hooks.py",
+        "/x/site-packages/deepspeed/comm/torch.py",
+        "/x/site-packages/fairscale/nn/model_parallel/mappings.py",
         "/x/site-packages/vllm/distributed/communication_op.py",
         "/usr/lib/python3.12/contextlib.py",
         "<eval_with_key>.3",

@@ -257,6 +257,7 @@ def test_what_stands_between_is_seen_through(name, shape):
             "all_reduce+rms_norm",
         ),
         ("bias", lambda x, r, w, b: (llama(r + (all_reduce(x) + b), w),), "all_reduce+bias+add+rms_norm"),
+        ("mean over 2 ranks", lambda x, r, w, b: (llama(r + all_reduce(x) / 2, w),), "all_reduce+scale+add+rms_norm"),
         ("scale (Granite)", lambda x, r, w, b: (llama(r + all_reduce(x) * 0.22, w),), "all_reduce+scale+add+rms_norm"),
         (
             "bias and scale",
@@ -471,6 +472,8 @@ NEAR_MISSES = {
         Reason.SCALE_NOT_CONSTANT,
     ),
     "one value a column (LayerScale)": (lambda x, r, w: llama(r + all_reduce(x) * w, w), Reason.SCALE_NOT_CONSTANT),
+    "a number is added": (lambda x, r, w: llama(r + (all_reduce(x) + 0.5), w), Reason.RESIDUAL_SHAPE),
+    "divided by 3": (lambda x, r, w: llama(r + all_reduce(x) / 3, w), Reason.SCALE_NOT_CONSTANT),
     "integer sum": (lambda x, r, w: all_reduce(x.int()), Reason.DTYPE),
 }
 

@@ -225,7 +225,7 @@ def test_a_provider_whose_rounding_is_not_known_keeps_its_norms_and_is_named(gro
         made = vllm.make_pass(ranks=world)
         made(gm.graph)
     assert targets(gm) == before
-    assert [s.reason for s in made.reports[0].sites] == ["no-norm"]
+    assert [s.reason for s in made.reports[0].sites] == ["unknown-norm"]
     assert "vLLM computes norms with oink, and where that rounds is not known" in caplog.text
 
 

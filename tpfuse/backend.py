@@ -16,7 +16,7 @@ import torch
 from torch.fx import GraphModule
 
 import tpfuse as package
-from tpfuse import compat, rollback, store, unfused, wrappers
+from tpfuse import breaks, compat, rollback, store, unfused, wrappers
 from tpfuse.inner import compiler
 from tpfuse.inner.inductor import graph_pass, set_batch_invariant
 from tpfuse.options import OptionError, Options, parse
@@ -84,6 +84,7 @@ def tpfuse(
 
         compiled, new = rollback.roll_back(compiled, new, refused, again)
     unfused.look(new, parsed.policy, parsed.fuel)
+    breaks.look(new, gm, parsed.policy)
     wrappers.look(new, example_inputs)
     return compiled
 

@@ -81,7 +81,7 @@ def expect(fused: int | None = None, found: int | None = None) -> Iterator[None]
         fused: expected number of fused all-reduces over all graphs compiled inside.
         found: expected number of all-reduces, or None for any.
     Raises:
-        FusionMismatch: the count differs; the message lists each unfused site with reason and source line.
+        FusionMismatch: the count differs; the message lists each unfused site with reason and source line, and the graphs' notes.
     """
     before = {id(r) for r in reports()}
     yield
@@ -96,4 +96,5 @@ def expect(fused: int | None = None, found: int | None = None) -> Iterator[None]
         lines.append("  no graph was compiled inside expect(); was the function compiled before?")
     for r in new:
         lines += [f"  {r.graph_id}: {s.source or '?'}: {s.reason}: {s.detail}" for s in r.kept]
+        lines += [f"  {r.graph_id}: note: {note}" for note in r.notes]
     raise FusionMismatch("\n".join(lines))

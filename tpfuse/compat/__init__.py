@@ -11,6 +11,7 @@ from .cuda import (
     set_generator_offset,
 )
 from .dynamo import (
+    graph_break_of,
     in_compiled_module,
     may_vary,
     room_for_recompiles,
@@ -94,6 +95,7 @@ __all__ = [
     "forget_symmetric_memory",
     "forget_traced_regions",
     "generator_offset",
+    "graph_break_of",
     "group_reference",
     "group_store",
     "guarded",

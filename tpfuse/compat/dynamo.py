@@ -145,3 +145,12 @@ def with_room_for_recompiles(call: Callable[..., Any]) -> Callable[..., Any]:
             return call(*args, **kwargs)
 
     return roomy
+
+
+def graph_break_of(gm: torch.fx.GraphModule) -> Any | None:
+    """What ended a graph of Dynamo's: ``reason`` (text) and ``user_stack`` (``FrameSummary``, the innermost last).
+
+    None where the traced function returned. Why private: Dynamo leaves it on the graph for its own tools alone.
+    """
+    cause = getattr(gm, "compile_subgraph_reason", None)
+    return cause if getattr(cause, "graph_break", False) else None

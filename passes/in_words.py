@@ -1,0 +1,37 @@
+"""What reads a sum, in words for a refusal."""
+
+from __future__ import annotations
+
+from torch.fx import Node
+
+from tpfuse import compat
+
+from . import values
+
+TORCH = ("aten", "prims", "tpfuse")  # the operators of which the pass knows what they compute, or that are its own
+
+
+def operator_of(node: Node) -> str:
+    """What a node calls, also where torch's compiler has wrapped an operator that writes its arguments."""
+    wrappers = (compat.auto_functionalized(), compat.auto_functionalized_v2())
+    return str(node.args[0] if node.target in wrappers and node.args else node.target)
+
+
+def opaque_norm(node: Node) -> str | None:
+    """The name of a kernel library's operator that by its name is a norm, or None."""
+    name = operator_of(node)
+    return name if "norm" in name.lower() and name.partition(".")[0] not in TORCH else None
+
+
+def gate(node: Node) -> str:
+    """What to say about a factor that is no weight: it cannot be folded into one."""
+    current = node
+    while current.op == "call_function":
+        source = next(iter(current.all_input_nodes), None)
+        kept = (
+            current.target in values.CASTS or current.target in values.ROW_MOVERS or values.aliased(current) is source
+        )
+        if source is None or not kept:
+            return ": a gate that the model computes, as diffusion transformers do (adaLN); the op has no such factor"
+        current = source
+    return ""
