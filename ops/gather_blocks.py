@@ -17,7 +17,7 @@ from torch import Tensor
 from tpfuse import compat
 
 from . import gather_schedule, invariant, library, paths, reference, settings
-from .arguments import Operands, check_one_dtype, refuse_gradients, same_sizes
+from .arguments import Operands, check_devices, check_one_dtype, refuse_gradients, same_sizes
 from .cuda import run
 from .flavour import LLAMA, Flavour
 from .gather_schedule import of_prepared
@@ -61,6 +61,7 @@ def _asked(
     if x.dim() < 1:
         raise ValueError(f"{NAME}: x is a scalar; expected a tensor of shape (..., H)")
     check_one_dtype(NAME, x, residual)
+    check_devices(NAME, x, weight, bias)
     after_x = (residual, weight, bias, eps, scale, flavour, post_norm, group_name)
     asked = Rows(x, after_x, blocks, "all_reduce", at // size, tuple(x.shape), NAME)
     return asked, block_group, gather_group, largest

@@ -11,7 +11,7 @@ from torch import Tensor
 from tpfuse import compat
 
 from . import invariant, library, reference, settings
-from .arguments import Operands, check_one_dtype
+from .arguments import Operands, check_devices, check_one_dtype
 
 COLLECTIVES = ("reduce_scatter", "all_reduce")
 
@@ -57,6 +57,7 @@ class Rows(NamedTuple):
         Raises ``ValueError`` naming what does not fit.
         """
         check_one_dtype(name, x, residual)
+        check_devices(name, x, weight, bias)
         group = compat.resolve_group(group_name)
         world = group.size()
         blocks = blocks or world

@@ -116,7 +116,18 @@ def from_pretrained(
 
 
 def parallelize(model: nn.Module, config: ParallelConfig, **kwargs: Any) -> nn.Module:
-    """Shard a loaded transformers model in place. See :func:`tpfuse.parallel.parallelize`."""
+    """Shard a loaded transformers model in place, for inference. Collective.
+
+    Args:
+        model: a causal language model with whole weights, equal on all ranks.
+        config: the sizes.
+        kwargs: as for :func:`tpfuse.parallel.parallelize`.
+    Returns:
+        ``model``, in eval mode, without gradients.
+    Raises:
+        ImportError: transformers is not installed.
+        TypeError, ConfigError, PairingError: as :func:`tpfuse.parallel.parallelize`.
+    """
     _transformers()
     check_model(model)
     model = _parallelize(model, config, **kwargs)
