@@ -201,7 +201,7 @@ def bench(
 @one_line(doctoring.DoctorError)
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print the checks as JSON.")] = False,
-    timeout: Annotated[float, typer.Option(help="Seconds to wait for the other ranks under torchrun.")] = 60.0,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to wait for the other ranks under torchrun.")] = 60.0,
 ) -> None:
     """Check this machine and say which path the fused op would take. Exit code 1 when something must be fixed."""
     raise typer.Exit(doctoring.run(as_json=as_json, timeout=timeout))
