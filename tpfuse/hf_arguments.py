@@ -12,7 +12,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from tpfuse import unfused
-from tpfuse.hf_local import WRAPPED
+from tpfuse.hf_compat import hook_of
+from tpfuse.hf_local import CUT, WRAPPED
 from tpfuse.options import READERS, Options, parse
 from tpfuse.parallel.model import ATTRIBUTE, without_adapter_wrapper
 
@@ -62,7 +63,8 @@ def tell_of_a_whole_model(model: nn.Module, policy: str) -> None:
     inner = without_adapter_wrapper(model)
     if getattr(inner, ATTRIBUTE, None) is not None or getattr(inner, ASKED_FOR_WHOLE, False):
         return
-    if any(isinstance(p, DTensor) for p in model.parameters()) or any(hasattr(m, WRAPPED) for m in model.modules()):
+    # A weight that is quantized hides that it is a share, but its module has the forward of a parallel style.
+    if any(isinstance(p, DTensor) for p in model.parameters()) or any(map(_shares, model.modules())):
         return
     unfused.tell(
         "whole-model",
@@ -70,3 +72,8 @@ def tell_of_a_whole_model(model: nn.Module, policy: str) -> None:
         "fuse. Load it with tpfuse.hf.from_pretrained(path, ParallelConfig(tp_size=...)) or with transformers' tp_plan='auto', "
         "or call tpfuse.hf.parallelize first",
     )
+
+
+def _shares(module: nn.Module) -> bool:
+    hook = hook_of(module)
+    return hasattr(module, WRAPPED) or hasattr(module, CUT) or (hook is not None and hook.known)
