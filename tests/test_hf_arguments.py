@@ -1,4 +1,4 @@
-"""What a user of tpfuse.hf gets wrong is told at once, with what is valid and what to do."""
+"""What a user of tpfuse.hf, or of the pass alone, gets wrong is told at once, with what is valid and what to do."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from models import save, unsharded
 
 import tpfuse
 from tpfuse import hf, unfused
+from tpfuse.backend import graph_pass
 from tpfuse.parallel import ParallelConfig, build_groups
 
 ONE_LAYER = {"num_hidden_layers": 1}
@@ -85,3 +86,15 @@ def test_a_cut_model_and_a_single_rank_are_not_told():
         assert told(hf.parallelize(unsharded("llama", **ONE_LAYER), ParallelConfig(2))) == []
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"policy": "all"}, r"takes tpfuse.\* keys only.*given policy. Did you mean 'tpfuse.policy'"),
+        ({"tpfuse.polcy": "all"}, "unknown option 'tpfuse.polcy'"),
+    ],
+)
+def test_the_pass_alone_refuses_options_that_nobody_would_read(options, said):
+    with pytest.raises(tpfuse.OptionError, match=said):
+        graph_pass(options)
