@@ -132,6 +132,7 @@ def check(
             f"{name}: residual is {residual.dtype} {tuple(residual.shape)}; expected the dtype and "
             f"shape of x, {x.dtype} {tuple(x.shape)}"
         )
+    check_devices(name, x, residual, weight, bias)
     if post_norm and residual is None:
         raise ValueError(f"{name}: post_norm=True needs a residual to add to; residual is None")
     if post_norm and flavour.reads == "unrounded":
@@ -154,6 +155,17 @@ def check(
             f"{name}: bias is {bias.dtype} {tuple(bias.shape)}; expected {dtype} of shape "
             f"({hidden},) or {tuple(x.shape)}"
         )
+
+
+def check_devices(name: str, x: Tensor, *others: Tensor | None) -> None:
+    """Raise ``ValueError`` unless all operands are where ``x`` is: a kernel would read the address of another memory."""
+    device = x.device
+    for tensor in others:
+        if tensor is not None and tensor.device != device:
+            raise ValueError(
+                f"{name}: x is on {device}, but an operand, {tensor.dtype} {tuple(tensor.shape)}, is on {tensor.device}; move "
+                f"it to the device of x: .to({str(device)!r})"
+            )
 
 
 def check_wide(x: Tensor, residual: Tensor, flavour: Flavour, name: str) -> None:
@@ -212,7 +224,8 @@ def check_order(name: str, flag: str, asked: bool, residual: Tensor | None, scal
 
 
 def check_one_dtype(name: str, x: Tensor, residual: Tensor | None) -> None:
-    """Raise ``ValueError`` where the residual has another dtype than ``x``: for ops that take no fp32 beside 16 bits."""
+    """Raise ``ValueError`` where the residual has another device or dtype than ``x``, of which some ops take one only."""
+    check_devices(name, x, residual)
     if residual is not None and residual.dtype != x.dtype:
         raise ValueError(
             f"{name}: residual is {residual.dtype} {tuple(residual.shape)}; expected the dtype of x, {x.dtype}"

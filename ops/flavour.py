@@ -68,7 +68,10 @@ class Flavour:
 
     @classmethod
     def parse(cls, text: str) -> Flavour:
-        """The flavour that ``str(flavour)`` wrote. Raises ``ValueError`` naming the field that is wrong."""
+        """The flavour that ``str(flavour)`` wrote, or that :data:`NAMED` has under this name.
+
+        Raises ``ValueError`` naming the field that is wrong.
+        """
         return _parse(text)
 
     def describe(self) -> str:
@@ -99,11 +102,14 @@ _VALID = {
 
 @lru_cache(maxsize=256)
 def _parse(text: str) -> Flavour:
+    if text.lower() in NAMED:
+        return NAMED[text.lower()]
     parts = text.split("/")
     names = [f.name for f in fields(Flavour)]
     if len(parts) not in (len(names) - 1, len(names)):
         raise ValueError(
-            f"flavour {text!r} has {len(parts)} fields; expected {len(names) - 1} or {len(names)}: {'/'.join(names)}"
+            f"flavour {text!r} is none of {', '.join(NAMED)}, and has {len(parts)} fields; expected {len(names) - 1} or "
+            f"{len(names)}: {'/'.join(names)}"
         )
     return Flavour(**dict(zip(names, parts, strict=False)))
 

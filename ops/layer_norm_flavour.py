@@ -65,7 +65,10 @@ class LayerNormFlavour:
 
     @classmethod
     def parse(cls, text: str) -> LayerNormFlavour:
-        """The flavour that ``str(flavour)`` wrote. Raises ``ValueError`` naming the field that is wrong."""
+        """The flavour that ``str(flavour)`` wrote, or that :data:`NAMED` has under this name.
+
+        Raises ``ValueError`` naming the field that is wrong.
+        """
         return _parse(text)
 
     @property
@@ -104,11 +107,14 @@ _NATIVE = {("rsqrt", "float32", out) for out in rms.OUT}
 
 @lru_cache(maxsize=256)
 def _parse(text: str) -> LayerNormFlavour:
+    if text.lower() in NAMED:
+        return NAMED[text.lower()]
     parts = text.split("/")
     names = [f.name for f in fields(LayerNormFlavour)]
     if len(parts) != len(names):
         raise ValueError(
-            f"LayerNorm flavour {text!r} has {len(parts)} fields; expected {len(names)}: {'/'.join(names)}"
+            f"LayerNorm flavour {text!r} is none of {', '.join(NAMED)}, and has {len(parts)} fields; expected {len(names)}: "
+            f"{'/'.join(names)}"
         )
     return LayerNormFlavour(**dict(zip(names, parts, strict=True)))
 

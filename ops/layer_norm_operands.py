@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .arguments import check, check_order, check_partial, refuse_gradients
+from .arguments import check, check_devices, check_order, check_partial, refuse_gradients
 from .layer_norm_flavour import LayerNormFlavour
 from .layer_norm_reference import add_layer_norm, output_dtype
 from .reference import DTYPES, sum_dtype
@@ -68,6 +68,7 @@ class LayerNormOperands(NamedTuple):
         if added is not None and (added.dtype != self.dtype or not same(tuple(added.shape), tuple(self.x.shape))):
             raise ValueError(f"{NAME}: addend is {_text(added)}; expected {self.dtype} of shape {tuple(self.x.shape)}")
         check(self.x, self.residual, self.weight, self.bias, self.flavour.scaling, False, same, NAME)
+        check_devices(NAME, self.x, self.norm_bias, self.addend, self.addend_bias)
         self._check_two_sums(same)
         shift = self.norm_bias
         if (shift is None) != (self.flavour.shift == "none"):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cuda, invariant, settings
+from . import cuda, invariant, paths, settings
 from .arguments import Operands, check_memory, check_out, same_sizes
 from .flavour import LLAMA, Flavour
 from .layer_norm_operands import LayerNormOperands
@@ -144,20 +144,16 @@ def all_reduce_add_rms_norm(
         with ``post_norm=True`` ``(norm(y), residual + norm(y))`` where ``y = scale * (sum + bias)``, or with ``scale_first``
         ``scale * sum + bias``.
     Raises:
-        ValueError: a shape or dtype does not fit; the message names the argument.
+        ValueError: a shape, dtype or device does not fit, or there is no group; the message names the argument.
+        TypeError: ``group`` is neither a group nor a name.
         RuntimeError: autograd would have to record the op.
     """
-    if group is None:
-        group = torch.distributed.group.WORLD
-        if group is None:
-            raise ValueError(
-                "all_reduce_add_rms_norm: no process group is initialised; call torch.distributed.init_process_group "
-                "first or pass group="
-            )
-    name = group if isinstance(group, str) else group.group_name
+    name = paths.group_name_of(group, "all_reduce_add_rms_norm: ")
     number, tensor = (1.0, scale) if isinstance(scale, Tensor) else (scale, None)
     given = (x, residual, weight, bias, eps, number, str(flavour), post_norm, name)
     if out is None:
         return torch.ops.tpfuse.all_reduce_add_rms_norm(*given, tensor, scale_first, partial_bias, residual_first)
+    if len(out) != 2:
+        raise ValueError(f"all_reduce_add_rms_norm: out has {len(out)} tensors; expected (normed, residual_out)")
     torch.ops.tpfuse.all_reduce_add_rms_norm_out(*given, *out, tensor, scale_first, partial_bias, residual_first)
     return out

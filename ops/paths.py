@@ -230,13 +230,27 @@ def _attempt(step: Callable[[], None], device: torch.device) -> str | None:
     return problem[0] if problem else None
 
 
-def group_name_of(group: dist.ProcessGroup | str | None) -> str:
+def group_name_of(group: dist.ProcessGroup | str | None, op: str = "") -> str:
+    """The name of a group, of the default group where none is given.
+
+    Args:
+        op: for messages, ``"op: "`` or nothing.
+    Raises:
+        ValueError: there is no default group.
+        TypeError: it is neither a group nor a name.
+    """
     if isinstance(group, str):
         return group
-    group = group or dist.group.WORLD
     if group is None:
-        raise ValueError(
-            "no process group is initialised; call torch.distributed.init_process_group first or pass group="
+        group = dist.group.WORLD
+        if group is None:
+            raise ValueError(
+                f"{op}no process group is initialised; call torch.distributed.init_process_group first or pass group="
+            )
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            f"{op}group is {group!r}, of type {type(group).__name__}; give a process group, its name, or None for the default "
+            "group; of a DeviceMesh that is mesh.get_group()"
         )
     return group.group_name
 
@@ -245,6 +259,16 @@ def describe_path(group: dist.ProcessGroup | str | None = None, device: torch.de
     """Which path a group takes and why. Collective at the first use of the group: call it on every rank.
 
     On a machine without a GPU the answer is the library path, without any communication.
+
+    Args:
+        group: a process group of which this rank is a member, or its name; None is the default group.
+        device: of the calls; None is the current CUDA device.
+    Returns:
+        ``kind`` is ``"fused"`` or ``"library"``, ``cause`` says why, ``links`` how the GPUs are connected.
+    Raises:
+        ValueError: there is no default group, or a ``TPFUSE_`` variable is not valid.
+        RuntimeError: there is no such group, its ranks have different settings, or it is used for the first time inside
+            CUDA-graph capture.
     """
     if not torch.cuda.is_available():
         return GroupPath("library", "no CUDA device", Settings.from_environment())
@@ -289,7 +313,10 @@ def reset(group: dist.ProcessGroup | str | None = None) -> None:
 
 
 def forget(group: dist.ProcessGroup | str) -> None:
-    """Drop the planes of a group that is about to be destroyed. Captured graphs that used them must not run again."""
+    """Drop the planes of a group that is about to be destroyed. Captured graphs that used them must not run again.
+
+    Raises ``TypeError`` for what is neither a group nor a name. A group that has made no calls has nothing to drop.
+    """
     name = group_name_of(group)
     for key in [k for k in list(_paths) if k[0] == name]:
         _paths.pop(key, None)

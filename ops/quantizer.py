@@ -91,7 +91,10 @@ class Quantizer:
 
     @classmethod
     def parse(cls, text: str) -> Quantizer:
-        """The quantizer that ``str(quantizer)`` wrote. Raises ``ValueError`` naming the field that is wrong."""
+        """The quantizer that ``str(quantizer)`` wrote, or that :data:`NAMED` has under this name.
+
+        Raises ``ValueError`` naming the field that is wrong.
+        """
         return _parse(text)
 
     @property
@@ -183,11 +186,14 @@ def _contradictions(q: Quantizer) -> tuple[tuple[bool, str], ...]:
 
 @lru_cache(maxsize=256)
 def _parse(text: str) -> Quantizer:
+    if text.lower() in NAMED:
+        return NAMED[text.lower()]
     parts = text.split("/")
     names = [f.name for f in fields(Quantizer)]
     if len(parts) != len(names):
         raise ValueError(
-            f"quantizer {text!r} has {len(parts)} fields; expected {len(names)}: {'/'.join(names)}, as str(quantizer) writes them"
+            f"quantizer {text!r} is none of {', '.join(NAMED)}, and has {len(parts)} fields; expected {len(names)}: "
+            f"{'/'.join(names)}, as str(quantizer) writes them"
         )
     given = dict(zip(names, parts, strict=True))
     try:

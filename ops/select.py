@@ -143,7 +143,11 @@ def select(
         override: ``"auto"``, or an algorithm to force (``TPFUSE_ALGORITHM``); equal on all ranks.
         batch_invariant: the kernels for every size, for the library sums in another order than they do.
         sums: partial sums of each row that the call reduces: so many times the bytes.
+    Raises:
+        ValueError: there is no entry for the architecture and number of ranks, or no such algorithm.
     """
+    if override != "auto" and override not in ALGORITHMS:
+        raise ValueError(f"override is {override!r}; valid are auto, {', '.join(ALGORITHMS)}")
     thresholds = entry(architecture, world, table)
     row_bytes = sums * hidden * dtype.itemsize
     size = rows * row_bytes

@@ -121,9 +121,12 @@ def invalid(environment: Mapping[str, str] | None = None) -> list[str]:
     return found
 
 
-def warn_about_unknown() -> None:
-    """Warn of misspelled variables: one that does nothing is worse than an error."""
-    for sentence in unknown():
+def warn_about_mistakes() -> None:
+    """Warn of misspelled variables and of values that are not valid: one that does nothing is worse than an error.
+
+    A value is read where it is needed, which on a CPU most are not. Where one is needed, it is an error there.
+    """
+    for sentence in (*unknown(), *invalid()):
         warnings.warn(f"tpfuse: {sentence}", RuntimeWarning, stacklevel=3)
 
 

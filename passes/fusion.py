@@ -52,8 +52,15 @@ def fuse(
         The report; it has exactly one site per all-reduce. Graphs that this one calls, as ``torch.cond`` does, are left alone
         and named in its notes: call this for each of them.
     Raises:
+        TypeError: it is no graph.
         VerificationError: with ``options.verify``, when a rewritten region differs. The graph must not be used then.
     """
+    if not isinstance(graph, GraphModule | Graph):
+        raise TypeError(
+            f"fuse takes an fx.GraphModule or fx.Graph of functional ATen; it was given a {type(graph).__name__}. A module has "
+            "torch.export.export(module, args).run_decompositions().graph_module, or is compiled: "
+            "torch.compile(module, backend='tpfuse')"
+        )
     options = options or PassOptions()
     started = time.perf_counter()
     module = graph if isinstance(graph, GraphModule) else None

@@ -102,9 +102,9 @@ REMEDIES: dict[Reason, str] = {
     Reason.LAYER_NORM: "The norm subtracts the mean, and is no LayerNorm that the fused op computes: the mean and the biased "
     "variance of a whole row, a rounded residual, and statistics that nothing else reads. Use torch.nn.LayerNorm.",
     Reason.EPS_OUTSIDE_ROOT: "eps is added outside the square root. Add it to the mean of squares.",
-    Reason.MEAN_DIM: "The mean is not over the last dimension. Normalise over the hidden dimension, kept last.",
+    Reason.MEAN_DIM: "The mean is not over the last dimension. Normalize over the hidden dimension, kept last.",
     Reason.PARTIAL_WIDTH: "The mean covers only part of the hidden dimension (partial or grouped RMSNorm).",
-    Reason.WEIGHT_INSIDE_MEAN: "The weight is multiplied in before the mean. Apply it to the normalised value.",
+    Reason.WEIGHT_INSIDE_MEAN: "The weight is multiplied in before the mean. Apply it to the normalized value.",
     Reason.WEIGHT_SHAPE: "The weight is not a vector of the hidden size.",
     Reason.EPS_NOT_CONSTANT: "eps is computed in the graph or is a graph input. Make it a Python float of the module.",
     Reason.UNKNOWN_FLAVOUR: "It is a norm that the fused op computes, but it casts or rounds in an order that the op does not "

@@ -137,6 +137,27 @@ def test_without_jinja2_the_page_names_the_extra(folder, tmp_path):
     )
 
 
+def test_without_transformers_explain_names_that_extra(tmp_path):
+    (tmp_path / "transformers.py").write_text(
+        "raise ImportError(\"No module named 'transformers'\", name='transformers')"
+    )
+    result = tpfuse_anew("explain", "llama", "--tp-size", 2, env={"PYTHONPATH": str(tmp_path)})
+    refused(result, "tpfuse explain: No module named 'transformers'; pip install 'tpfuse[hf]'")
+
+
+@pytest.mark.parametrize(("option", "value"), [("--worlds", "two"), ("--hidden", "0"), ("--rows", "1;2")])
+def test_bench_names_the_option_that_is_wrong(option, value):
+    refused(tpfuse("bench", option, value), f"tpfuse bench: {option} is '{value}'")
+
+
+def test_bench_asks_for_the_folder_before_it_measures():
+    refused(tpfuse("bench", "--json", "absent/x.json"), "--json is absent/x.json, but there is no folder absent")
+
+
+def test_python_m_tpfuse_is_the_command_line():
+    assert run_python("-m", "tpfuse", "--version").stdout == tpfuse("--version").stdout
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_bench_without_a_gpu():
     refused(tpfuse("bench"), "tpfuse bench: no GPU is visible")

@@ -270,10 +270,28 @@ def test_json_can_go_to_stdout(tmp_path):
         (["llama", "--tp-size", 2, "--rank", 2], ["rank 2 does not exist"]),
         (["llama", "--tp-size", 2, "--rows", "0"], ["--rows is '0'"]),
         (["llama", "--tp-size", 2, "--policy", "some"], ["policy", "shared, strict, all, off"]),
+        (["llama", "--tp-size", 2, "--arch", "sm90"], ["'sm90'", "sm_80 or newer", "sm_90-pcie"]),
+        (["llama", "--tp-size", 2, "--arch", "sm_70"], ["'sm_70'", "no older ones"]),
+        (["llama", "--tp-size", 2, "--arch", "sm_90-pci"], ["'sm_90-pci'", "sm_90-pcie"]),
+        (["llama", "--tp-size", 2, "--json", "absent/x.json"], ["--json is absent/x.json", "no folder absent"]),
+        (["meta-llama/Llama-3.1-8B", "--tp-size", 2], ["does not exist", "The Hub is not asked", "config.json"]),
     ],
 )  # fmt: skip
 def test_what_a_user_can_get_wrong_is_one_line(arguments, parts):
     refused(tpfuse("explain", *arguments), "tpfuse explain:", *parts)
+
+
+def test_links_are_part_of_the_architecture(tmp_path):
+    folder = folder_of("llama", tmp_path, num_hidden_layers=1)
+    result = tpfuse("explain", folder, "--tp-size", 2, "--arch", "sm_90-pcie", "--rows", "4096")
+    assert result.returncode == 0 and "Per step on sm_90-pcie" in result.stdout
+    assert "4096 library over 0,1" in " ".join(result.stdout.split())
+
+
+def test_one_rank_is_named_as_the_size(tmp_path):
+    result = tpfuse("explain", folder_of("llama", tmp_path, num_hidden_layers=1), "--tp-size", 1)
+    assert "tp_size=1; rank 0" in result.stdout
+    assert "no all-reduce: there is one rank" in result.stdout
 
 
 def test_a_folder_without_a_config(tmp_path):

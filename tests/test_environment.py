@@ -96,6 +96,12 @@ def test_a_misspelled_variable_warns_at_import_and_fails_the_doctor():
     assert "TPFUSE_POLICY" in result.stdout
 
 
+def test_a_value_that_is_not_valid_warns_at_import_where_nothing_reads_it(monkeypatch):
+    monkeypatch.setenv("TPFUSE_ALGORITHM", "ring")
+    with pytest.warns(RuntimeWarning, match="TPFUSE_ALGORITHM='ring' is not valid; valid values are auto"):
+        settings.warn_about_mistakes()
+
+
 def test_known_variables_say_nothing():
     given = dict.fromkeys(settings.REGISTRY, "") | {"TPFUSE_TEST_SEED": "1", "PATH": ""}
     assert settings.unknown(given) == settings.invalid(given) == []

@@ -2,10 +2,11 @@
 
 import copy
 import sys
+import warnings
 
 import pytest
 import torch
-from models import save, unsharded
+from models import save, sharded, unsharded
 from ranks import RankPool
 from torch import nn
 
@@ -55,6 +56,21 @@ def test_every_other_layout_is_cut_by_the_plan(pool, tmp_path, config):
         assert kind == "Parameter"
         assert shape == (64, 64 // config.attn_tp_size)
         assert not grad
+
+
+def told_of_sharded(rank, world_size, folder):
+    """Twice: the second compile finds plain parameters, and what their modules were is all that tells."""
+    model = sharded(folder, world_size)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        hf.compile(hf.compile(model))
+    return [str(w.message) for w in caught if issubclass(w.category, tpfuse.FusionWarning)]
+
+
+@pytest.mark.ranks
+def test_a_model_that_transformers_cut_is_not_told_to_be_whole(pool, tmp_path):
+    save("llama", str(tmp_path), **LAYERS)
+    assert pool.run(told_of_sharded, str(tmp_path)) == [[], []]
 
 
 def loaded_deepseek(rank, world_size, folder):

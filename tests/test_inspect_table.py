@@ -88,9 +88,22 @@ def test_it_prints_without_rich(without_rich):
     assert "kept: group-mismatch" in shown
 
 
-def test_an_empty_report_is_one_line():
-    empty = GraphReport("graph-0", 0, 1, [])
-    assert table.plain(empty) == table.text(empty) == "graph-0: 0 all-reduces, 0 fused, 0 kept, rank 0 of 1"
+@pytest.mark.parametrize(
+    ("world", "counts", "said"),
+    [
+        (1, (0, 0), "there is one rank"),
+        (2, (0, 0), "the model is not cut over the ranks"),
+        (2, (0, 3), "but 3 all-gathers"),
+        (2, (4, 4), "but 4 reduce-scatters and 4 all-gathers"),
+    ],
+)
+def test_a_report_without_an_all_reduce_says_why_that_may_be(world, counts, said, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    empty = GraphReport("graph-0", 0, world, [], reduce_scatters=counts[0], all_gathers=counts[1])
+    head, why = table.plain(empty).splitlines()
+    assert table.text(empty).splitlines() == [head, why]
+    assert head == f"{empty.summary()}, rank 0 of {world}"
+    assert why.startswith("no all-reduce") and said in why
 
 
 def test_the_notebook_form_is_closed_and_escaped_html():

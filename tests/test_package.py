@@ -71,6 +71,8 @@ def test_sdist_can_build_again(built):
     with tarfile.open(sdist) as archive:
         names = {n.partition("/")[2] for n in archive.getnames()}
     assert {"pyproject.toml", "LICENSE", "README.md", "tpfuse/backend.py", "passes/fusion.py", "ops/op.py"} <= names
+    linked = {"CHANGELOG.md", "docs/op.md", "docs/images/fusion.svg", "examples/demo.py", "Makefile", "tools/setup.py"}
+    assert linked | {"tests/ranks.py"} <= names
 
 
 def test_repository_root_gives_the_same_names():

@@ -94,6 +94,13 @@ def test_the_plan_prints_as_a_table_with_the_ranks_of_a_rank():
     assert "gather_blocks(attn_dp [0,2])" in lines[4]
 
 
+def test_a_plan_of_what_is_no_config_or_no_list_is_refused():
+    with pytest.raises(TypeError, match="the config is 4, of type int; give a tpfuse.parallel.ParallelConfig"):
+        plan(4, ["dense"])
+    with pytest.raises(TypeError, match=r"layers is 'dense'; give the kind of each layer, e.g. \['dense'\] \* 32"):
+        plan(ParallelConfig(4), "dense")
+
+
 def test_unknown_layers_and_replicated_experts_are_refused():
     with pytest.raises(ConfigError, match="unknown kind of layer 'conv'; valid are 'dense' and 'moe'"):
         plan(ParallelConfig(4), ["conv"])

@@ -12,7 +12,7 @@ from models import unsharded
 from torch import nn
 
 import tpfuse
-from tpfuse import hf, unfused
+from tpfuse import backend, hf, unfused
 
 H = 32
 AOT = {"tpfuse.inner": "aot_eager", "tpfuse.policy": "all"}
@@ -64,6 +64,17 @@ def test_a_forgotten_no_grad_is_told_once_with_the_remedy():
     (text,) = warned(lambda: (compiled(first)(*inputs()), compiled(second)(*inputs())))
     assert "none of the 1 reductions of graph-" in text and "training 1" in text
     assert "torch.no_grad() or torch.inference_mode()" in text
+
+
+@torch.no_grad()
+def test_a_compile_that_the_comparison_of_ranks_ends_leaves_no_report_of_what_it_fused(monkeypatch):
+    def silent(*_):
+        raise backend.comparison.AgreementError("rank 1 did not compile the graph", (1,))
+
+    monkeypatch.setattr(backend.comparison, "compare", silent)
+    with pytest.raises(Exception, match="rank 1 did not compile the graph"):
+        compiled(Block())(*inputs())
+    assert tpfuse.reports() == []
 
 
 @torch.no_grad()

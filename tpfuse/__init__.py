@@ -29,7 +29,7 @@ from tpfuse.passes import (  # noqa: E402
 from tpfuse.store import FusionMismatch, clear_reports, expect, reports  # noqa: E402
 from tpfuse.unfused import FusionWarning  # noqa: E402
 
-ops.settings.warn_about_unknown()
+ops.settings.warn_about_mistakes()
 
 __all__ = [
     "FusionMismatch",

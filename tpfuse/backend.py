@@ -28,6 +28,7 @@ __all__ = ["graph_pass", "tpfuse"]
 log = logging.getLogger("tpfuse")
 
 
+@store.forgotten_on_failure()  # of the comparison too: what failed there will not run, so no report may say that it fused
 def tpfuse(
     gm: GraphModule,
     example_inputs: Sequence[Any],

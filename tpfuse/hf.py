@@ -17,12 +17,14 @@ import torch.distributed as dist
 from torch import nn
 
 from tpfuse import compat, hf_agreement, unfused
+from tpfuse.hf_arguments import ASKED_FOR_WHOLE, check_folder, check_model, check_options, tell_of_a_whole_model
 from tpfuse.hf_generate import generate, install, release
 from tpfuse.hf_local import localize
 from tpfuse.load import load
 from tpfuse.load.shares import has_adapter, progress_of_rank_0
 from tpfuse.parallel import ARCHITECTURES, ConfigError, ParallelConfig, exchange_rows
 from tpfuse.parallel import parallelize as _parallelize
+from tpfuse.parallel.config import check_config
 from tpfuse.parallel.model import ATTRIBUTE, LARGEST, token_shape, without_adapter_wrapper
 from tpfuse.parallel.qk_norms import GATHER, check_mode
 
@@ -64,12 +66,16 @@ def from_pretrained(
         The model in eval mode, without gradients. ``tpfuse.load.loading_of(model)`` says what was read.
     Raises:
         ImportError: transformers is not installed.
+        TypeError: ``config`` is no :class:`~tpfuse.parallel.ParallelConfig`.
+        FileNotFoundError: ``path`` is no folder, and no name on the Hub either.
         ConfigError: see :func:`tpfuse.parallel.parallelize`; or a quantization whose weights cannot be cut, or an argument for
             transformers that contradicts the sizes.
     """
     transformers = _transformers()
     auto_class = auto_class or transformers.AutoModelForCausalLM
     check_mode(qk_norm or GATHER)
+    check_config(config)
+    check_folder(path)
     if config.world_size > 1 and not dist.is_initialized():
         raise ConfigError(
             f"no default process group for {config.world_size} ranks; call torch.distributed.init_process_group first, "
@@ -78,6 +84,7 @@ def from_pretrained(
     if config.world_size == 1:
         with progress_of_rank_0(progress):
             model = auto_class.from_pretrained(path, **kwargs)
+        setattr(without_adapter_wrapper(model), ASKED_FOR_WHOLE, True)
     elif _transformers_shards(transformers, path, config, qk_norm, kwargs):
         if dist.get_world_size() != config.tp_size:
             raise ConfigError(
@@ -109,8 +116,20 @@ def from_pretrained(
 
 
 def parallelize(model: nn.Module, config: ParallelConfig, **kwargs: Any) -> nn.Module:
-    """Shard a loaded transformers model in place. See :func:`tpfuse.parallel.parallelize`."""
+    """Shard a loaded transformers model in place, for inference. Collective.
+
+    Args:
+        model: a causal language model with whole weights, equal on all ranks.
+        config: the sizes.
+        kwargs: as for :func:`tpfuse.parallel.parallelize`.
+    Returns:
+        ``model``, in eval mode, without gradients.
+    Raises:
+        ImportError: transformers is not installed.
+        TypeError, ConfigError, PairingError: as :func:`tpfuse.parallel.parallelize`.
+    """
     _transformers()
+    check_model(model)
     model = _parallelize(model, config, **kwargs)
     hf_agreement.install(without_adapter_wrapper(model))
     _tell_when_generate_compiles_nothing(model)
@@ -145,14 +164,21 @@ def compile(
             may be given together.
     Returns:
         The compiled model; attributes and ``generate`` are the model's own.
+    Raises:
+        ImportError: transformers is not installed.
+        TypeError: the model is no module.
+        OptionError: an unknown option or value.
     """
     transformers = _transformers()
+    check_model(model)
+    chosen = check_options(mode, options)
     model = getattr(model, "_orig_mod", model)  # compiled before: the new settings hold
     if mode is not None and options is not None:
         # torch.compile takes one of the two.
         mode, options = None, {**options, "tpfuse.mode": mode}
     for note in hidden_norms(model):
         warnings.warn(note, stacklevel=2)
+    tell_of_a_whole_model(model, chosen.policy)
     localize(model)
     settings: dict[str, Any] = {"mode": mode, "options": options, "fullgraph": fullgraph, "dynamic": dynamic}
     compiled: Any = torch.compile(model, backend="tpfuse", **settings)

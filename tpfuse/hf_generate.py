@@ -76,7 +76,11 @@ def generate(model: Any, inputs: Tensor | None = None, *, cuda_graph: bool = Tru
 
 
 def release(model: Any) -> None:
-    """Give back the caches and CUDA graphs that :func:`generate` keeps for later calls. The next call makes new ones."""
+    """Give back the caches and CUDA graphs that :func:`generate` keeps for later calls. The next call makes new ones.
+
+    Args:
+        model: the model or what :func:`tpfuse.hf.compile` made of it; one that keeps nothing is left as it is.
+    """
     decoder = getattr(getattr(model, "_orig_mod", model), DECODER, None)
     if decoder is not None:
         decoder.pool.kept.clear()

@@ -139,11 +139,19 @@ def graph_pass(options: dict[str, Any] | None = None) -> Any:
     """The pass as an Inductor ``CustomGraphPass``, for engines that have a hook of their own for graph passes.
 
     Args:
-        options: as for ``torch.compile``; ``tpfuse.inner`` is ignored, for the engine compiles.
+        options: the ``tpfuse.*`` keys of ``torch.compile``; ``tpfuse.inner`` and ``tpfuse.mode`` are ignored, for the engine
+            compiles.
     Returns:
         An object to call with a post-grad graph; its ``uuid()`` keeps compile caches usable, ``reports`` is what it did.
+    Raises:
+        OptionError: an unknown option or value, or one for a compiler.
     """
     parsed = parse(options)
+    if parsed.inner_options:
+        given = ", ".join(sorted(parsed.inner_options))
+        raise OptionError(
+            f"graph_pass takes tpfuse.* keys only, for it compiles nothing; given {given}{prefix_hint(parsed.inner_options)}"
+        )
     set_batch_invariant(parsed)
     return InductorPass(parsed, training=False, previous=None, by_place=True)
 

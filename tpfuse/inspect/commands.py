@@ -19,6 +19,8 @@ from . import load, progress
 from .fake import WorldError
 
 USAGE = 2
+# The extra that brings a module which one command alone needs; all others are in ``inspect``.
+EXTRAS = {"transformers": "hf", "accelerate": "hf", "safetensors": "hf", "matplotlib": "bench"}
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 app = typer.Typer(
@@ -46,7 +48,8 @@ def one_line(*errors: type[Exception]) -> Callable[[_Command], _Command]:
             except errors as error:
                 fail(command.__name__, error)
             except ImportError as error:
-                fail(command.__name__, f"{error}; pip install 'tpfuse[inspect]' has what the command line needs")
+                extra = EXTRAS.get(str(error.name).partition(".")[0], "inspect")
+                fail(command.__name__, f"{error}; pip install 'tpfuse[{extra}]' has what this command needs")
 
         return run  # type: ignore[return-value]
 
@@ -95,14 +98,17 @@ def explain(
     model: Annotated[str, typer.Argument(help="A folder with a config.json, or a model type of transformers.")],
     tp_size: Annotated[int, typer.Option(help="Ranks of one stage.")],
     attn_dp_size: Annotated[int, typer.Option(help="Replicas of attention.")] = 1,
-    moe_dense_tp_size: Annotated[int | None, typer.Option(help="Ranks of one dense MLP; default is all.")] = None,
+    moe_dense_tp_size: Annotated[int | None, typer.Option(help="Ranks of one dense MLP; default is --tp-size.")] = None,
     ep_size: Annotated[int, typer.Option(help="Ranks with different experts.")] = 1,
     attn_cp_size: Annotated[int, typer.Option(help="Context-parallel ranks of one replica.")] = 1,
     moe_dp_size: Annotated[int, typer.Option(help="Replicas of the experts.")] = 1,
     pp_size: Annotated[int, typer.Option(help="Pipeline stages.")] = 1,
     rank: Annotated[int, typer.Option(help="The rank to play.")] = 0,
     rows: Annotated[str, typer.Option(help="Row counts of a step, per replica.")] = "1,32,2048",
-    arch: Annotated[str, typer.Option(help="Architecture of the GPUs.")] = "sm_90",
+    arch: Annotated[
+        str,
+        typer.Option(help="Compute capability, and links other than NVLink: sm_90-pcie."),
+    ] = "sm_90",
     policy: Annotated[str, typer.Option(help="shared, strict, all or off.")] = "shared",
     numerics: Annotated[str, typer.Option(help="exact or relaxed.")] = "exact",
     json: Annotated[Path | None, typer.Option("--json", help="Write JSON to this file; - is stdout.")] = None,
@@ -122,7 +128,8 @@ def explain(
         moe_dp_size=moe_dp_size,
         pp_size=pp_size,
     )
-    request = explaining.Request(model, config, rank, _counts(rows), arch, policy, numerics)
+    request = explaining.Request(model, config, rank, _counts("--rows", rows), arch, policy, numerics)
+    _check_folders(("--json", json), ("--html", html))
     with progress.bar() as tick:
         found = explaining.explain(request, tick, html=html is not None)
     if html is not None:
@@ -132,13 +139,22 @@ def explain(
     typer.echo(found.to_json() if str(json) == "-" else explaining.text(found))
 
 
-def _counts(text: str) -> tuple[int, ...]:
+def _check_folders(*targets: tuple[str, Path | None]) -> None:
+    """Before the work, which may take minutes: the folders of these (option, file) must exist."""
+    for option, file in targets:
+        if file is not None and str(file) != "-" and not file.parent.is_dir():
+            raise ValueError(
+                f"{option} is {file}, but there is no folder {file.parent}; make it first, or name another file"
+            )
+
+
+def _counts(option: str, text: str) -> tuple[int, ...]:
     try:
         counts = tuple(int(part) for part in text.split(","))
     except ValueError:
         counts = ()
     if not counts or min(counts) < 1:
-        raise ValueError(f"--rows is {text!r}; give row counts of at least 1, separated by commas, e.g. 1,32,2048")
+        raise ValueError(f"{option} is {text!r}; give whole numbers of at least 1, separated by commas, e.g. 1,32,2048")
     return counts
 
 
@@ -164,14 +180,17 @@ def bench(
 
     if out is not None and not tune:
         fail("bench", "--out names the table that --tune derives; give --tune too, or --json for the results")
+    sizes = _counts("--worlds", worlds), _counts("--hidden", hidden)
+    counts = _counts("--rows", rows)
+    _check_folders(("--json", json), ("--out", out))
     if not torch.cuda.is_available():
         fail("bench", "no GPU is visible; the figures of a CPU say nothing about the kernels")
     if tune:
         from tpfuse.measure import tune as tuning
 
-        typer.echo(tuning.to_files(tuning.Sweep(worlds=_counts(worlds), hiddens=_counts(hidden)), out, json))
+        typer.echo(tuning.to_files(tuning.Sweep(worlds=sizes[0], hiddens=sizes[1]), out, json))
         return
-    plan = benching.Survey(worlds=_counts(worlds), hiddens=_counts(hidden), rows=_counts(rows))
+    plan = benching.Survey(worlds=sizes[0], hiddens=sizes[1], rows=counts)
     results = benching.run(plan)
     if json is not None:
         tables.save(results, json, **tables.facts())
@@ -182,7 +201,7 @@ def bench(
 @one_line(doctoring.DoctorError)
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print the checks as JSON.")] = False,
-    timeout: Annotated[float, typer.Option(help="Seconds to wait for the other ranks under torchrun.")] = 60.0,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to wait for the other ranks under torchrun.")] = 60.0,
 ) -> None:
     """Check this machine and say which path the fused op would take. Exit code 1 when something must be fixed."""
     raise typer.Exit(doctoring.run(as_json=as_json, timeout=timeout))

@@ -245,9 +245,7 @@ def path() -> Iterator[Check]:
     if not torch.cuda.is_available():
         yield Check("path", OK, "library: the group's own all-reduce (gloo), then the exact add and norm on the CPU")
     elif not dist.is_initialized():
-        yield Check(
-            "path", NOTE, "no process group: run `torchrun --nproc-per-node=N -m tpfuse.cli doctor` to test one"
-        )
+        yield Check("path", NOTE, "no process group: run `torchrun --nproc-per-node=N -m tpfuse doctor` to test one")
     elif dist.get_world_size() < 2:
         yield Check("path", NOTE, "the group has one rank: nothing to reduce")
     else:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,7 @@ import torch
 
 import tpfuse
 from tpfuse import compat
+from tpfuse.ops.topology import PARTIAL, PCIE, SHARED, UNKNOWN
 from tpfuse.parallel import GROUP_NAMES, ParallelConfig, Plan
 from tpfuse.parallel.architecture import architecture_of
 from tpfuse.parallel.layout import Op
@@ -31,6 +33,8 @@ from .algorithm import algorithm_of
 from .fake import fake_world
 
 EXPLAIN_VERSION = 1
+FIRST_CAPABILITY = 80  # of the GPUs that the kernels run on
+LINKS = ("", PARTIAL, PCIE, UNKNOWN, SHARED)  # behind an architecture; none: NVLink between all GPUs
 SEQUENCES = 8  # in the compiled decode step; the verdicts do not depend on it
 Tick = Callable[[str, int, int], None]
 
@@ -147,13 +151,14 @@ def explain(request: Request, tick: Tick | None = None, html: bool = False) -> E
     Raises:
         ModelError: the model cannot be built.
         ConfigError: the model cannot be sharded like this, or the rank does not exist.
-        ValueError: an unknown policy or numerics.
+        ValueError: an unknown policy, numerics or architecture.
         WorldError: the process has a process group already.
     """
     tick = tick or (lambda stage, done, of: None)
     # What is wrong in the request is an error before the work.
     request.config.group_of("tp", request.rank)
     PassOptions(request.policy, request.numerics)
+    _check_architecture(request.architecture)
     tick("reading the config", 0, 1)
     config = metamodel.config_of(request.model)
     with _quiet(), fake_world(request.config.world_size, request.rank), tempfile.TemporaryDirectory() as folder:
@@ -224,6 +229,17 @@ def tables(found: Explanation) -> list[page.Table]:
             steps,
         ),
     ]
+
+
+def _check_architecture(name: str) -> None:
+    chip, _, links = name.partition("-")
+    capability = re.fullmatch(r"sm_(\d+)", chip)
+    if capability is None or int(capability[1]) < FIRST_CAPABILITY or links not in LINKS:
+        ways = ", ".join(f"{chip if capability else 'sm_90'}-{way}" for way in LINKS if way)
+        raise ValueError(
+            f"the architecture is {name!r}; give the compute capability of the GPUs, sm_{FIRST_CAPABILITY} or newer, for the "
+            f"kernels run on no older ones. Alone, as sm_90, it means NVLink between all GPUs; other links are {ways}"
+        )
 
 
 # -- parts ----------------------------------------------------------------------------------------------------------
@@ -364,7 +380,8 @@ def _page(found: Explanation, folder: str) -> str:
 
 def _heading(found: Explanation) -> str:
     asked = found.request
-    sizes = ", ".join(f"{name}={value}" for name, value in asdict(asked.config).items() if value not in (None, 1))
+    given = asdict(asked.config).items()
+    sizes = ", ".join(f"{name}={value}" for name, value in given if value not in (None, 1) or name == "tp_size")
     return (
         f"{asked.model}: {found.model_type}, {found.layers} layers, hidden {found.hidden}; {sizes}; rank {asked.rank}"
     )

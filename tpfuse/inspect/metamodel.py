@@ -39,7 +39,11 @@ def config_of(model: str) -> Any:
                 ) from error
             raise ModelError(f"{path / 'config.json'} cannot be read: {error}") from error
     if os.sep in model or model.startswith("."):
-        raise ModelError(f"{model} does not exist; give a folder with a config.json, or a model type such as llama")
+        on_hub = model.count("/") == 1 and model[0] not in "./~" and not model.endswith("/")
+        hub = ". The Hub is not asked: put the model's config.json into a folder, and give that" if on_hub else ""
+        raise ModelError(
+            f"{model} does not exist; give a folder with a config.json, or a model type such as llama{hub}"
+        )
     if model not in CONFIG_MAPPING:
         close = difflib.get_close_matches(model, list(CONFIG_MAPPING.keys()), n=3)
         hint = f"did you mean {', '.join(close)}?" if close else "examples are llama, qwen3_moe, deepseek_v3"

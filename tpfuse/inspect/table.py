@@ -191,7 +191,7 @@ def _lines(report: GraphReport) -> list[str]:
     """The summary first, then what to know and do."""
     lines = [f"{report.summary()}, rank {report.rank} of {report.world_size}{_cached(report)}"]
     if not report.sites:
-        return [*lines, *_notes(report)]
+        return [*lines, *_nothing(report), *_notes(report)]
     saved = estimate.NOTHING
     for site in report.fused:
         saved = saved + estimate.saving(site)
@@ -223,6 +223,22 @@ def in_all(saved: estimate.Saving) -> str:
     if saved.bytes is None:
         return f"{estimate.in_units(saved.bytes_per_row)} a row"
     return estimate.in_units(saved.bytes)
+
+
+def _nothing(report: GraphReport) -> list[str]:
+    """What a graph without an all-reduce may mean, where ranks could have reduced something."""
+    if report.world_size == 1:
+        return [
+            "no all-reduce: there is one rank. Several come from torchrun, torch.distributed.init_process_group and a cut model"
+        ]
+    others = [(report.reduce_scatters, "reduce-scatters"), (report.all_gathers, "all-gathers")]
+    has = " and ".join(f"{count} {what}" for count, what in others if count)
+    if has:
+        return [f"no all-reduce, but {has}: tpfuse fuses all-reduces, and reduce-scatters over the first dimension"]
+    return [
+        "no all-reduce: the model is not cut over the ranks, its sums are in another graph (a graph break), or they are made by "
+        "an operator that tpfuse does not know (tpfuse.register_collective)"
+    ]
 
 
 def _notes(report: GraphReport) -> list[str]:

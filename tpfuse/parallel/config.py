@@ -158,6 +158,15 @@ class ParallelConfig:
         return self.attn_dp_size == 1 or self.attn_tp_size > 1
 
 
+def check_config(config: object) -> None:
+    """Raises ``TypeError`` for what is no :class:`ParallelConfig`, such as the number of ranks."""
+    if not isinstance(config, ParallelConfig):
+        raise TypeError(
+            f"the config is {config!r}, of type {type(config).__name__}; give a tpfuse.parallel.ParallelConfig, e.g. "
+            "ParallelConfig(tp_size=2)"
+        )
+
+
 def _strided(start: int, count: int, stride: int, size: int) -> list[list[int]]:
     """Split ``range(start, start + count)`` into lists of ``size`` ranks that are ``stride`` apart."""
     firsts = (rank for rank in range(count) if rank // stride % size == 0)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
-from .config import GROUP_NAMES, ConfigError, ParallelConfig
+from .config import GROUP_NAMES, ConfigError, ParallelConfig, check_config
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,10 @@ def build_groups(config: ParallelConfig, ranks: Sequence[int] | None = None) -> 
     Returns:
         The groups of this rank. A second call with equal arguments returns the same object.
     Raises:
+        TypeError: ``config`` is no :class:`ParallelConfig`.
         ConfigError: no default group, or ranks that do not fit the config or the default group.
     """
+    check_config(config)
     if not dist.is_initialized():
         raise ConfigError("no default process group; call torch.distributed.init_process_group before build_groups")
     world = dist.group.WORLD

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from .config import ConfigError, ParallelConfig
+from .config import ConfigError, ParallelConfig, check_config
 
 
 class Rows(str, Enum):
@@ -203,8 +203,12 @@ def plan(config: ParallelConfig, layers: Sequence[str]) -> Plan:
         config: the sizes.
         layers: ``dense`` or ``moe`` for each layer.
     Raises:
+        TypeError: ``config`` is no :class:`ParallelConfig`, or ``layers`` is one word and no list.
         ConfigError: an unknown kind of layer, or replicated experts (``moe_dp_size > 1``), for which no plan is known.
     """
+    check_config(config)
+    if isinstance(layers, str):
+        raise TypeError(f"layers is {layers!r}; give the kind of each layer, e.g. [{layers!r}] * 32")
     for kind in layers:
         if kind not in ("dense", "moe"):
             raise ConfigError(f"unknown kind of layer {kind!r}; valid are 'dense' and 'moe'")

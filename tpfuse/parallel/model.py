@@ -14,7 +14,7 @@ from tpfuse import compat
 
 from . import layers as layer_forwards
 from .architecture import Architecture, architecture_of
-from .config import ConfigError, ParallelConfig
+from .config import ConfigError, ParallelConfig, check_config
 from .cut import Cut
 from .cut_model import refuse_what_needs_the_whole
 from .groups import Groups, build_groups, small_tensor_device
@@ -90,10 +90,12 @@ def parallelize(
     Returns:
         ``model``, in eval mode, without gradients. After an error it is as it was.
     Raises:
+        TypeError: ``config`` is no :class:`ParallelConfig`.
         ConfigError: an unknown architecture, a size that the weights do not divide by, or one that is not supported here.
         PairingError: a weight is cut over other ranks than the plan reduces over.
     """
     check_mode(qk_norm)
+    check_config(config)
     _check_supported(model, config)
     inner = without_adapter_wrapper(model)
     names = architecture or architecture_of(inner)
