@@ -12,6 +12,8 @@ microseconds a call of both, and their ratio.
 With ``--gather`` the op that also gathers the normed rows, with a block for each rank, against NCCL's reduce-scatter, Inductor's
 add and norm, NCCL's all-gather; and against the op without the gather, NCCL's all-gather behind it (``op + gather``).
 
+With ``--layer-norm`` either of the two is measured with a LayerNorm.
+
     python benchmarks/rows.py --ranks 4 --replicas --out results/
 
 With ``--replicas`` attention replicas of at least two ranks that gather the normed rows of all: see ``rows_replicas.py``. This
@@ -23,6 +25,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +42,29 @@ def _add_norm(y: Any, r: Any, w: Any) -> Any:
     return w * (f * torch.rsqrt(f.pow(2).mean(-1, keepdim=True) + 1e-6)).to(h.dtype), h
 
 
-def _contenders(x: Any, residual: Any, weight: Any, blocks: int, rank: int, world: int, gather: bool) -> dict[str, Any]:
+def _add_layer_norm(y: Any, r: Any, w: Any) -> Any:
+    import torch
+
+    h = r + y
+    return torch.nn.functional.layer_norm(h, w.shape, w, w), h
+
+
+def _contenders(
+    x: Any, residual: Any, weight: Any, blocks: int, rank: int, world: int, gather: bool, layer_norm: bool
+) -> dict[str, Any]:
     import torch
     import torch.distributed as dist
-    from tpfuse.ops import reduce_rows_add_rms_norm, reduce_rows_add_rms_norm_gather
 
+    from tpfuse import ops
+
+    norm = "add_layer_norm" if layer_norm else "add_rms_norm"
+    of_rows, of_all = getattr(ops, f"reduce_rows_{norm}"), getattr(ops, f"reduce_rows_{norm}_gather")
+    given = (x, residual, weight, weight) if layer_norm else (x, residual, weight)
     rows = residual.shape[0]
     start = rank * blocks // world * rows
     own = torch.empty_like(residual)
     whole = torch.empty_like(x)
-    add_norm = torch.compile(_add_norm)
+    add_norm = torch.compile(_add_layer_norm if layer_norm else _add_norm)
 
     def nccl() -> Any:
         if blocks == world:
@@ -66,15 +82,15 @@ def _contenders(x: Any, residual: Any, weight: Any, blocks: int, rank: int, worl
             return together, pair[1]
 
         return {
-            "tpfuse": lambda: reduce_rows_add_rms_norm_gather(x, residual, weight),
+            "tpfuse": lambda: of_all(*given),
             "nccl": lambda: gathered(nccl()),
-            "op + gather": lambda: gathered(reduce_rows_add_rms_norm(x, residual, weight)),
+            "op + gather": lambda: gathered(of_rows(*given)),
         }
-    return {"tpfuse": lambda: reduce_rows_add_rms_norm(x, residual, weight, blocks=blocks), "nccl": nccl}
+    return {"tpfuse": lambda: of_rows(*given, blocks=blocks), "nccl": nccl}
 
 
 def measure(
-    rank: int, world: int, rows: tuple[int, ...], widths: tuple[int, ...], gather: bool
+    rank: int, world: int, rows: tuple[int, ...], widths: tuple[int, ...], gather: bool, layer_norm: bool = False
 ) -> list[dict[str, Any]]:
     """One line for each (blocks, H, rows); the slowest rank's time."""
     import torch
@@ -86,8 +102,9 @@ def measure(
                 x = torch.randn(blocks * count, hidden, device="cuda").bfloat16()
                 residual = torch.randn(count, hidden, device="cuda").bfloat16()
                 weight = torch.rand(hidden, device="cuda").bfloat16()
+                calls = _contenders(x, residual, weight, blocks, rank, world, gather, layer_norm)
                 with torch.no_grad():
-                    times = turns.microseconds(_contenders(x, residual, weight, blocks, rank, world, gather), ROUNDS)
+                    times = turns.microseconds(calls, ROUNDS)
                 ours, theirs = times["tpfuse"], times["nccl"]
                 lines.append({"ranks": world, "blocks": blocks, "rows": count, "hidden": hidden, **times})
                 if rank == 0:
@@ -132,6 +149,7 @@ def main() -> None:
     parser.add_argument("--rows", default="1,8,32,128,256", help="rows of a block")
     parser.add_argument("--hidden", default="4096,7168")
     parser.add_argument("--gather", action="store_true", help="measure the op that also gathers the normed rows")
+    parser.add_argument("--layer-norm", action="store_true", help="with a LayerNorm")
     parser.add_argument("--replicas", action="store_true", help="attention replicas that gather the rows of all")
     parser.add_argument("--out", type=Path, help="folder for rows.json")
     args = parser.parse_args()
@@ -139,15 +157,16 @@ def main() -> None:
     from tpfuse.measure.ranks import gpu_count, run_ranks, why_not
 
     shared = gpu_count() < args.ranks
-    if args.replicas and (args.gather or args.ranks < 4 or args.ranks % 2):
-        parser.exit(2, f"rows.py: --replicas wants 4, 6 or 8 ranks and no --gather, not {args.ranks} ranks\n")
+    if args.replicas and (args.gather or args.layer_norm or args.ranks < 4 or args.ranks % 2):
+        wanted = "4, 6 or 8 ranks and neither --gather nor --layer-norm"
+        parser.exit(2, f"rows.py: --replicas wants {wanted}, not {' '.join(sys.argv[1:])}\n")
     if args.replicas and (missing := why_not(args.ranks)):
         parser.exit(2, f"rows.py: cannot run {args.ranks} ranks here: {missing}\n")
     if shared and not args.replicas:
         parser.exit(2, f"rows.py: {gpu_count()} GPUs are visible, {args.ranks} are needed: NCCL wants one a rank\n")
     numbers = [tuple(int(n) for n in text.split(",")) for text in (args.rows, args.hidden)]
-    function, last = (measure_replicas, shared) if args.replicas else (measure, args.gather)
-    (lines, *_) = run_ranks(function, args.ranks, *numbers, last, timeout=600)
+    function, last = (measure_replicas, [shared]) if args.replicas else (measure, [args.gather, args.layer_norm])
+    (lines, *_) = run_ranks(function, args.ranks, *numbers, *last, timeout=600)
     baseline = "symm" if shared else "nccl"
     ratios = [line["tpfuse"] / line[baseline] for line in lines if baseline in line]
     if ratios:
@@ -156,6 +175,7 @@ def main() -> None:
         args.out.mkdir(parents=True, exist_ok=True)
         stored = {"facts": tables.facts(), "rows": lines}
         name = "rows-gather" if args.gather else "rows-replicas" if args.replicas else "rows"
+        name += "-layer-norm" if args.layer_norm else ""
         (args.out / f"{name}-{args.ranks}.json").write_text(json.dumps(stored, indent=1) + "\n")
 
 

@@ -155,6 +155,31 @@ def test_one_compile_takes_every_number_of_rows(pool):
     assert pool.run(compiled) == [[("rows", 1, []), ("gather", 1, []), ("blocks", 1, [])]] * 4
 
 
+def checked(rank, world):
+    """Of each op: whether schema and fake hold what the op does, with rows and without."""
+    from tpfuse.ops.layer_norm_flavour import LAYER_NORM
+
+    names = [GROUPS[name].group_name for name in ("group", "block_group", "gather_group")]
+    found = []
+    for kept in (2, 0):
+        x, r, v = torch.ones(4 * kept, H), torch.ones(kept, H), torch.ones(H)
+        behind = (v, v, v, r, 1e-5, 1.0, str(LAYER_NORM))
+        calls = {
+            "reduce_rows_add_layer_norm": (x, r, *behind, names[0], 4, ""),
+            "reduce_rows_add_layer_norm_gather": (x, None, *behind[:3], None, *behind[4:], names[0], ""),
+            "all_reduce_add_layer_norm_gather": (r, None, *behind, *names, 3),
+        }
+        for name, args in calls.items():
+            op = getattr(torch.ops.tpfuse, name).default
+            tests = torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
+            found += [name] if set(tests.values()) != {"SUCCESS"} else []
+    return found
+
+
+def test_schemas_and_fakes_hold_what_the_ops_do(pool):
+    assert pool.run(checked) == [[]] * 4
+
+
 def in_rank_order(rank, world):
     """In batch-invariant mode: calls in which a row has other bits than alone."""
     from tpfuse.ops import forget, reduce_rows_add_layer_norm, set_batch_invariant
