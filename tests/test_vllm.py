@@ -22,6 +22,7 @@ import layers
 import pytest
 import torch
 import torch.distributed as dist
+from commands import run_python
 from graphs import start_fake_group
 from ranks import RankPool
 from torch import Tensor, nn
@@ -434,16 +435,15 @@ def test_the_entry_point_asks_the_variable(value, on, monkeypatch, caplog):
 
 
 @pytest.mark.long
-def test_vllm_finds_the_entry_point_and_importing_it_imports_no_vllm(tmp_path):
+def test_vllm_finds_the_entry_point_and_importing_it_imports_no_vllm(monkeypatch):
     code = (
         "from importlib.metadata import entry_points\n"
         "(found,) = [e for e in entry_points(group='vllm.general_plugins') if e.name == 'tpfuse']\n"
         "import sys; found.load()(); print(found.value, 'vllm' in sys.modules)"
     )
-    env = {k: v for k, v in os.environ.items() if k != "TPFUSE_VLLM"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=env, check=True
-    )
+    monkeypatch.delenv("TPFUSE_VLLM", raising=False)
+    done = run_python("-c", code)
+    assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["tpfuse.engines.vllm:register", "False"]
 
 
