@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
+import logging
 import os
 import shutil
 import tempfile
@@ -35,11 +38,17 @@ LONG = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # By now torch is imported. pytest listens to every logger that does not propagate, and where somebody listens to this one,
+    # torch writes down each graph of a compile, as often as it changes.
+    logging.getLogger("torch.__trace").propagate = True
     places = {name: place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))
 
 
 def pytest_unconfigure() -> None:
+    # pytest goes on to look for lost exceptions in five collections of all that torch has made, which takes seconds.
+    gc.freeze()
+    atexit.register(gc.unfreeze)
     shutil.rmtree(CACHES, ignore_errors=True)
 
 

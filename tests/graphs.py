@@ -8,8 +8,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.utils._pytree as pytree
 from functorch.compile import aot_function, make_boxed_func
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.backends.common import aot_autograd
+from torch._functorch._aot_autograd.functional_utils import has_data_mutation
+from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from tpfuse.passes import GraphReport, PassOptions, fuse
@@ -42,6 +46,38 @@ def trace(f: Callable[..., Any], args: Sequence[Any], dynamic: Sequence[int] = (
 
     ``dynamic`` names the dimensions of 3-D inputs that become symbolic.
     """
+    if not dynamic and (at_once := traced_at_once(f, args)) is not None:
+        return at_once
+    return traced_by_aot(f, args, dynamic)
+
+
+def traced_at_once(f: Callable[..., Any], args: Sequence[Any]) -> GraphModule | None:
+    """AOTAutograd's graph without AOTAutograd's analysis of ``f``, which traces it once more: half of the time.
+
+    None where ``f`` writes into an argument: of that the graph alone does not know. ``test_graphs.py`` holds the two against
+    each other.
+    """
+    wrote = False
+    flat, shape = pytree.tree_flatten([a.clone() if isinstance(a, torch.Tensor) else a for a in args])
+
+    def flattened(*given: Any) -> tuple[Any, ...]:
+        nonlocal wrote
+        out = pytree.tree_leaves(f(*pytree.tree_unflatten(given, shape)))
+        wrote = any(has_data_mutation(a) for a in given if isinstance(a, torch.Tensor))
+        return tuple(out)
+
+    with torch.no_grad(), enable_python_dispatcher():
+        functional = dispatch_functionalize(flattened, FunctionalTensorMode())
+        gm = make_fx(functional, tracing_mode="fake")(*flat)
+    if wrote:
+        return None
+    if gm.graph.eliminate_dead_code():
+        gm.recompile()
+    return gm
+
+
+def traced_by_aot(f: Callable[..., Any], args: Sequence[Any], dynamic: Sequence[int] = ()) -> GraphModule:
+    """The same by AOTAutograd itself; with ``dynamic``, through ``torch.compile``."""
     captured: list[GraphModule] = []
 
     def keep(gm: GraphModule, _: Any) -> Callable[..., Any]:

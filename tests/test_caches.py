@@ -104,6 +104,7 @@ def test_a_second_process_hits_both_caches_and_has_the_report(root, cold, pool, 
         assert fused(first) == fused(second) == FUSED
         assert torch.equal(first["output"], second["output"])
         assert first["close"]
+        assert [(s["role"], s["layer"]) for s in first["reports"][0]["sites"]] == [("attention", 0), ("mlp", 0)]
         assert first["reports"][0]["sites"] == second["reports"][0]["sites"]
         assert first["reports"][0]["layers"] == second["reports"][0]["layers"]
         assert [r["from_cache"] for r in second["reports"]] == [True]

@@ -251,7 +251,7 @@ def test_bitsandbytes_quantizes_each_ranks_part(pool):
 
 def mixed_dtypes(rank, world_size):
     """Gemma computes its norms in float32 and rounds after: float32 norm weights beside a bf16 stream."""
-    whole = unsharded("gemma2", torch.bfloat16, tie_word_embeddings=True, **LAYERS)
+    whole = unsharded("gemma2", torch.bfloat16, tie_word_embeddings=True, **{**LAYERS, "num_hidden_layers": 1})
     for name, value in whole.named_parameters():
         if "norm" in name:
             value.data = value.data.float()
@@ -262,7 +262,7 @@ def mixed_dtypes(rank, world_size):
 
 def test_float32_norms_beside_a_bf16_stream(pool):
     for counts, equal, error in pool.run(mixed_dtypes):
-        assert counts == [(5, 5)]
+        assert counts == [(3, 3)]
         assert equal
         assert error < 0.05
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 from pathlib import Path
@@ -38,7 +39,10 @@ TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"
 # Triton takes half a second for a kernel: all of sm_90, for which the table was measured, are compiled always, those of the
 # others where slow tests run, but for the few that decode takes.
 ARCHITECTURES = (80, 90, 100)
-NVIDIA = tuple(arch if arch == 90 else pytest.param(arch, marks=pytest.mark.slow) for arch in ARCHITECTURES)
+slow = pytest.mark.slow
+NVIDIA = tuple(arch if arch == 90 else pytest.param(arch, marks=slow) for arch in ARCHITECTURES)
+# Of the widths of a row, the one in the middle.
+WIDTHS = (8192, *(pytest.param(hidden, marks=slow) for hidden in (4096, 16384)))
 
 
 def _constants(
@@ -134,20 +138,30 @@ def test_the_latency_kernels_do_not_spill(algorithm: str, arch: int, tmp_path: P
 
 @pytest.mark.parametrize("arch", NVIDIA)
 @pytest.mark.parametrize("algorithm", sorted(KERNELS))
-@pytest.mark.parametrize("world", (8, *(pytest.param(w, marks=pytest.mark.slow) for w in (2, 4))))
-def test_no_variant_of_the_table_spills(world: int, algorithm: str, arch: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("world", (8, *(pytest.param(w, marks=slow) for w in (2, 4))))
+@pytest.mark.parametrize("hidden", WIDTHS)
+def test_no_variant_of_the_table_spills(hidden: int, world: int, algorithm: str, arch: int, tmp_path: Path) -> None:
     room = Room(algorithm, world, 132)
-    for hidden in (4096, 8192, 16384):
-        chosen = {geometry(room, rows, hidden // 1024).part for rows in (1, 16, 64, 128, 4096)}
-        for part in sorted(chosen, key=str):
-            _check(algorithm, _constants(hidden), world, part, arch, tmp_path)
+    chosen = {geometry(room, rows, hidden // 1024).part for rows in (1, 16, 64, 128, 4096)}
+    for part in sorted(chosen, key=str):
+        _check(algorithm, _constants(hidden), world, part, arch, tmp_path)
 
 
 @pytest.mark.parametrize("arch", NVIDIA)
-@pytest.mark.parametrize("algorithm", sorted(KERNELS))
-@pytest.mark.parametrize("first", (0, pytest.param(1, marks=pytest.mark.slow)))
-def test_no_other_row_spills(first: int, algorithm: str, arch: int, tmp_path: Path) -> None:
-    """Flavours, dtypes and widths, at the number of ranks that needs the most registers; narrow and wide programs in turn."""
+@pytest.mark.parametrize(
+    ("algorithm", "half", "lanes"),
+    (
+        ("one_shot", 0, 128),
+        ("two_shot", 1, 512),
+        *(
+            pytest.param(*of, marks=slow)
+            for of in itertools.product(sorted(KERNELS), (0, 1), (128, 512))
+            if of not in (("one_shot", 0, 128), ("two_shot", 1, 512))
+        ),
+    ),
+)
+def test_no_other_row_spills(algorithm: str, half: int, lanes: int, arch: int, tmp_path: Path) -> None:
+    """Flavours, dtypes and widths, at the number of ranks that needs the most registers."""
     rows = (
         _constants(flavour=GEMMA),
         _constants(flavour=OLMO2),
@@ -158,40 +172,42 @@ def test_no_other_row_spills(first: int, algorithm: str, arch: int, tmp_path: Pa
         _constants(flavour=OLMO2, post_norm=True),
         _constants(scale=True),
     )
-    for n, c in enumerate(rows, first):
-        _check(algorithm, c, 8, Part((128, 512)[n % 2], 1), arch, tmp_path)
+    for c in rows[half::2]:
+        _check(algorithm, c, 8, Part(lanes, 1), arch, tmp_path)
 
 
 @pytest.mark.parametrize("arch", NVIDIA)
 @pytest.mark.parametrize(
     ("world", "blocks"),
-    ((2, 2), (8, 2), *(pytest.param(w, b, marks=pytest.mark.slow) for w, b in ((4, 2), (8, 4), (8, 8)))),
+    ((8, 2), *(pytest.param(w, b, marks=slow) for w, b in ((2, 2), (4, 2), (8, 4), (8, 8)))),
 )
-def test_rows_with_destinations_do_not_spill(world: int, blocks: int, arch: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("hidden", (7168, pytest.param(4096, marks=slow)))
+def test_rows_with_destinations_do_not_spill(hidden: int, world: int, blocks: int, arch: int, tmp_path: Path) -> None:
     room = Room("received_rows", world, 132)
-    for hidden in (4096, 7168):
-        chosen = {geometry(room, rows, hidden // 1024).part for rows in (1, 64, 4096)}
-        for part in sorted(chosen, key=str):
-            _check("received_rows", _constants(hidden), world, part, arch, tmp_path, blocks)
+    chosen = {geometry(room, rows, hidden // 1024).part for rows in (1, 64, 4096)}
+    for part in sorted(chosen, key=str):
+        _check("received_rows", _constants(hidden), world, part, arch, tmp_path, blocks)
 
 
 @pytest.mark.parametrize("arch", NVIDIA)
 @pytest.mark.parametrize(
     ("world", "blocks"),
-    ((8, 2), pytest.param(4, 2, marks=pytest.mark.slow), pytest.param(8, 4, marks=pytest.mark.slow)),
+    ((8, 2), pytest.param(4, 2, marks=slow), pytest.param(8, 4, marks=slow)),
 )
-def test_two_shot_with_destinations_does_not_spill(world: int, blocks: int, arch: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("hidden", (7168, pytest.param(4096, marks=slow)))
+def test_two_shot_with_destinations_does_not_spill(
+    hidden: int, world: int, blocks: int, arch: int, tmp_path: Path
+) -> None:
     room = Room("received_two_shot", world, 132)
-    for hidden in (4096, 7168):
-        chosen = {geometry(room, rows, hidden // 1024).part for rows in (1, 64, 4096)}
-        for part in sorted(chosen, key=str):
-            _check("received_two_shot", _constants(hidden), world, part, arch, tmp_path, blocks)
+    chosen = {geometry(room, rows, hidden // 1024).part for rows in (1, 64, 4096)}
+    for part in sorted(chosen, key=str):
+        _check("received_two_shot", _constants(hidden), world, part, arch, tmp_path, blocks)
 
 
 @pytest.mark.parametrize("arch", NVIDIA)
 @pytest.mark.parametrize(
     ("world", "blocks"),
-    ((8, 8), (8, 2), *(pytest.param(*of, marks=pytest.mark.slow) for of in ((2, 2), (3, 3), (4, 4), (4, 2), (8, 4)))),
+    ((8, 8), (8, 2), *(pytest.param(*of, marks=slow) for of in ((2, 2), (3, 3), (4, 4), (4, 2), (8, 4)))),
 )
 def test_gathered_rows_do_not_spill(world: int, blocks: int, arch: int, tmp_path: Path) -> None:
     """Weights in the dtype of the sum: fp32 ones beside two steps of a row spill some words over four ranks, and on sm_80."""
@@ -201,19 +217,20 @@ def test_gathered_rows_do_not_spill(world: int, blocks: int, arch: int, tmp_path
         _check(algorithm, _constants(7168), world, part, arch, tmp_path, blocks)
 
 
-@pytest.mark.parametrize("worlds", ((8,), pytest.param((2, 4), marks=pytest.mark.slow)), ids=str)
+@pytest.mark.parametrize("world", (8, *(pytest.param(w, marks=slow) for w in (2, 4))))
 @pytest.mark.parametrize("arch", NVIDIA)
-@pytest.mark.parametrize("algorithm", sorted(KERNELS))
+@pytest.mark.parametrize("algorithm", ("one_shot", pytest.param("two_shot", marks=slow)))
+@pytest.mark.parametrize("hidden", WIDTHS)
 def test_a_row_that_is_held_unrounded_fits_the_same_registers(
-    algorithm: str, arch: int, worlds: tuple[int, ...], tmp_path: Path
+    hidden: int, algorithm: str, arch: int, world: int, tmp_path: Path
 ) -> None:
     """Twice the registers between add and norm: within the bounds that size the grid, so flavours share geometries."""
-    for world in worlds:
-        room = Room(algorithm, world, 132)
-        for hidden in (4096, 8192, 16384):
-            chosen = {geometry(room, rows, hidden // 1024).part for rows in (1, 16, 64, 128, 4096)}
-            for part in sorted(chosen, key=str):
-                _check(algorithm, _constants(hidden, flavour=VLLM), world, part, arch, tmp_path)
+    room = Room(algorithm, world, 132)
+    chosen = {geometry(room, rows, hidden // 1024).part for rows in (1, 16, 64, 128, 4096)}
+    for part in sorted(chosen, key=str):
+        _check(algorithm, _constants(hidden, flavour=VLLM), world, part, arch, tmp_path)
+    if (hidden, world) != (8192, 8):
+        return  # what follows has a width and a world of its own
     _check(algorithm, _constants(dtype=torch.float16, flavour=SGLANG), 8, Part(512, 1), arch, tmp_path)
     if arch >= 90:  # on sm_80 an fp32 weight beside eight ranks' words costs two words, with the rounded sum as well
         _check(algorithm, _constants(weight=torch.float32, flavour=SGLANG), 8, Part(512, 1), arch, tmp_path)
@@ -300,7 +317,7 @@ def test_stamps_are_in_the_kernels_that_ask_for_them_only() -> None:
         assert reads[0] == polls and reads[1] >= polls + stages
 
 
-@pytest.mark.parametrize("algorithm", sorted(KERNELS))
+@pytest.mark.parametrize("algorithm", (pytest.param("one_shot", marks=slow), "two_shot"))
 def test_the_portable_bodies_compile_for_an_amd_gpu(algorithm: str) -> None:
     compiled = _compile(algorithm, _constants(hidden=4096), 4, Part(128, 1), GPUTarget("hip", "gfx942", 64))
     spills = re.findall(r"\.vgpr_spill_count:\s+(\d+)", compiled.asm["amdgcn"])

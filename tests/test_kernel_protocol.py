@@ -164,7 +164,7 @@ def test_a_norm_of_the_unrounded_sum_has_the_bits_of_its_reference_however_a_row
 
 
 @pytest.mark.parametrize(
-    ("world", "count"), ((3, 20), pytest.param(2, 200, marks=slow), pytest.param(3, 200, marks=slow))
+    ("world", "count"), ((3, 14), pytest.param(2, 200, marks=slow), pytest.param(3, 200, marks=slow))
 )
 def test_calls_alternate_algorithm_rows_and_width_with_random_delays(world: int, count: int) -> None:
     rng = random.Random(world)
@@ -205,12 +205,9 @@ def test_the_same_on_four_ranks_with_wide_rows(count: int) -> None:
 def test_rows_split_over_programs_have_the_bits_of_whole_rows() -> None:
     """Programs of one row wait for each other, so each is a process: 2 ranks x 3 programs; then the same rows unsplit."""
     split = [
-        Call(1, 2880, algorithm, steps=1, programs=3, seed=n)
-        for n, algorithm in enumerate(("one_shot", "two_shot", "one_shot"))
+        Call(1, 2880, algorithm, steps=1, programs=3, seed=n) for n, algorithm in enumerate(("one_shot", "two_shot"))
     ]
-    whole = [
-        Call(1, 2880, algorithm, programs=1, seed=n) for n, algorithm in enumerate(("one_shot", "two_shot", "one_shot"))
-    ]
+    whole = [Call(1, 2880, algorithm, programs=1, seed=n) for n, algorithm in enumerate(("one_shot", "two_shot"))]
     pieces = run(2, split, split=True)
     for outcome in pieces:
         assert not outcome.error, outcome.error
@@ -287,28 +284,21 @@ def test_a_row_has_the_same_bits_alone_and_among_up_to_three_hundred(world: int,
             assert by_itself.get(row, found) == found, f"row {row} of {call} has other bits than alone"
 
 
-def test_a_row_of_several_groups_has_the_same_bits_alone_and_among_others() -> None:
-    hidden = {torch.bfloat16: 2056, torch.float32: 1032}  # three groups of either
-    ways = [
-        (rows, algorithm, lanes, dtype)
-        for dtype in (torch.bfloat16, torch.float32)
-        for rows, algorithm, lanes in (
-            (1, "one_shot", 128),
-            (1, "two_shot", 512),
-            (3, "one_shot", 256),
-            (3, "two_shot", 128),
-        )
-    ]
+@pytest.mark.parametrize(
+    ("dtype", "hidden"),  # three groups of either
+    ((torch.bfloat16, 2056), pytest.param(torch.float32, 1032, marks=slow)),
+)
+def test_a_row_of_several_groups_has_the_same_bits_alone_and_among_others(dtype: torch.dtype, hidden: int) -> None:
+    ways = ((1, "one_shot", 128), (1, "two_shot", 512), (3, "one_shot", 256), (3, "two_shot", 128))
     calls = [
-        Call(rows, hidden[dtype], algorithm, dtype, special="order", seed=2, pool=3, lanes=lanes, programs=3)
-        for rows, algorithm, lanes, dtype in ways
+        Call(rows, hidden, algorithm, dtype, special="order", seed=2, pool=3, lanes=lanes, programs=3)
+        for rows, algorithm, lanes in ways
     ]
     outcomes = run(3, calls)
     _agree(outcomes, 3)
     bits = outcomes[0].row_digests
-    for first in (0, 4):
-        assert {digests[0] for digests in bits[first : first + 4]} == {bits[first][0]}
-        assert bits[first + 2] == bits[first + 3]
+    assert {digests[0] for digests in bits} == {bits[0][0]}
+    assert bits[2] == bits[3]
 
 
 @pytest.mark.parametrize("algorithm", ("one_shot", pytest.param("two_shot", marks=slow)))

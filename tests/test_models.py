@@ -42,6 +42,7 @@ PAGE_NAMES = {
 ALIKE = (
     *("mistral", "qwen2", "qwen3", "phi3", "qwen3_moe", "mixtral", "gemma3_text"),
     *("glm4", "glm4_moe", "olmo2", "granite", "cohere2"),
+    *("llama", "gpt_oss"),  # a Llama is in test_hf_generate_ranks.py, attention alone cut is deepseek_v3's case as well
 )
 
 

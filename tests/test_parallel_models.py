@@ -48,23 +48,24 @@ def tokens_of(rank, config, sequences, length, seed):
     return torch.randint(1, 128, (sequences[block], length), generator=generator)
 
 
-def prefill_and_decode(model, prompt, token, arguments=lambda tokens: {}):
-    """Logits of a prompt and of one more token."""
+def prefill_and_decode(model, *steps, arguments=lambda tokens: {}):
+    """Logits of each step: of a prompt, and of more tokens behind it."""
     logits = []
     cache = None
-    for tokens in (prompt, token):
+    for tokens in steps:
         output = model(tokens, cache=cache, use_cache=True, **arguments(tokens))
         cache = output.cache
         logits.append(output.logits)
     return logits
 
 
-def difference_from(reference, prompt, token, got):
+def difference_from(reference, *steps_and_got):
     """Largest difference from the reference relative to its largest logit; 0 for a block without rows."""
-    assert [tuple(g.shape[:2]) for g in got] == [tuple(prompt.shape), tuple(token.shape)]
-    if prompt.numel() == 0:
+    *steps, got = steps_and_got
+    assert [tuple(g.shape[:2]) for g in got] == [tuple(tokens.shape) for tokens in steps]
+    if steps[0].numel() == 0:
         return 0.0
-    expected = prefill_and_decode(reference, prompt, token)
+    expected = prefill_and_decode(reference, *steps)
     return max(((g - e).abs().max() / e.abs().max()).item() for g, e in zip(got, expected, strict=True))
 
 
@@ -292,8 +293,8 @@ def mixed(name):
 
 
 @torch.no_grad()
-def compiled_outcome(rank, world_size, name, sizes, sequences, depth=2):
-    """Difference from the unsharded model, the reports, and the all-reduces of the plan."""
+def compiled_outcome(rank, world_size, name, sizes, sequences, depth=2, decode=True):
+    """Difference from the unsharded model, the reports, and the all-reduces of the plan. ``decode``: a step behind the prompt."""
     import tpfuse
 
     torch._dynamo.reset()
@@ -301,15 +302,15 @@ def compiled_outcome(rank, world_size, name, sizes, sequences, depth=2):
     config = ParallelConfig(*sizes)
     reference = unsharded(name, **with_layers(name, depth))
     model = parallelize(copy.deepcopy(reference), config)
-    prompt, token = tokens_of(rank, config, sequences, 5, 0), tokens_of(rank, config, sequences, 1, 1)
+    steps = [tokens_of(rank, config, sequences, *of) for of in ((5, 0), (1, 1))][: 1 + decode]
     # fullgraph: a graph break is an error.
     compiled = torch.compile(model, backend="tpfuse", options={"tpfuse.inner": "aot_eager"}, fullgraph=True)
     got = prefill_and_decode(
-        compiled, prompt, token, lambda tokens: {"largest_block": exchange_rows(model, tokens.numel())}
+        compiled, *steps, arguments=lambda tokens: {"largest_block": exchange_rows(model, tokens.numel())}
     )
     groups = layout_of(model).groups
     planned = [(r.layer, r.role, groups.ranks_of(r.group), r.fuses) for r in layout_of(model).plan.reductions()]
-    return difference_from(reference, prompt, token, got), tpfuse.reports(), planned
+    return difference_from(reference, *steps, got), tpfuse.reports(), planned
 
 
 @pytest.mark.parametrize(
@@ -321,11 +322,12 @@ def compiled_outcome(rank, world_size, name, sizes, sequences, depth=2):
     ],
 )
 def test_with_the_shared_group_every_dense_layer_fuses_both_reductions(pool, name, depth):
-    outcomes = pool.run(compiled_outcome, name, (4, 2, 1, 2), (1, 2), depth)
+    decode = depth > 1  # of one layer, test_hf_generate_ranks.py has decode steps
+    outcomes = pool.run(compiled_outcome, name, (4, 2, 1, 2), (1, 2), depth, decode)
     for rank, (difference, reports, planned) in enumerate(outcomes):
         pair = (0, 1) if rank < 2 else (2, 3)
         assert difference < 1e-5
-        assert len(reports) == 2  # prefill and decode, one graph each
+        assert len(reports) == 1 + decode  # prefill and decode, one graph each
         for report in reports:
             seen = [(site.layer, site.role, site.group, site.fused) for site in report.sites]
             assert seen == [(None, "embedding", pair, True), *planned]

@@ -24,6 +24,13 @@ def pool():
         yield pool
 
 
+@pytest.fixture(scope="module")
+def alone():
+    """One rank, whose sums are its own."""
+    with RankPool(2, alone=True) as pool:
+        yield pool
+
+
 @torch.no_grad()
 def differences(rank, world_size, cases):
     """Largest difference of prefill and decode from the unsharded model, for each (model, changes, mode)."""
@@ -65,19 +72,21 @@ def compiled(rank, world_size, name, mode, inner="aot_eager"):
     return [torch.equal(g, e) for g, e in zip(got, expected, strict=True)], tpfuse.reports()
 
 
-# In the quick run one rank, whose sums are its own.
-COMPILED = [
-    *(("olmo2", mode, True) for mode in MODES),
-    *(pytest.param(name, mode, False, marks=pytest.mark.slow) for name in WIDE for mode in MODES),
-]
+@pytest.mark.parametrize("mode", MODES)
+def test_both_reductions_of_every_layer_fuse_and_keep_their_bits_on_one_rank(alone, mode):
+    check_outcomes(alone.run(compiled, "olmo2", mode), "olmo2", mode)
 
 
-@pytest.mark.parametrize(("name", "mode", "alone"), COMPILED)
-def test_both_reductions_of_every_layer_fuse_and_keep_their_bits(name, mode, alone):
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", WIDE)
+def test_both_reductions_of_every_layer_fuse_and_keep_their_bits(pool, name, mode):
     if not known(name):
         pytest.skip(f"this transformers has no {name}")
-    with RankPool(2, alone=alone) as pool:
-        outcomes = pool.run(compiled, name, mode)
+    check_outcomes(pool.run(compiled, name, mode), name, mode)
+
+
+def check_outcomes(outcomes, name, mode):
     for equal, reports in outcomes:
         assert equal == [True, True]
         assert len(reports) == 2  # prefill and decode

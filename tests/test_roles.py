@@ -110,16 +110,13 @@ NAMES = {
 }
 
 
-QUICK = ("a, b, c", "in place")  # for Inductor: nothing is known but what is computed
-
-
 @pytest.mark.parametrize(
     ("names", "spelling", "inner"),
     [
         pytest.param(
             *case,
             inner,
-            marks=[] if inner == "aot_eager" else pytest.mark.long if case == QUICK else pytest.mark.slow,
+            marks=[] if inner == "aot_eager" else pytest.mark.slow,  # the quick run has Inductor's in test_caches.py
             id="-".join((*case, inner)),
         )
         for case in itertools.product(NAMES, SPELLINGS)

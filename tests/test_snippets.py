@@ -180,9 +180,8 @@ SIZES = "tp_size=4, attn_dp_size=2, moe_dense_tp_size=2"  # four ranks; two are 
 
 
 @pytest.mark.ranks
-def test_readme(folder):
-    with RankPool(2, env=ENV) as pool:
-        on_ranks(pool, folder, one("README.md", "tpfuse"))
+def test_readme(pool, folder):
+    on_ranks(pool, folder, one("README.md", "tpfuse"))
 
 
 @pytest.mark.ranks

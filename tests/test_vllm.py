@@ -22,6 +22,7 @@ import layers
 import pytest
 import torch
 import torch.distributed as dist
+from commands import run_python
 from graphs import start_fake_group
 from ranks import RankPool
 from torch import Tensor, nn
@@ -103,7 +104,7 @@ def compile_as_vllm_does(
     vllm._watch = lambda: None
     tpfuse.passes.collectives.unregister_collective(torch.ops.vllm.all_reduce)
     tpfuse.clear_reports()  # fuel counts from here
-    model = Model(2, ir, weights, rank)
+    model = Model(1, ir, weights, rank)
     x = torch.randn(3, layers.HIDDEN, generator=torch.Generator().manual_seed(rank)).bfloat16()
     # What a worker gets: a copy that was never made here, in a process that has registered nothing.
     ours = pickle.loads(pickle.dumps(vllm.make_pass({"tpfuse.fuel": fuel}, ranks=world)))
@@ -167,9 +168,9 @@ def test_every_reduction_is_fused_with_the_same_bits(pool, ir, weights, lowered_
     results = pool.run(compile_as_vllm_does, ir, weights, lowered_to)
     for result in results:
         # vLLM's own arithmetic reads the sum before it is rounded, its CUDA kernel after.
-        assert result["unrounded"] == [False] + 4 * [ir and lowered_to == "native"]
-        assert result["patterns"] == ["all_reduce+rms_norm"] + 4 * ["all_reduce+add+rms_norm"], result["reasons"]
-        assert result["found"] == 5
+        assert result["unrounded"] == [False] + 2 * [ir and lowered_to == "native"]
+        assert result["patterns"] == ["all_reduce+rms_norm"] + 2 * ["all_reduce+add+rms_norm"], result["reasons"]
+        assert result["found"] == 3
         assert result["groups"] == {(0, 1)}
         assert result["dtype"] == torch.bfloat16
         assert result["equal"]
@@ -183,7 +184,7 @@ def test_what_is_not_fused_says_why_and_stays_right(env):
     with RankPool(2, env=env, alone=True) as alone:
         (result,) = alone.run(compile_as_vllm_does, True, "own", "native", 2)
     assert len(result["patterns"]) == 2
-    assert result["reasons"] == ["fuel"] * 3
+    assert result["reasons"] == ["fuel"]
     assert result["equal"]
 
 
@@ -434,16 +435,15 @@ def test_the_entry_point_asks_the_variable(value, on, monkeypatch, caplog):
 
 
 @pytest.mark.long
-def test_vllm_finds_the_entry_point_and_importing_it_imports_no_vllm(tmp_path):
+def test_vllm_finds_the_entry_point_and_importing_it_imports_no_vllm(monkeypatch):
     code = (
         "from importlib.metadata import entry_points\n"
         "(found,) = [e for e in entry_points(group='vllm.general_plugins') if e.name == 'tpfuse']\n"
         "import sys; found.load()(); print(found.value, 'vllm' in sys.modules)"
     )
-    env = {k: v for k, v in os.environ.items() if k != "TPFUSE_VLLM"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=env, check=True
-    )
+    monkeypatch.delenv("TPFUSE_VLLM", raising=False)
+    done = run_python("-c", code)
+    assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["tpfuse.engines.vllm:register", "False"]
 
 

@@ -4,9 +4,9 @@
     context = warm.context(interpret=True)   # Triton's interpreter is on
     context.Process(target=..., args=...)    # as of any multiprocessing context
 
-A child starts as a spawned one does, with the environment of the process that starts it and with nothing of tpfuse
-imported. But torch and transformers are there, and torch has compiled something (``first_compile``): a variable that they read
-when they are imported (see SERVER) is the same for all children.
+A child starts as a spawned one does, with the environment of the process that starts it. But torch and transformers are
+there, and torch has compiled something (``first_compile``): a variable that they read when they are imported (see SERVER) is
+the same for all children. Of tpfuse nothing is imported, but in those that interpret (``first_interpretation``).
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ RANKS = (
 INTERPRETER = (
     *("torch", "sympy", "torch.distributed", "torch._library.custom_ops", "torch._dynamo"),
     *("triton", "triton.language", "triton.runtime.interpreter", "triton.experimental.gluon"),
+    "first_interpretation",
 )
 
 

@@ -90,7 +90,10 @@ class Transformer(nn.Module):
 
 @pytest.mark.parametrize(
     ("rows", "inner"),
-    [(1, "aot_eager"), (5, "aot_eager"), (1, "inductor"), pytest.param(5, "inductor", marks=pytest.mark.slow)],
+    [
+        *((rows, "aot_eager") for rows in (1, 5)),
+        *(pytest.param(rows, "inductor", marks=pytest.mark.slow) for rows in (1, 5)),
+    ],
 )
 def test_gpt_fast_fuses_all_of_its_reductions(rows, inner):
     torch.manual_seed(rows)
