@@ -41,7 +41,7 @@ def test_the_table_says_what_was_kept_why_and_what_to_do(monkeypatch):
     assert "9 all-reduces, 6 fused, 3 kept" in shown
     assert "kept: mean-dim" in shown
     assert "matched up to square; the mean is over dim 1, expected the last" in " ".join(shown.split())
-    assert "Normalise over the hidden dimension" in shown
+    assert "Normalize over the hidden dimension" in shown
     assert "note: use_kernels=True hides 2 norms" in shown
     assert "saves an estimated 6 launches and 768.0 KiB" in shown
     assert "\x1b" not in shown
@@ -138,6 +138,16 @@ def test_a_symbolic_row_count_gives_an_estimate_per_row():
     assert (estimate.saving(absorbed, rows=32).bytes, estimate.saving(absorbed).launches) == (32 * 2 * 4096 * 2, 1)
     assert estimate.saving(made.sites[0], rows=32, path="library") == estimate.NOTHING
     assert "16.0 KiB a row" in table.in_all(saved)
+
+
+def test_over_more_ranks_than_the_kernels_take_nothing_is_saved(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    made = report()
+    made.sites = [replace(site, group=tuple(range(16))) for site in made.sites if site.fused]
+    assert all(estimate.saving(site, rows=32) == estimate.NOTHING for site in made.sites)
+    shown = table.plain(made)
+    assert "library all-reduce and one kernel, for their group has more than 8 ranks" in shown
+    assert "saves an estimated" not in shown
 
 
 def test_short_forms():

@@ -29,6 +29,7 @@ from dataclasses import dataclass
 
 import torch
 
+from tpfuse.ops.vote import MAX_WORLD
 from tpfuse.passes.report import Site
 
 LAUNCHES_SAVED = 1
@@ -64,16 +65,27 @@ def saving(site: Site, rows: int | None = None, path: str | None = None) -> Savi
         site: fused or not.
         rows: row count to assume instead of the one in the graph.
         path: the algorithm for that size, as :func:`.algorithm.algorithm_of` names it; ``library`` saves nothing, and a gather
-            that the library does behind the op nothing more.
+            that the library does behind the op nothing more. Over more ranks than the kernels take it is the only one.
     """
     sums, _, outside = (path or "").partition("+")
-    if sums == "library" or site.lowered or not site.shape or not isinstance(site.shape[-1], int):
+    if (
+        sums == "library"
+        or too_many_ranks(site)
+        or site.lowered
+        or not site.shape
+        or not isinstance(site.shape[-1], int)
+    ):
         return NOTHING
     # A site without a flavour is a sum that another site's op makes too: the gather is that one's.
     gathers = site.pattern.endswith("+all_gather") and site.flavour is not None and not outside
     per_row = TRIPS_SAVED * (1 + gathers) * site.shape[-1] * item_size(site.dtype)
     known = rows_of(site) if rows is None else rows
     return Saving(LAUNCHES_SAVED * (1 + gathers), None if known is None else known * per_row, per_row)
+
+
+def too_many_ranks(site: Site) -> bool:
+    """Whether the site's group is larger than the kernels take, so that its op is the library's all-reduce and one kernel."""
+    return len(site.group) > MAX_WORLD
 
 
 def rows_of(site: Site) -> int | None:

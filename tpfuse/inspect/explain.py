@@ -235,7 +235,7 @@ def _check_architecture(name: str) -> None:
     chip, _, links = name.partition("-")
     capability = re.fullmatch(r"sm_(\d+)", chip)
     if capability is None or int(capability[1]) < FIRST_CAPABILITY or links not in LINKS:
-        ways = ", ".join(f"{chip if capability else 'sm_90'}-{way}" for way in LINKS if way)
+        ways = ", ".join(f"sm_90-{way}" for way in LINKS if way)
         raise ValueError(
             f"the architecture is {name!r}; give the compute capability of the GPUs, sm_{FIRST_CAPABILITY} or newer, for the "
             f"kernels run on no older ones. Alone, as sm_90, it means NVLink between all GPUs; other links are {ways}"

@@ -14,6 +14,7 @@ from html import escape
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
+from tpfuse.ops.vote import MAX_WORLD
 from tpfuse.passes import source
 from tpfuse.passes.report import LOWERED, GraphReport, Site
 
@@ -198,7 +199,13 @@ def _lines(report: GraphReport) -> list[str]:
     lowered = sum(site.lowered for site in report.sites)
     if lowered:
         lines.append(f"{lowered} of {len(report.fused)} fused run as: {LOWERED}")
-    if lowered < len(report.fused):
+    wide = sum(estimate.too_many_ranks(site) for site in report.fused if not site.lowered)
+    if wide:
+        lines.append(
+            f"{wide} of {len(report.fused)} fused run as: library all-reduce and one kernel, for their group has more than "
+            f"{MAX_WORLD} ranks"
+        )
+    if lowered + wide < len(report.fused):
         per = in_all(saved)
         lines.append(f"saves an estimated {saved.launches} launches and {per} of memory traffic per call and rank")
     unproved = [site for site in report.fused if site.admitted == "not-refuted"]
