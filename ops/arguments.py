@@ -161,7 +161,8 @@ def check_devices(name: str, x: Tensor, *others: Tensor | None) -> None:
     """Raise ``ValueError`` unless all operands are where ``x`` is: a kernel would read the address of another memory."""
     device = x.device
     for tensor in others:
-        if tensor is not None and tensor.device != device:
+        # There is one CPU: while a graph is traced, cpu:0 and cpu are its names, and differ.
+        if tensor is not None and tensor.device != device and (tensor.is_cpu, device.type) != (True, "cpu"):
             raise ValueError(
                 f"{name}: x is on {device}, but an operand, {tensor.dtype} {tuple(tensor.shape)}, is on {tensor.device}; move "
                 f"it to the device of x: .to({str(device)!r})"

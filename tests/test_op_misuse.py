@@ -49,6 +49,16 @@ def test_so_is_one_that_only_a_layer_norm_has(operand):
         ops.all_reduce_add_layer_norm(X, RESIDUAL, WEIGHT, **given)
 
 
+def test_the_one_cpu_has_two_names():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        x, residual, weight = torch.ones(4, H, device="cpu:0"), torch.ones(4, H), torch.ones(H)
+        assert x.device != residual.device, "nothing to tell apart"
+        for op, kept in ((ops.all_reduce_add_rms_norm, residual), (ops.reduce_rows_add_rms_norm, residual[:2])):
+            assert op(x, kept, weight)[0].shape == kept.shape
+
+
 @pytest.mark.parametrize("group", [0, [0, 1]])
 @pytest.mark.parametrize("call", [lambda group: fused(group=group), ops.raise_if_failed, ops.reset, ops.forget])
 def test_what_is_no_group_is_told_with_what_is_one(call, group):
