@@ -382,7 +382,7 @@ def _adds_rows(reader: Node) -> bool:
     """Whether a reader adds up whole rows, and keeps their columns."""
     dims = reader.args[1] if reader.target in SUMS and len(reader.args) > 1 else None
     source = values.value(reader.args[0]) if isinstance(reader.args[0], Node) else None
-    if source is None or not isinstance(dims, Sequence) or not dims:
+    if source is None or source.dim() < 2 or not isinstance(dims, Sequence) or not dims:
         return False
     return all(isinstance(d, int) and d % source.dim() != source.dim() - 1 for d in dims)
 

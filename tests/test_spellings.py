@@ -473,6 +473,7 @@ NEAR_MISSES = {
     ),
     "one value a column (LayerScale)": (lambda x, r, w: llama(r + all_reduce(x) * w, w), Reason.SCALE_NOT_CONSTANT),
     "a number is added": (lambda x, r, w: llama(r + (all_reduce(x) + 0.5), w), Reason.RESIDUAL_SHAPE),
+    "a number that is summed over no rows": (lambda x, r, w: all_reduce(x.sum()).sum((0,)), Reason.NO_NORM),
     "divided by 3": (lambda x, r, w: llama(r + all_reduce(x) / 3, w), Reason.SCALE_NOT_CONSTANT),
     "integer sum": (lambda x, r, w: all_reduce(x.int()), Reason.DTYPE),
 }
