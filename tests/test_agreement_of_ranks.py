@@ -6,12 +6,15 @@ What becomes of ranks that decide differently: test_ranks_disagree.py.
 from __future__ import annotations
 
 import os
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import layers
 import pytest
 import torch
+import torch.distributed as dist
 from browser import sample
 from ranks import RankPool, run_ranks
 
@@ -191,6 +194,44 @@ def comes_later(rank, world_size):
 def test_a_note_about_another_compile_changes_nothing(pool):
     """Rank 0 is slow: it compiles the graph of the first decision once more, as rank 1 has done, and then that of the second."""
     assert pool.run(comes_later) == [["", "", ""]] * 2
+
+
+def three_eps(width):
+    """The same graph over three ranks with three eps."""
+    report = graphs_of(width)[0]
+    sites = [replace(site, group=(0, 1, 2)) for site in report.sites]
+    return [replace(report, sites=[replace(site, eps=eps) for site in sites]) for eps in (0.25, 0.5, 1.0)]
+
+
+@pytest.mark.parametrize("third", ["keeps to it", "does not come"])
+def test_two_that_change_their_mind_in_two_ways_do_not_go_on_without_the_third(monkeypatch, third):
+    """They would refuse the graph, of which a rank that keeps to what was agreed on hears nothing: its op would wait for theirs."""
+    from tpfuse import compat
+    from tpfuse.parallel import comparison
+
+    agreed, first, second = three_eps(56)
+    store, who = dist.HashStore(), threading.local()
+    histories = [{(0, 1, 2): comparison._History()} for _ in range(3)]
+    monkeypatch.setattr(compat, "default_store", lambda: store)
+    monkeypatch.setattr(dist, "get_rank", lambda: who.rank)
+    monkeypatch.setattr(comparison, "_histories", lambda: histories[who.rank])
+
+    def compare(rank, report):
+        who.rank = rank
+        try:
+            return report and comparison._compare((0, 1, 2), report, "")
+        except comparison.AgreementError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(3) as ranks:
+        monkeypatch.setenv("TPFUSE_AGREEMENT_SECONDS", "60")
+        assert list(ranks.map(compare, range(3), [agreed] * 3)) == [None] * 3
+        monkeypatch.setenv("TPFUSE_AGREEMENT_SECONDS", "1")
+        again = agreed if third == "keeps to it" else None
+        *told, kept = ranks.map(compare, range(3), [first, second, again])
+    assert kept is None
+    for error in told:
+        assert "rank 2 of [0, 1, 2] decided otherwise about it before" in str(error)
 
 
 @pytest.mark.slow

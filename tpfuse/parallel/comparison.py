@@ -193,7 +193,9 @@ def _compare(group: Ranks, report: GraphReport, context: str) -> Disagreement | 
             stacklevel=2,
         )
         return None
-    if any(entry["effect"] != effect for entry in found.values()):
+    # A rank that is missing may be running what was agreed on before, and would not hear of a refusal.
+    absent = bool(missing) and before
+    if not absent and any(entry["effect"] != effect for entry in found.values()):
         if any(entry["outside"] != mine["outside"] for entry in found.values()):
             # What these ranks do not share with the rest of the op's, who have agreed on it and come to no further comparison.
             raise difference(found, group).error()
@@ -205,7 +207,7 @@ def _compare(group: Ranks, report: GraphReport, context: str) -> Disagreement | 
             "versions on all ranks",
             kept_to_it,
         )
-    if missing and (before or any(site.fused for site in sites)):
+    if absent or (missing and any(site.fused for site in sites)):
         what = "decided otherwise about it before, and" if before else "compiled no graph like this one, and"
         raise AgreementError(
             f"{ranks_in_words(missing)} of {list(group)} {what} did not compile it within {limit:g} s "
