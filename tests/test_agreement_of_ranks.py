@@ -150,13 +150,14 @@ def graphs_of(width):
     return [replace(made, sites=[replace(site, **change) for site in made.sites]) for change in changed]
 
 
-def told(report):
+def told(report, share=0.0):
     """Seconds until a rank has compared, and the error."""
     from tpfuse.parallel import comparison
 
     started, error = time.perf_counter(), ""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(comparison, "SECONDS_AFTER_A_NOTE", 0.5)
+        patch.setattr(comparison, "SHARE_AFTER_A_NOTE", share)
         try:
             comparison.agree_on([report])
         except comparison.AgreementError as raised:
@@ -181,6 +182,20 @@ def test_a_rank_that_was_seen_to_keep_to_its_decision_is_not_waited_for(pool):
     assert first[1] == ""
     assert "rank 0 of [0, 1] decided otherwise about it before, and kept to that when compiling the same lines" in error
     assert seconds < 60, "the limit is 600 s"
+
+
+def is_slow(rank, world_size):
+    """Rank 0 compiles the graph of the first decision once more, and comes late to that of the second, as its limit allows."""
+    one, other, _ = graphs_of(64)
+    answers = [told(one), *([told(one)] if rank == 0 else [])]
+    if rank == 0:
+        time.sleep(3)
+    return [error for _, error in (*answers, told(other, share=0.05))]
+
+
+def test_who_waits_longer_for_slow_ranks_waits_longer_here_too(pool):
+    """5 % of 600 s are 30 s: the rank that comes after 3 s, with a note too many, is waited for."""
+    assert pool.run(is_slow) == [["", "", ""], ["", ""]]
 
 
 def comes_later(rank, world_size):

@@ -54,8 +54,10 @@ from .disagreement import Disagreement, Ranks, difference, without
 
 # A rank that fuses nothing is in no danger of waiting inside a kernel, and its peers may have reasons not to compile at all.
 SECONDS_OF_NOTHING_FUSED = 30.0
-# A rank that was seen to keep to an earlier decision about the same compile of the same graph is not expected any more.
+# A rank that was seen to keep to an earlier decision about the same compile of the same graph is not expected any more. Who raises
+# the limit has ranks that are slow, here too.
 SECONDS_AFTER_A_NOTE = 30.0
+SHARE_AFTER_A_NOTE = 0.05
 
 
 @dataclass
@@ -179,10 +181,11 @@ def _compare(group: Ranks, report: GraphReport, context: str) -> Disagreement | 
     }
     store.set(f"{prefix}/{dist.get_rank()}", json.dumps(mine))
     before = structure in history.fused or any(known == structure for known, _ in history.agreed)
-    found, missing = entries.read(store, prefix, group, min(limit, SECONDS_AFTER_A_NOTE) if before else limit)
+    soon = min(limit, max(SECONDS_AFTER_A_NOTE, SHARE_AFTER_A_NOTE * limit))
+    found, missing = entries.read(store, prefix, group, soon if before else limit)
     kept_to_it = entries.noted_otherwise(store, place, missing, effect) if before else []
     if missing and before and not kept_to_it:
-        found, missing = entries.read(store, prefix, group, limit - SECONDS_AFTER_A_NOTE)
+        found, missing = entries.read(store, prefix, group, limit - soon)
     others = sorted(rank for rank, entry in found.items() if entry["structure"] != structure)
     if others:
         history.given_up = True
@@ -203,8 +206,9 @@ def _compare(group: Ranks, report: GraphReport, context: str) -> Disagreement | 
     if kept_to_it:
         raise AgreementError(
             f"{ranks_in_words(kept_to_it)} of {list(group)} decided otherwise about it before, and kept to that when compiling "
-            "the same lines for the same sizes, but all of them have to run the same ops. Compile with the same options and "
-            "versions on all ranks",
+            f"the same lines for the same sizes. This rank waited {soon:g} s for another compile, because all of them have to run "
+            "the same ops. Compile with the same options and versions on all ranks; where a rank compiles more slowly, raise "
+            f"{AGREEMENT_SECONDS.name} ({limit:g}), of which this is a part",
             kept_to_it,
         )
     if absent or (missing and any(site.fused for site in sites)):
