@@ -58,3 +58,9 @@ def test_a_gather_outside_of_the_op_saves_nothing():
 def test_links_and_worlds_without_kernels_take_the_library():
     assert algorithm_of(of_replicas(4, 8), 1, "sm_90-partial-nvlink") == "library+all_gather"
     assert algorithm_of(replace(SITE, group=tuple(range(9))), 1, "sm_90") == "library"
+
+
+def test_over_more_ranks_than_the_kernels_take_those_of_a_replica_sum_and_the_library_gathers():
+    site = replace(REPLICAS, group=EIGHT, over=tuple(range(16)))
+    assert algorithm_of(site, 32, "sm_90") == "two_shot+all_gather"
+    assert estimate.saving(site, 32).launches == estimate.saving(site, 32, "two_shot+all_gather").launches == 1

@@ -8,6 +8,7 @@ import torch
 
 from tpfuse.ops import gather_schedule, rows_schedule
 from tpfuse.ops.select import entry, one_shot_bytes, select
+from tpfuse.ops.vote import MAX_WORLD
 from tpfuse.passes.report import Site
 
 LIBRARY = "library"
@@ -34,9 +35,13 @@ def algorithm_of(site: Site, rows: int, architecture: str) -> str:
         block = rows * width * dtype.itemsize
         if part is None and not site.over:
             return select(architecture, world, dtype, width, rows).algorithm
+        gathers = site.pattern.endswith("+all_gather")
+        if (
+            part is None and world > MAX_WORLD
+        ):  # no kernel gathers over so many replicas, but one may sum for the ranks of each
+            return select(architecture, len(site.group), dtype, width, rows).algorithm + GATHERED_OUTSIDE
         thresholds = entry(architecture, world)
         blocks = world // len(site.group) if part is None else int(part[1] or world)
-        gathers = site.pattern.endswith("+all_gather")
         if gathers and block <= gather_schedule.bytes_taken(thresholds, blocks):
             return gather_schedule.algorithm_of(world, blocks)
         if part is None:  # replicas: the ranks of each sum their own rows

@@ -76,7 +76,9 @@ def saving(site: Site, rows: int | None = None, path: str | None = None) -> Savi
         or not isinstance(site.shape[-1], int)
     ):
         return NOTHING
-    # A site without a flavour is a sum that another site's op makes too: the gather is that one's.
+    # A site without a flavour is a sum that another site's op makes too: the gather is that one's. Over many replicas it is the
+    # library's, while the ranks of each may sum by themselves.
+    outside = outside or ("all_gather" if len(site.callers) > MAX_WORLD else "")
     gathers = site.pattern.endswith("+all_gather") and site.flavour is not None and not outside
     per_row = TRIPS_SAVED * (1 + gathers) * site.shape[-1] * item_size(site.dtype)
     known = rows_of(site) if rows is None else rows
