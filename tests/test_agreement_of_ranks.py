@@ -220,7 +220,7 @@ def three_eps(width):
 
 @pytest.mark.parametrize("third", ["keeps to it", "does not come"])
 def test_two_that_change_their_mind_in_two_ways_do_not_go_on_without_the_third(monkeypatch, third):
-    """They would refuse the graph, of which a rank that keeps to what was agreed on hears nothing: its op would wait for theirs."""
+    """They would refuse the graph, of which a rank that keeps to what was agreed on hears nothing and waits for theirs."""
     from tpfuse import compat
     from tpfuse.parallel import comparison
 

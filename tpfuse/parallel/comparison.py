@@ -54,8 +54,8 @@ from .disagreement import Disagreement, Ranks, difference, without
 
 # A rank that fuses nothing is in no danger of waiting inside a kernel, and its peers may have reasons not to compile at all.
 SECONDS_OF_NOTHING_FUSED = 30.0
-# A rank that was seen to keep to an earlier decision about the same compile of the same graph is not expected any more. Who raises
-# the limit has ranks that are slow, here too.
+# A rank that was seen to keep to an earlier decision about the same compile of the same graph is not expected any more. Who
+# raises the limit has ranks that are slow, here too.
 SECONDS_AFTER_A_NOTE = 30.0
 SHARE_AFTER_A_NOTE = 0.05
 
@@ -206,7 +206,7 @@ def _compare(group: Ranks, report: GraphReport, context: str) -> Disagreement | 
     if kept_to_it:
         raise AgreementError(
             f"{ranks_in_words(kept_to_it)} of {list(group)} decided otherwise about it before, and kept to that when compiling "
-            f"the same lines for the same sizes. This rank waited {soon:g} s for another compile, because all of them have to run "
+            f"the same lines for the same sizes. This rank waited {soon:g} s for another compile, as all of them have to run "
             "the same ops. Compile with the same options and versions on all ranks; where a rank compiles more slowly, raise "
             f"{AGREEMENT_SECONDS.name} ({limit:g}), of which this is a part",
             kept_to_it,
