@@ -75,7 +75,7 @@ REMEDIES: dict[Reason, str] = {
     "compute it from the normed value.",
     Reason.ROWS_MOVE: "Rows are selected, gathered, re-ordered or flattened between the all-reduce and the norm. Move the "
     "selection after the norm, and reduce in the shape that the norm reads.",
-    Reason.ROWS_SUMMED: "Rows of the sum are added to each other before the norm, such as those of several experts. Add "
+    Reason.ROWS_SUMMED: "Rows of the sum are added to each other before any norm, such as those of several experts. Add "
     "them up in front of the all-reduce: that is one reduction of fewer bytes, which rounds once instead of for each row.",
     Reason.SUM_OF_REDUCTIONS: "Two reductions meet in one norm, and one op cannot make both. Add the partial sums first "
     "and reduce once, where their groups are equal; numerics='relaxed' does that.",

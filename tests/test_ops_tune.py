@@ -271,7 +271,7 @@ def test_the_command_refuses_in_one_line(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "no GPU is visible" in refused("--tune", "--out", tmp_path / "t.json")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert "cannot be written" in refused("--tune", "--out", tmp_path / "absent" / "t.json")
+    assert "there is no folder" in refused("--tune", "--out", tmp_path / "absent" / "t.json")
 
 
 # -- measuring, on gloo ranks with kernels that are made up ---------------------------------------------------------

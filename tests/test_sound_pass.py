@@ -382,7 +382,7 @@ def test_a_sum_over_experts_is_not_called_a_mean():
     def f(x):
         return all_reduce(x).sum(0) * 2
 
-    assert [s.reason for s in check(f, random(4, 3, H)).sites] == [Reason.NO_NORM.value]
+    assert [s.reason for s in check(f, random(4, 3, H)).sites] == [Reason.ROWS_SUMMED.value]
 
 
 def test_a_sum_at_the_end_of_a_broken_graph_says_so():
