@@ -5,6 +5,7 @@ What becomes of ranks that decide differently: test_ranks_disagree.py.
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 import time
@@ -247,6 +248,16 @@ def test_two_that_change_their_mind_in_two_ways_do_not_go_on_without_the_third(m
     assert kept is None
     for error in told:
         assert "rank 2 of [0, 1, 2] decided otherwise about it before" in str(error)
+
+
+def test_an_eps_that_differs_is_named():
+    """The op with another eps is another op, also where everything else is equal."""
+    from tpfuse.parallel.decision import decision_of, first_difference, read, without_ranks
+
+    one, other = ([decision_of(0, report.sites[0])] for report in graphs_of(72)[:2])
+    assert without_ranks(one[0]) != without_ranks(other[0])
+    assert "(eps 0.5) fused over [0, 1]" in first_difference(one, other, 0, 1)
+    assert read(json.loads(json.dumps(vars(other[0])))) == other[0]
 
 
 @pytest.mark.slow

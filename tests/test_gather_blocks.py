@@ -100,6 +100,7 @@ def test_one_compile_takes_every_number_of_rows(pool):
 
 
 def refusals(rank, world):
+    from tpfuse.ops import all_reduce_add_layer_norm_gather as with_layer_norm
     from tpfuse.ops import all_reduce_add_rms_norm_gather as op
 
     x, w = torch.ones(3, H), torch.ones(H)
@@ -110,6 +111,8 @@ def refusals(rank, world):
         "largest": lambda: op(x, x, w, largest=2, **GROUPS),
         "residual": lambda: op(x, x[:2], w, largest=3, **GROUPS),
         "gradient": lambda: op(x.clone().requires_grad_(), x, w, largest=3, **GROUPS),
+        "device": lambda: op(x, x, w.to("meta"), largest=3, **GROUPS),
+        "device of a shift": lambda: with_layer_norm(x, x, w, w.to("meta"), largest=3, **GROUPS),
     }
     messages = {}
     for name, call in calls.items():
@@ -127,6 +130,8 @@ def test_what_does_not_fit_is_named_before_anybody_communicates(pool):
         assert "x has 3 rows" in messages["largest"] and "largest is 2" in messages["largest"]
         assert "residual is torch.float32 (2, 24)" in messages["residual"]
         assert "no gradient" in messages["gradient"]
+        assert "all_reduce_add_rms_norm_gather: x is on cpu, but an operand" in messages["device"]
+        assert "all_reduce_add_layer_norm_gather: x is on cpu, but an operand" in messages["device of a shift"]
 
 
 def edges_of_the_gpu_test(rank, world):

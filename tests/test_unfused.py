@@ -233,3 +233,20 @@ class WideNorm(nn.Module):
 def test_numbers_that_ranks_add_up_for_a_norm_are_no_missed_fusion():
     assert warned(lambda: compiled(WideNorm())(torch.randn(2, 3, H))) == []
     assert [site.reason for report in tpfuse.reports() for site in report.sites] == ["norm-statistics"]
+
+
+@pytest.mark.parametrize(
+    ("line", "over_ranks"),
+    [
+        ("torch.distributed.all_reduce(x)", True),
+        ("dist.reduce(x, 0)", True),
+        ("return _reduce(ctx, x)", True),
+        ("functools.reduce(operator.add, parts)", False),
+        ("x.scatter_reduce(0, index, src, 'sum')", False),
+        ("x.index_reduce(0, index, src, 'mean')", False),
+    ],
+)
+def test_what_looks_like_a_reduction_over_ranks_at_a_graph_break(line, over_ranks):
+    from tpfuse import breaks
+
+    assert (breaks.REDUCES.search(line) is not None) == over_ranks

@@ -15,7 +15,11 @@ from torch.fx import GraphModule
 from tpfuse import compat, store, unfused
 from tpfuse.passes import GraphReport
 
-REDUCES = re.compile(r"all_?reduce|reduce_?scatter|reduce_from|(\b|_)reduce\b", re.IGNORECASE)
+# Not functools.reduce, scatter_reduce and the like, which one rank does alone.
+REDUCES = re.compile(
+    r"all_?reduce|reduce_?scatter|reduce_from|(?<!functools\.)\breduce\b|(?<!scatter)(?<!index)(?<!segment)_reduce\b",
+    re.IGNORECASE,
+)
 FRAMES = 5  # the innermost ones: the caller of a layer is no evidence that the break lies in its reduction
 
 

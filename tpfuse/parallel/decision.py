@@ -32,11 +32,13 @@ class Decision:
     lowered: bool = False
     quantizer: str | None = None
     over: tuple[int, ...] = ()
+    eps: float | None = None
 
     def __str__(self) -> str:
         place = self.role if self.layer is None else f"{self.role} of layer {self.layer}"
         what = ("lowered" if self.lowered else "fused") if self.fused else f"kept ({self.reason})"
-        return f"{place}: {self.pattern} {what} over {list(self.over or self.ranks)}"
+        pattern = self.pattern if self.eps is None else f"{self.pattern} (eps {self.eps})"
+        return f"{place}: {pattern} {what} over {list(self.over or self.ranks)}"
 
 
 def decision_of(graph: int, site: Site) -> Decision:
@@ -52,6 +54,7 @@ def decision_of(graph: int, site: Site) -> Decision:
         site.lowered,
         site.quantizer,
         site.over,
+        site.eps if site.fused else None,
     )
 
 
