@@ -34,8 +34,8 @@ SPILLS = {
     ("received_rows", 2, 2): (0, 8),
     ("received_rows", 4, 2): (8, 16),
     ("received_rows", 4, 4): (0, 16),
-    ("gathered_rows", 4, 4): (0, 40),
-    ("gathered_blocks", 4, 2): (0, 8),
+    ("gathered_rows", 4, 4): (32, 40),
+    ("gathered_blocks", 4, 2): (4, 8),
 }
 
 
@@ -51,7 +51,8 @@ def check(case: tuple[str, int, int], hidden: int, part: Part, addend: bool, fol
     ptx = compiled(function, c, variant, numbers, maxnreg=bound, launch_pdl=True)
     registers, spilled = _resources(ptx, folder)
     allowed = SPILLS.get(case, (0, 0))[addend] if (hidden, part) == (7168, Part(512, 2)) else 0
-    allowed += 8 * triton.__version__.startswith("3.6.")
+    if triton.__version__.startswith("3.6."):  # its assembler spills more
+        allowed += 40 if case == ("gathered_blocks", 4, 2) else 8
     assert spilled <= allowed, f"{case} {hidden} {part}: {spilled} bytes spilled"
     assert registers <= bound
 
