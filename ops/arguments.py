@@ -224,7 +224,7 @@ def check_order(name: str, flag: str, asked: bool, residual: Tensor | None, scal
         )
 
 
-def check_one_dtype(name: str, x: Tensor, residual: Tensor | None) -> None:
+def check_residual(name: str, x: Tensor, residual: Tensor | None) -> None:
     """Raise ``ValueError`` where the residual has another device or dtype than ``x``, of which some ops take one only."""
     check_devices(name, x, residual)
     if residual is not None and residual.dtype != x.dtype:

@@ -18,7 +18,7 @@ from torch import Tensor
 from tpfuse import compat
 
 from . import gather_schedule, invariant, layer_norm_cuda, library, paths, settings
-from .arguments import Operands, check_devices, check_one_dtype, same_sizes
+from .arguments import Operands, check_devices, check_residual, same_sizes
 from .cuda import run
 from .flavour import LLAMA, Flavour
 from .gather_schedule import of_prepared
@@ -76,7 +76,7 @@ class Blocks(NamedTuple):
             )
         if x.dim() < 1:
             raise ValueError(f"{name}: x is a scalar; expected a tensor of shape (..., H)")
-        check_one_dtype(name, x, residual)
+        check_residual(name, x, residual)
         check_devices(name, x, *(o for o in operands if isinstance(o, Tensor)))
         after_x = (residual, *operands, group_name)
         asked = Rows(x, after_x, blocks, "all_reduce", at // size, tuple(x.shape), name, kind)

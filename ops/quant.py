@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import op, paths, quant_cuda
-from .arguments import Operands, check_one_dtype, same_sizes
+from .arguments import Operands, check_residual, same_sizes
 from .flavour import LLAMA, Flavour
 from .quant_reference import empty_scales
 from .quantization import NAME, Quantization, Results
@@ -27,7 +27,7 @@ op.library.define(SCHEMA, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exa
 
 
 def _cpu(*args: Any) -> Results:
-    check_one_dtype(NAME, *args[:2])
+    check_residual(NAME, *args[:2])
     asked = Quantization.of(args[0], *args[9:])
     return asked.results(*op.on_a_cpu(Operands.of(*args[:9])))
 
@@ -39,7 +39,7 @@ def _fake(*args: Any, **kwargs: Any) -> Results:
         **{name: kwargs.pop(name) for name in ("quantizer", "static_scale", "keep_normed") if name in kwargs},
     )
     given = Operands.of(*args[:9], same=same_sizes, **kwargs)
-    check_one_dtype(NAME, given.x, given.residual)
+    check_residual(NAME, given.x, given.residual)
     normed, residual_out = op.empty_results(given)
     quantized = normed.new_empty(normed.shape, dtype=asked.quantizer.torch_dtype)
     scales = empty_scales(normed, asked.quantizer)

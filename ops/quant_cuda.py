@@ -17,7 +17,7 @@ from torch import Tensor
 from tpfuse import compat
 
 from . import cuda, invariant, library, paths
-from .arguments import Operands, check, check_one_dtype, refuse_gradients
+from .arguments import Operands, check, check_residual, refuse_gradients
 from .kernels.quant_constants import quantized, supports_quantizer
 from .kernels.variant import Constants
 from .plane import Plane
@@ -63,7 +63,7 @@ def run(*args: Any) -> Results:
     """A call; arguments in the order of the schema."""
     x, residual, weight, bias, eps, scale, flavour, post_norm, group_name, text, static_scale, keep_normed = args
     refuse_gradients(x, residual, weight, bias)
-    check_one_dtype(NAME, x, residual)
+    check_residual(NAME, x, residual)
     index = x.device.index
     if compat.current_device() != index:
         with torch.cuda.device(index):  # launches and the vote go to the current device

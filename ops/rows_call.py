@@ -11,7 +11,7 @@ from torch import Tensor
 from tpfuse import compat
 
 from . import invariant, library, settings
-from .arguments import Operands, check_devices, check_one_dtype, refuse_gradients, same_sizes
+from .arguments import Operands, check_devices, check_residual, refuse_gradients, same_sizes
 from .layer_norm_operands import LayerNormOperands
 from .op import empty_results
 
@@ -58,7 +58,7 @@ class Rows(NamedTuple):
             ValueError: names what does not fit.
         """
         *operands, group_name, blocks, collective = behind
-        check_one_dtype(name, x, residual)
+        check_residual(name, x, residual)
         check_devices(name, x, *(o for o in operands if isinstance(o, Tensor)))
         group = compat.resolve_group(group_name)
         world = group.size()

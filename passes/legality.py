@@ -97,24 +97,22 @@ def no_norm(current: values.Aliases, terms: list[Term]) -> Refusal:
                 f"{reader.name} ({reader.target}) adds up rows of the {what}, {shape_of(source)} to {shape_of(reader)}; each of "
                 "them was rounded when the ranks were summed, and a fused op would round their sum alone",
             )
-    for reader in current.readers:
-        for other in [a for a in reader.all_input_nodes if a not in current] if reader.target in MUL else []:
-            tensor, hidden = values.value(other), values.width(current.root)
-            if isinstance(other.meta.get("val"), torch.SymInt | torch.SymFloat):
-                return Refusal(
-                    Reason.SCALE_NOT_CONSTANT,
-                    f"{reader.name} multiplies the {what} by {other.name}, a number that the graph was compiled without",
-                )
-            if tensor is not None and (tensor.dim() == 0 or values.is_vector(other, 1)):
-                dims = f" of shape {tuple(tensor.shape)}" if tensor.dim() else ""
-                return Refusal(
-                    Reason.SCALE_NOT_CONSTANT, f"{reader.name} multiplies the {what} by a scalar tensor{dims}"
-                )
-            if isinstance(hidden, int) and values.is_vector(other, hidden):
-                return Refusal(
-                    Reason.SCALE_NOT_CONSTANT,
-                    f"{reader.name} multiplies the {what} by {other.name}, one value a column{in_words.gate(other)}",
-                )
+    factors = [(r, a) for r in current.readers if r.target in MUL for a in r.all_input_nodes if a not in current]
+    for reader, other in factors:
+        tensor, hidden = values.value(other), values.width(current.root)
+        if isinstance(other.meta.get("val"), torch.SymInt | torch.SymFloat):
+            return Refusal(
+                Reason.SCALE_NOT_CONSTANT,
+                f"{reader.name} multiplies the {what} by {other.name}, a number that the graph was compiled without",
+            )
+        if tensor is not None and (tensor.dim() == 0 or values.is_vector(other, 1)):
+            dims = f" of shape {tuple(tensor.shape)}" if tensor.dim() else ""
+            return Refusal(Reason.SCALE_NOT_CONSTANT, f"{reader.name} multiplies the {what} by a scalar tensor{dims}")
+        if isinstance(hidden, int) and values.is_vector(other, hidden):
+            return Refusal(
+                Reason.SCALE_NOT_CONSTANT,
+                f"{reader.name} multiplies the {what} by {other.name}, one value a column{in_words.gate(other)}",
+            )
     spread = streams.spread(current)
     if spread is not None:
         reader, number = spread
@@ -123,13 +121,12 @@ def no_norm(current: values.Aliases, terms: list[Term]) -> Refusal:
             f"{reader.name} ({reader.target}) spreads the {what} over {number} residual streams (hyper-connections): the fused "
             "op lacks the mixing of the streams by weights of each row, before and behind the add",
         )
-    for reader in current.readers:
-        for other in [a for a in reader.all_input_nodes if a not in current] if reader.target in MUL else []:
-            if values.same_shape(reader, current.root) and not values.same_rows(other, current.root):
-                return Refusal(
-                    Reason.SCALE_NOT_CONSTANT,
-                    f"{reader.name} multiplies the {what} by {other.name} of shape {shape_of(other)}{in_words.gate(other)}",
-                )
+    for reader, other in factors:
+        if values.same_shape(reader, current.root) and not values.same_rows(other, current.root):
+            return Refusal(
+                Reason.SCALE_NOT_CONSTANT,
+                f"{reader.name} multiplies the {what} by {other.name} of shape {shape_of(other)}{in_words.gate(other)}",
+            )
     for reader in current.readers:
         if _drops_out(reader):
             return Refusal(Reason.DROPOUT, f"{reader.name} ({reader.target}) drops values of the {what} at random")

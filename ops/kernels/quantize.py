@@ -182,7 +182,7 @@ def static_factor(static_scale, C: tl.constexpr):
 def over_scale(values, scale):
     """IEEE division of values of a 16-bit dtype by a scale, wherever the fp8 value can tell.
 
-    A division proper has a branch for odd operands, which keeps the divisions of a thread from overlapping: a microsecond a row.
+    A division proper has a branch for odd operands, which keeps the divisions of a thread from overlapping.
     Here one correctly rounded reciprocal serves all, and the remainder mends each quotient. That gives the bits of the division
     for every significand of 8 or 11 bits and every scale (Markstein's theorem asks for a second step in general; all pairs were
     tried). Powers of two keep remainders in range. Quotients of 2**17 and more stay as they are: in fp8 they are too large

@@ -36,9 +36,8 @@ def algorithm_of(site: Site, rows: int, architecture: str) -> str:
         if part is None and not site.over:
             return select(architecture, world, dtype, width, rows).algorithm
         gathers = site.pattern.endswith("+all_gather")
-        if (
-            part is None and world > MAX_WORLD
-        ):  # no kernel gathers over so many replicas, but one may sum for the ranks of each
+        if part is None and world > MAX_WORLD:
+            # No kernel gathers over so many replicas, but one may sum for the ranks of each.
             return select(architecture, len(site.group), dtype, width, rows).algorithm + GATHERED_OUTSIDE
         thresholds = entry(architecture, world)
         blocks = world // len(site.group) if part is None else int(part[1] or world)
