@@ -5,6 +5,7 @@
     python benchmarks/e2e.py --model llama-float8 --worlds 2 --batch 1,8,32,128      # needs torchao
     python benchmarks/e2e.py --model deepseek --tp 4 --dp 2 --k 2 --batch 1,8,32,128 --prefill 2048
     python benchmarks/e2e.py --model deepseek --experts 8 --batch 1,8,32           # on one GPU, shared by four ranks
+    python benchmarks/e2e.py --model deepseek --widths moonlight --batch 1,8,32    # a small model of the same architecture
     python benchmarks/e2e.py --device cpu --tiny [--model deepseek]        # gloo ranks: shows that it runs, times nothing
 
 Models. ``llama``: 16 layers of H = 4096, one rank's shard written out here, random weights; a decode step attends to a cache
@@ -94,6 +95,12 @@ def main() -> None:
     parser.add_argument("--prefill", type=numbers, default=(), help="rows of a prefill, for each replica")
     parser.add_argument("--contenders", help="only these, separated by commas")
     parser.add_argument("--layers", type=int, help="instead of the model's own number")
+    parser.add_argument(
+        "--widths",
+        choices=tuple(e2e_deepseek.WIDTHS),
+        default="deepseek-v3",
+        help="deepseek: whose widths, also of its layers and experts where these are not given",
+    )
     parser.add_argument("--dense-layers", type=int, help="deepseek: how many of the layers are dense")
     parser.add_argument("--experts", type=int, help="deepseek: routed experts of a layer")
     parser.add_argument("--hidden", type=int, help="deepseek: hidden size")

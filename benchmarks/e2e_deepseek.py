@@ -1,7 +1,8 @@
 """The DeepSeek-V3-like model of ``e2e.py``: attention DP, and the dense MLP on the ranks of its attention.
 
-Random weights, the widths of DeepSeek-V3, fewer layers and experts: by default three dense and three MoE layers of 32 experts,
-13 GiB before it is cut, on every rank. ``tpfuse.hf.parallelize`` shards it under (tp, dp, k). With a GPU for every rank the
+Random weights. By default the widths of DeepSeek-V3 with fewer layers and experts: three dense and three MoE layers of 32
+experts, 13 GiB before it is cut, on every rank. With ``--widths moonlight`` those of Moonlight-16B-A3B, a small model of the
+same architecture, with all of its 64 experts and 8 of its 27 layers, 8 GiB. ``tpfuse.hf.parallelize`` shards it under (tp, dp, k). With a GPU for every rank the
 baseline is NCCL. Up to four ranks may share one GPU, whose baseline is tpfuse without rows with destinations (``e2e_rows.py``).
 
 A decode step has one token for each of the given number of sequences, in every replica, on a static cache that an eager
@@ -37,6 +38,7 @@ PROMPT = 16  # tokens in the cache when a contender starts
 class Sizes:
     """Fields of transformers' ``DeepseekV3Config``, and the dtype."""
 
+    name: str = "deepseek"
     layers: int = 6
     dense_layers: int = 3
     hidden: int = 7168
@@ -46,8 +48,9 @@ class Sizes:
     experts_a_token: int = 8
     expert_groups: int = 8
     groups_a_token: int = 4
+    shared_experts: int = 1
     heads: int = 128
-    query_rank: int = 1536
+    query_rank: int | None = 1536
     key_value_rank: int = 512
     nope: int = 128
     rope: int = 64
@@ -57,6 +60,23 @@ class Sizes:
     dtype: torch.dtype = torch.bfloat16
 
 
+# https://huggingface.co/moonshotai/Moonlight-16B-A3B, config.json
+MOONLIGHT = Sizes(
+    name="moonlight",
+    layers=8,
+    dense_layers=1,
+    hidden=2048,
+    inner=11264,
+    expert_inner=1408,
+    experts=64,
+    experts_a_token=6,
+    expert_groups=1,
+    groups_a_token=1,
+    shared_experts=2,
+    heads=16,
+    query_rank=None,
+)
+WIDTHS = {"deepseek-v3": Sizes(), "moonlight": MOONLIGHT}
 TINY = Sizes(
     layers=4,
     dense_layers=2,
@@ -101,7 +121,9 @@ def run_of(args: argparse.Namespace, plan: Plan) -> tuple[int, Callable[..., lis
         )
         if missing:
             raise ValueError(f"--model deepseek with tp={args.tp} on {gpu_count()} GPU(s): {missing}")
-    sizes = TINY if args.tiny else Sizes()
+    sizes = WIDTHS[args.widths]
+    if args.tiny:
+        sizes = replace(TINY, name=sizes.name, query_rank=sizes.query_rank and TINY.query_rank)
     given = {"layers": args.layers, "dense_layers": args.dense_layers, "experts": args.experts, "hidden": args.hidden}
     sizes = replace(sizes, **{name: value for name, value in given.items() if value is not None})
     if not 0 < sizes.dense_layers <= sizes.layers:
@@ -127,6 +149,7 @@ def whole_model(sizes: Sizes, device: torch.device, context: int) -> nn.Module:
         num_experts_per_tok=sizes.experts_a_token,
         n_group=sizes.expert_groups,
         topk_group=sizes.groups_a_token,
+        n_shared_experts=sizes.shared_experts,
         q_lora_rank=sizes.query_rank,
         kv_lora_rank=sizes.key_value_rank,
         qk_nope_head_dim=sizes.nope,
@@ -193,7 +216,7 @@ def deepseek(rank: int, world: int, plan: Plan) -> list[Line]:
     device = prepare(plan)
     sizes: Sizes = plan.sizes
     config = ParallelConfig(plan.parallel[0], plan.parallel[1], 1, plan.parallel[2])
-    say = Say(rank, f"deepseek {plan.parallel}")
+    say = Say(rank, f"{sizes.name} {plan.parallel}")
     warm, checks, steps, chain, chains = plan.steps
     context = -(-(PROMPT + warm + checks + steps + chain * chains) // 64) * 64
     longest = max([context, *(rows for phase, rows in plan.shapes if phase == "prefill")])
@@ -251,5 +274,5 @@ def deepseek(rank: int, world: int, plan: Plan) -> list[Line]:
             call, start = prefill, lambda: None
         rows_off = expected - with_rows
         case = Case(step, call, start, tokens, expected, same, names, rows_off, expected_gathered=gathered)
-        measure_shape("deepseek", phase, rows, case, plan, say, recorder)
+        measure_shape(sizes.name, phase, rows, case, plan, say, recorder)
     return recorder.lines
