@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from .kernels.state import GROUP_LANES, MAX_PROGRAMS
 
-SPARE, SPARE_SHARED = 32, 8  # one in so many multiprocessors of a GPU is left to kernels that do not wait
+SPARE, SPARE_SHARED = 32, 2  # one in so many multiprocessors of a GPU is left to kernels that do not wait
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,13 @@ class Room:
         planes at once, a kernel that waits may keep out an ordinary one (a matrix product, a reduction) that another rank
         has to finish first. Room in terms of registers is not enough: measured on an H200, where filled multiprocessors stopped
         the random test of ``tests/gpu`` and free ones did not; probably because a multiprocessor that holds any block cannot
-        change how its memory is split into cache and shared memory. So all waiting
-        programs together get fewer than all multiprocessors, however they are spread, and some stay free for everything else.
+        change how its memory is split into cache and shared memory. So all waiting programs together get fewer than all
+        multiprocessors, however they are spread, and some stay free for everything else.
+
+        A few are not enough: on an H100 that four ranks share, with one in eight free, a step of a model with experts stopped at
+        32 rows; with half of them free it ran. Probably because matrix products on sm_90 launch clusters of thread blocks, up
+        to eight, which start where one of the GPU's processing clusters, eight at most, has room for all of them: 7 * 8 + 1 free
+        multiprocessors are sure to give that room, and half of 114 or of 132 are that many.
         """
         resident = resident_programs(self.algorithm, self.world, part)
         all_of_them = self.multiprocessors

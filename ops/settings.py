@@ -202,8 +202,8 @@ class Settings:
             before this one has ended. In all three the next kernel reads nothing before this one has ended.
         concurrent_planes: ``TPFUSE_CONCURRENT_PLANES``: how many planes of one process may be in use at the same time.
         shared_gpu: ``TPFUSE_SHARED_GPU``: what waiting kernels take of a GPU that ranks share. ``spare`` leaves
-            multiprocessors free, so that ordinary kernels of all ranks always run; ``packed`` fills it, for ranks that
-            run nothing but these kernels, as benchmarks do.
+            half of the multiprocessors free, so that ordinary kernels of all ranks always run; ``packed`` fills it, for
+            ranks that run nothing but these kernels, as benchmarks do.
         backend: ``TPFUSE_SYMM_MEM``: torch's symmetric-memory backend; ``auto`` is torch's own choice.
         quant_rows: ``TPFUSE_QUANT_ROWS``: see :data:`tpfuse.ops.select.QUANT_ROWS`.
         batch_invariant: ``TPFUSE_BATCH_INVARIANT`` or the option: see :mod:`tpfuse.ops.invariant`.

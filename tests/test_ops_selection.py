@@ -221,12 +221,13 @@ def test_all_programs_of_all_ranks_on_a_shared_gpu_are_resident_together() -> No
 
 
 def test_waiting_programs_leave_multiprocessors_to_the_kernels_they_wait_for() -> None:
+    """Eight free in one of at most eight processing clusters, for a thread block cluster of eight: 7 * 8 + 1."""
     for algorithm, world, part in _kernels():
         for kernels in range(2, 17):
             for sharers, concurrent in ((kernels, 1), (1, kernels), (2, kernels // 2)):
                 programs = Room(algorithm, world, 132, sharers, concurrent).fits(part)
                 assert programs >= 1
-                assert sharers * concurrent * programs <= 132 - 16
+                assert sharers * concurrent * programs <= 132 - 57
         alone = Room(algorithm, world, 132).fits(part)  # nobody else waits on this GPU
         assert 128 <= alone <= (132 - 4) * 2048 // part.lanes
 
