@@ -18,13 +18,14 @@ from torch import Tensor
 from tpfuse import compat
 
 from . import gather_schedule, invariant, layer_norm_cuda, library, paths, settings
-from .arguments import Operands, check_devices, check_residual, same_sizes
+from .arguments import check_devices, check_residual, same_sizes
 from .cuda import run
 from .flavour import LLAMA, Flavour
 from .gather_schedule import of_prepared
 from .layer_norm_operands import LayerNormOperands
 from .op import empty_results
 from .op import library as registry
+from .operands import Operands
 from .rows_call import Rows, gathered
 from .rows_cuda import launch, norm_rows, prepared_of
 

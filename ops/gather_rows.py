@@ -16,9 +16,9 @@ from torch import Tensor
 from tpfuse import compat
 
 from . import gather_schedule, paths, rows_schedule
-from .arguments import Operands
 from .flavour import LLAMA, Flavour
 from .op import library as registry
+from .operands import Operands
 from .plane import Plane
 from .prepare import Prepared
 from .rows_call import Rows, fake, gathered, on_a_cpu

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from . import cuda, invariant, paths, settings
-from .arguments import Operands, check_memory, check_out, same_sizes
+from .arguments import same_sizes
 from .flavour import LLAMA, Flavour
 from .layer_norm_operands import LayerNormOperands
 from .library import exact
+from .operands import Operands
+from .outputs import check_memory, check_out
 
 SCHEMA = (
     "all_reduce_add_rms_norm(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, float scale, "

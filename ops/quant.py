@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from . import op, paths, quant_cuda
-from .arguments import Operands, check_residual, same_sizes
+from .arguments import check_residual, same_sizes
 from .flavour import LLAMA, Flavour
+from .operands import Operands
 from .quant_reference import empty_scales
 from .quantization import NAME, Quantization, Results
 from .quantizer import Quantizer

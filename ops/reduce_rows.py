@@ -16,9 +16,9 @@ from torch import Tensor
 from tpfuse import compat
 
 from . import paths, rows_schedule
-from .arguments import Operands
 from .flavour import LLAMA, Flavour
 from .op import library as registry
+from .operands import Operands
 from .rows_call import Rows, fake, on_a_cpu
 from .rows_cuda import by_library, by_reference, launch, prepared_of
 

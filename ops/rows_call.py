@@ -11,9 +11,10 @@ from torch import Tensor
 from tpfuse import compat
 
 from . import invariant, library, settings
-from .arguments import Operands, check_devices, check_residual, refuse_gradients, same_sizes
+from .arguments import check_devices, check_residual, refuse_gradients, same_sizes
 from .layer_norm_operands import LayerNormOperands
 from .op import empty_results
+from .operands import Operands
 
 COLLECTIVES = ("reduce_scatter", "all_reduce")
 
