@@ -9,10 +9,10 @@ from torch.fx import Node
 
 from . import values
 from .collectives import Collective
-from .gathers import Gather
 from .norms import NormForm
 from .quantization import Quantization
 from .reasons import Refusal
+from .replicas import Replicas
 from .rows import RowBlock
 
 
@@ -61,6 +61,23 @@ class Merged:
     order: str
     operand: Node
     exact: bool = False
+
+
+@dataclass(frozen=True)
+class Gather:
+    """All-gathers of one norm, which the fused op does; see :mod:`.gathers`.
+
+    Attributes:
+        starts: the nodes that start them.
+        results: the nodes that hold all rows (their waits).
+        nodes: both, and the names of the norm that they read.
+        replicas: whose rows are gathered, where it is not done over the ranks of the sum.
+    """
+
+    starts: tuple[Node, ...]
+    results: tuple[Node, ...]
+    nodes: tuple[Node, ...]
+    replicas: Replicas | None = None
 
 
 @dataclass(frozen=True)
