@@ -72,7 +72,7 @@ class Blocks(NamedTuple):
         blocks, size, at = len(across), len(ours), group.index(dist.get_rank())
         if size < 2 or blocks < 2 or ours != group[at // size * size :][:size] or across != group[at % size :: size]:
             raise ValueError(
-                f"{name}: block_group has ranks {ours} and gather_group {across}; expected blocks of at least 2 neighbours of "
+                f"{name}: block_group has ranks {ours} and gather_group {across}; expected blocks of at least 2 neighbors of "
                 f"{group}, at least 2 of them, and the ranks at one place of each"
             )
         if x.dim() < 1:
@@ -191,7 +191,7 @@ def all_reduce_add_rms_norm_gather(
     flavour: Flavour | str = LLAMA,
     post_norm: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Sum ``x`` over the ranks of this rank's block, add and normalise, and gather the normed rows of all blocks.
+    """Sum ``x`` over the ranks of this rank's block, add and normalize, and gather the normed rows of all blocks.
 
     Every rank of ``group`` makes the call, those of a block without rows too.
 
@@ -202,7 +202,7 @@ def all_reduce_add_rms_norm_gather(
             dtype of ``x``, and the scale a number.
         largest: rows of the largest block, the same on every rank of ``group``.
         group: all ranks, block by block.
-        block_group: those of this rank's block, at least 2 neighbours in ``group``.
+        block_group: those of this rank's block, at least 2 neighbors in ``group``.
         gather_group: the ranks at this rank's place in each block.
     Returns:
         ``(normed, residual_out)``: ``(blocks * largest, H)``, the normed rows of all blocks, each filled up with rows of zeros;

@@ -67,7 +67,7 @@ def all_reduce_add_rms_norm_quant(
     post_norm: bool = False,
     group: torch.distributed.ProcessGroup | str | None = None,
 ) -> Results:
-    """Sum ``x`` over the ranks of ``group``, add the residual, normalise and quantize to fp8, in one op.
+    """Sum ``x`` over the ranks of ``group``, add the residual, normalize and quantize to fp8, in one op.
 
     Args:
         x, residual, weight, eps, bias, scale, flavour, post_norm, group: as in :func:`all_reduce_add_rms_norm`, without fp64.

@@ -56,7 +56,7 @@ def follow(c: Collective, order: dict[Node, int], relaxed: bool = False) -> Foun
         # A scalar of the rows that a rank keeps is another one on each rank: not to be multiplied in before the sum.
         if relaxed and not terms and block is None and not rounded:
             term = factor_of(c, current, term)
-        # A scaled sum is normalised after the scale: s and 2 * s have one norm, up to eps and rounding.
+        # A scaled sum is normalized after the scale: s and 2 * s have one norm, up to eps and rounding.
         scaled = isinstance(term, Term) and term.kind in ("scale", "factor")
         norm = None if scaled else norms.match(current, order, relaxed)
         if isinstance(norm, NormForm):

@@ -125,7 +125,7 @@ def refusals(rank, world):
 
 def test_what_does_not_fit_is_named_before_anybody_communicates(pool):
     for messages in pool.run(refusals):
-        assert "expected blocks of at least 2 neighbours of [0, 1, 2, 3]" in messages["groups"]
+        assert "expected blocks of at least 2 neighbors of [0, 1, 2, 3]" in messages["groups"]
         assert "block_group has ranks [0, 1, 2, 3]" in messages["one group"]
         assert "x has 3 rows" in messages["largest"] and "largest is 2" in messages["largest"]
         assert "residual is torch.float32 (2, 24)" in messages["residual"]

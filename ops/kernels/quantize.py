@@ -32,7 +32,7 @@ def top_of(values, active):
 
 @triton.constexpr_function
 def over_neighbours_asm(lanes):
-    """PTX: the maximum over so many neighbouring threads of a warp, a power of two."""
+    """PTX: the maximum over so many neighboring threads of a warp, a power of two."""
     lines = ["{", ".reg .b32 %o;", "mov.b32 $0, $1;"]
     distance = lanes // 2
     while distance:
