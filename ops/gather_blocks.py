@@ -26,6 +26,7 @@ from .layer_norm_operands import LayerNormOperands
 from .op import empty_results
 from .op import library as registry
 from .operands import Operands
+from .row_counts import check_on_all_ranks
 from .rows_call import Rows, gathered
 from .rows_cuda import launch, norm_rows, prepared_of
 
@@ -108,7 +109,8 @@ def _cpu(*args: Any) -> tuple[Tensor, Tensor]:
 
 def on_a_cpu(asked: Rows, block_group: str, gather_group: str, largest: int) -> tuple[Tensor, Tensor]:
     """A call on a CPU."""
-    _rows(asked, largest)
+    # One rank of each block compares with the others, so all of them do: ranks of a block pass the same shape.
+    check_on_all_ranks(asked.name, "x", asked.x.shape[:-1].numel(), "largest is", largest, gather_group)
     given = asked.kind.of(asked.x, *asked.after_x)
     in_rank_order = settings.batch_invariant()
     if asked.x.numel():
@@ -208,7 +210,8 @@ def all_reduce_add_rms_norm_gather(
         ``(normed, residual_out)``: ``(blocks * largest, H)``, the normed rows of all blocks, each filled up with rows of zeros;
         and the residual sum in the shape of ``x``.
     Raises:
-        ValueError: a shape, dtype or group does not fit; the message names the argument.
+        ValueError: a shape, dtype or group does not fit; the message names the argument. On a CPU a block with more rows than
+            ``largest`` is an error on every rank, on a GPU on its own ranks.
         RuntimeError: autograd would have to record the op.
     """
     names = [paths.group_name_of(g) for g in (group, block_group, gather_group)]

@@ -134,6 +134,27 @@ def test_what_does_not_fit_is_named_before_anybody_communicates(pool):
         assert "all_reduce_add_layer_norm_gather: x is on cpu, but an operand" in messages["device of a shift"]
 
 
+def one_bad_count(rank, world):
+    """A block with more rows than ``largest``, and one rank with another ``largest``; then a call that fits."""
+    from tpfuse.ops import all_reduce_add_rms_norm_gather as op
+
+    messages = []
+    for rows, largest in ((2 + rank // 2, 2), (1, 2 + rank // 2)):
+        try:
+            op(torch.ones(rows, H), None, torch.ones(H), largest=largest, **GROUPS)
+        except ValueError as error:
+            messages.append(str(error))
+    normed, _ = op(torch.ones(1, H), None, torch.ones(H), largest=1, **GROUPS)
+    return messages, tuple(normed.shape)
+
+
+def test_a_count_of_one_block_that_does_not_fit_is_an_error_on_every_rank(pool):
+    for rank, ((rows, largest), shape) in enumerate(pool.run(one_bad_count, timeout=60)):
+        assert f"x has 3 rows, but largest is 2, on rank {2 + rank % 2}" in rows
+        assert "largest is" in largest and "pass the same number on every rank" in largest
+        assert shape == (2, H)
+
+
 def edges_of_the_gpu_test(rank, world):
     sys.path.insert(0, str(Path(__file__).parent / "gpu"))
     import rows_on_ranks
