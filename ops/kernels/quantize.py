@@ -1,6 +1,6 @@
 """The quantized epilogue: amax of a row or of 128 columns, the scale, fp8 bytes. It begins where the norm has been rounded.
 
-``C.quant`` is a :class:`.quant_constants.Quant`. A largest value travels as the bits of its absolute value: as integers they are
+``C.quant`` is a :class:`.quant_facts.Quant`. A largest value travels as the bits of its absolute value: as integers they are
 ordered like the values, and NaN is above all, so it is never lost as in a maximum of floats.
 """
 
