@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from .call import spoil
-from .center import mean_of_values, normalised_around, variance_of
+from .center import mean_of_values, normalized_around, variance_of
 from .gather import gather_of, is_whole, push_to_all
 from .memory import NAN_WORD, store16
 from .packing import over_scalar, pack, plus, plus_scalar, plus_words, rounded, times, times_scalar, times_words, unpack
@@ -284,7 +284,7 @@ def finish(
                     shift = loads[i][3]
                 else:
                     shift = load_words(io[5], element.to(tl.int64), active, C.shift_dtype, C.values, S.ptx)
-            values = normalised_around(held_values(held[i], C), middle, mean, eps, C)
+            values = normalized_around(held_values(held[i], C), middle, mean, eps, C)
             out = affine_of(values, gain, shift, C, S.ptx)
         else:
             out = normalized(held_values(held[i], C), mean, gain, eps, C, S.ptx)

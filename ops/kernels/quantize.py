@@ -31,7 +31,7 @@ def top_of(values, active):
 
 
 @triton.constexpr_function
-def over_neighbours_asm(lanes):
+def over_neighbors_asm(lanes):
     """PTX: the maximum over so many neighboring threads of a warp, a power of two."""
     lines = ["{", ".reg .b32 %o;", "mov.b32 $0, $1;"]
     distance = lanes // 2
@@ -61,7 +61,7 @@ def over_columns(top, C: tl.constexpr, S: tl.constexpr):
     LANES: tl.constexpr = 128 // C.values
     if S.ptx:
         return tl.inline_asm_elementwise(
-            over_neighbours_asm(LANES), "=&r,r", [top], dtype=tl.int32, is_pure=False, pack=1
+            over_neighbors_asm(LANES), "=&r,r", [top], dtype=tl.int32, is_pure=False, pack=1
         )
     else:
         ALL: tl.constexpr = S.lanes
