@@ -1,7 +1,7 @@
 """Do the numbers of rows that the ranks bring to one call fit? On a CPU all ranks learn it, and refuse together.
 
-A rank that refused alone would leave the others waiting in the call's collectives. It costs one more small collective a call. On a GPU a call does not wait for the host, so
-there that rank refuses alone, and the others stop at the watchdog.
+A rank that refused alone would leave the others waiting in the call's collectives. It costs one more small collective a call.
+On a GPU a call does not wait for the host, so there that rank refuses alone, and the others stop at the watchdog.
 """
 
 from __future__ import annotations
