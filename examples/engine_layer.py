@@ -22,7 +22,7 @@ HIDDEN, LAYERS, ROWS, RANKS = 256, 4, 8, 2
 
 
 class ReduceAddNorm(nn.Module):
-    """What follows a row-parallel projection: reduce over the attention group, add the residual, normalise."""
+    """What follows a row-parallel projection: reduce over the attention group, add the residual, normalize."""
 
     def __init__(self, weight: Tensor, group: Any, fused: bool, eps: float = 1e-6) -> None:
         super().__init__()

@@ -15,9 +15,11 @@ from torch import Tensor
 from tpfuse import compat
 
 from . import invariant, library, paths
-from .arguments import Operands, check, check_memory, check_out, check_scale, refuse_gradients
+from .arguments import check, check_scale, refuse_gradients
 from .flavour import Flavour
 from .kernels.variant import torch_dtype
+from .operands import Operands
+from .outputs import check_memory, check_out
 from .plane import Plane
 from .prepare import PREPARED, Prepared, prepare_once
 from .reference import sum_dtype

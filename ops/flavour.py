@@ -1,7 +1,7 @@
 """Flavours: where an RMSNorm casts and rounds.
 
 Two implementations of ``s * g(w) / sqrt(mean(s**2) + eps)`` mean the same and still give different bits: one rounds the
-normalised value to bf16 before it multiplies by the weight (Llama), another multiplies in fp32 and rounds once (OLMo2).
+normalized value to bf16 before it multiplies by the weight (Llama), another multiplies in fp32 and rounds once (OLMo2).
 A :class:`Flavour` records those choices, so that the fused op can repeat the model's own rounding order. It is the one
 vocabulary that the pass, the reference and the kernels share, and it travels through the op's schema as a string.
 """
@@ -26,7 +26,7 @@ class Flavour:
     """The rounding order of one RMSNorm. ``input`` always means the dtype of the sum over ranks, which the residual has too.
 
     Attributes:
-        compute: dtype in which the square, mean, root and normalised value are computed. ``"input"`` rounds after
+        compute: dtype in which the square, mean, root and normalized value are computed. ``"input"`` rounds after
             every step, as eager mode does.
         mean: ``"mean"`` is one ``mean(-1)``; ``"sum"`` is ``sum(-1) / H``.
         root: ``"rsqrt"``: ``c * rsqrt(v)``; ``"div_sqrt"``: ``c / sqrt(v)``; ``"mul_recip_sqrt"``: ``c * (1 / sqrt(v))``;
@@ -34,9 +34,9 @@ class Flavour:
         normed: dtype to which ``c / sqrt(v)`` is rounded before the gain is multiplied in.
         gain: ``"none"``, ``"weight"`` (Llama) or ``"one_plus_weight"`` (Gemma).
         gain_dtype: dtype to which the weight is cast before it is used (and before 1 is added): ``"own"`` is no cast.
-        out: dtype of the result: ``"input"``, ``"float32"``, or ``"promoted"``: whatever multiplying the normalised
+        out: dtype of the result: ``"input"``, ``"float32"``, or ``"promoted"``: whatever multiplying the normalized
             value by the gain gives, with no cast after it.
-        reads: what is normalised where a residual is added: ``"rounded"``: the residual sum as the residual keeps it;
+        reads: what is normalized where a residual is added: ``"rounded"``: the residual sum as the residual keeps it;
             ``"unrounded"``: sum and residual are added in fp32, and the norm reads that value before it is rounded for the
             residual (vLLM, SGLang). Without a residual, and in fp32 and fp64, the two are the same.
     """
@@ -78,7 +78,7 @@ class Flavour:
         """The rounding order in words, for reports."""
         compute = "fp32" if self.compute == "float32" else "the input dtype"
         gain = {"none": "no weight", "weight": "weight", "one_plus_weight": "1 + weight"}[self.gain]
-        start = "read the sum before it is rounded; normalise" if self.reads == "unrounded" else "normalise"
+        start = "read the sum before it is rounded; normalize" if self.reads == "unrounded" else "normalize"
         if self.gain == "none":
             return f"{start} in {compute}; {gain}"
         if self.normed == "input" and self.compute == "float32":

@@ -18,13 +18,15 @@ from torch import Tensor
 from tpfuse import compat
 
 from . import gather_schedule, invariant, layer_norm_cuda, library, paths, settings
-from .arguments import Operands, check_devices, check_residual, same_sizes
+from .arguments import check_devices, check_residual, same_sizes
 from .cuda import run
 from .flavour import LLAMA, Flavour
 from .gather_schedule import of_prepared
 from .layer_norm_operands import LayerNormOperands
 from .op import empty_results
 from .op import library as registry
+from .operands import Operands
+from .row_counts import check_on_all_ranks
 from .rows_call import Rows, gathered
 from .rows_cuda import launch, norm_rows, prepared_of
 
@@ -71,7 +73,7 @@ class Blocks(NamedTuple):
         blocks, size, at = len(across), len(ours), group.index(dist.get_rank())
         if size < 2 or blocks < 2 or ours != group[at // size * size :][:size] or across != group[at % size :: size]:
             raise ValueError(
-                f"{name}: block_group has ranks {ours} and gather_group {across}; expected blocks of at least 2 neighbours of "
+                f"{name}: block_group has ranks {ours} and gather_group {across}; expected blocks of at least 2 neighbors of "
                 f"{group}, at least 2 of them, and the ranks at one place of each"
             )
         if x.dim() < 1:
@@ -107,7 +109,8 @@ def _cpu(*args: Any) -> tuple[Tensor, Tensor]:
 
 def on_a_cpu(asked: Rows, block_group: str, gather_group: str, largest: int) -> tuple[Tensor, Tensor]:
     """A call on a CPU."""
-    _rows(asked, largest)
+    # One rank of each block compares with the others, so all of them do: ranks of a block pass the same shape.
+    check_on_all_ranks(asked.name, "x", asked.x.shape[:-1].numel(), "largest is", largest, gather_group)
     given = asked.kind.of(asked.x, *asked.after_x)
     in_rank_order = settings.batch_invariant()
     if asked.x.numel():
@@ -190,7 +193,7 @@ def all_reduce_add_rms_norm_gather(
     flavour: Flavour | str = LLAMA,
     post_norm: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Sum ``x`` over the ranks of this rank's block, add and normalise, and gather the normed rows of all blocks.
+    """Sum ``x`` over the ranks of this rank's block, add and normalize, and gather the normed rows of all blocks.
 
     Every rank of ``group`` makes the call, those of a block without rows too.
 
@@ -201,13 +204,14 @@ def all_reduce_add_rms_norm_gather(
             dtype of ``x``, and the scale a number.
         largest: rows of the largest block, the same on every rank of ``group``.
         group: all ranks, block by block.
-        block_group: those of this rank's block, at least 2 neighbours in ``group``.
+        block_group: those of this rank's block, at least 2 neighbors in ``group``.
         gather_group: the ranks at this rank's place in each block.
     Returns:
         ``(normed, residual_out)``: ``(blocks * largest, H)``, the normed rows of all blocks, each filled up with rows of zeros;
         and the residual sum in the shape of ``x``.
     Raises:
-        ValueError: a shape, dtype or group does not fit; the message names the argument.
+        ValueError: a shape, dtype or group does not fit; the message names the argument. On a CPU a block with more rows than
+            ``largest`` is an error on every rank, on a GPU on its own ranks.
         RuntimeError: autograd would have to record the op.
     """
     names = [paths.group_name_of(g) for g in (group, block_group, gather_group)]

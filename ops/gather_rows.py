@@ -16,9 +16,9 @@ from torch import Tensor
 from tpfuse import compat
 
 from . import gather_schedule, paths, rows_schedule
-from .arguments import Operands
 from .flavour import LLAMA, Flavour
 from .op import library as registry
+from .operands import Operands
 from .plane import Plane
 from .prepare import Prepared
 from .rows_call import Rows, fake, gathered, on_a_cpu
@@ -133,7 +133,7 @@ def reduce_rows_add_rms_norm_gather(
     group: torch.distributed.ProcessGroup | str | None = None,
     collective: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Sum ``x`` over the ranks of ``group``, add and normalise the rows of this rank's block, and gather the normed rows of all.
+    """Sum ``x`` over the ranks of ``group``, add and normalize the rows of this rank's block, and gather the normed rows of all.
 
     Args:
         x: ``(N, ..., H)`` fp32, bf16, fp16 or fp64: this rank's partial sum of the rows of all blocks, a block for each rank in

@@ -18,7 +18,7 @@ from torch import Tensor
 from tpfuse import compat
 
 from . import reference, settings
-from .arguments import Operands
+from .operands import Operands
 from .settings import BATCH_INVARIANT, batch_invariant
 
 GATHERED_BYTES = 8 << 20  # of one rank's rows: what is gathered at once

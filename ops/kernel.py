@@ -17,8 +17,8 @@ from .geometry import THREADS_A_WARP
 class Kernel:
     """A compiled kernel and the shortest way to launch it.
 
-    Triton's own launch binds and specialises every argument on each call. Every argument here has one specialisation
-    for good (pointers are 16-byte aligned, integers are not specialised), so after the first launch the compiled kernel
+    Triton's own launch binds and specializes every argument on each call. Every argument here has one specialization
+    for good (pointers are 16-byte aligned, integers are not specialized), so after the first launch the compiled kernel
     is started directly. Where Triton's private interface for that has changed, its public launch is used: same kernel, more
     time on the CPU.
     """

@@ -82,7 +82,7 @@ def all_reduce_add_layer_norm(
         ``(layer_norm(h), h)`` where ``h = residual + scale * (sum + bias + addend)``.
     Raises:
         ValueError: a shape or dtype does not fit; the message names the argument.
-        RuntimeError: autograd would have to record the op, or no process group is initialised.
+        RuntimeError: autograd would have to record the op, or no process group is initialized.
     """
     given = (x, residual, weight, norm_bias, bias, addend, eps, scale, str(flavour), paths.group_name_of(group))
     return torch.ops.tpfuse.all_reduce_add_layer_norm(*given, partial_addend, addend_bias, residual_first)

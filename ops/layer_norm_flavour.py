@@ -26,7 +26,7 @@ class LayerNormFlavour:
         compute: dtype of the operand ``c``: ``"float32"`` casts ``h`` before anything is computed; ``"input"`` is no cast. The
             native operator takes its statistics in fp32 either way.
         root: what ``c - mean`` is scaled by, as in :class:`.Flavour`; ``"rsqrt"`` with ``moments="native"``.
-        normed: dtype to which the normalised value is rounded before the gain is multiplied in.
+        normed: dtype to which the normalized value is rounded before the gain is multiplied in.
         gain, gain_dtype: as in :class:`.Flavour`.
         shift: ``"none"`` or ``"bias"``: a vector is added behind the gain.
         out: as in :class:`.Flavour`; ``"promoted"`` is what the last step gives, with no cast after it.

@@ -15,10 +15,10 @@ from torch import Tensor
 from tpfuse import compat
 
 from . import layer_norm_reference, reference
-from .arguments import Operands
 from .kernel import Kernel
 from .kernels.variant import GROUP_LANES, Constants, Variant, torch_dtype
 from .layer_norm_operands import LayerNormOperands
+from .operands import Operands
 from .quant_reference import scales_like
 from .quantizer import Quantizer
 

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from . import cuda, invariant, paths, settings
-from .arguments import Operands, check_memory, check_out, same_sizes
+from .arguments import same_sizes
 from .flavour import LLAMA, Flavour
 from .layer_norm_operands import LayerNormOperands
 from .library import exact
+from .operands import Operands
+from .outputs import check_memory, check_out
 
 SCHEMA = (
     "all_reduce_add_rms_norm(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, float scale, "
@@ -117,7 +119,7 @@ def all_reduce_add_rms_norm(
     group: torch.distributed.ProcessGroup | str | None = None,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Sum ``x`` over the ranks of ``group``, add the residual and normalise, in one op.
+    """Sum ``x`` over the ranks of ``group``, add the residual and normalize, in one op.
 
     Args:
         x: ``(..., H)`` fp32, bf16, fp16 or fp64: this rank's partial sum. Every rank passes the same shape and dtype.
@@ -130,7 +132,7 @@ def all_reduce_add_rms_norm(
         scale: multiplied into the sum after the bias (Granite's residual multiplier): a number, or a tensor without dimensions
             of ``x``'s dtype, whose value each rank reads in each call; or one value for each row, ``(..., 1)`` (a gate).
         flavour: the rounding order of the norm; see :class:`tpfuse.ops.Flavour`.
-        post_norm: normalise the sum and add the residual after it (Gemma2, OLMo2).
+        post_norm: normalize the sum and add the residual after it (Gemma2, OLMo2).
         scale_first: multiply by ``scale`` before the bias is added (Laguna).
         partial_bias: ``bias``, of ``x``'s shape, is this rank's partial sum as well: what is added is its sum over the ranks,
             rounded as that of ``x`` is. The same as ``bias=`` with its all-reduce, in the same kernel (a MoE layer and its

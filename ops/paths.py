@@ -245,7 +245,7 @@ def group_name_of(group: dist.ProcessGroup | str | None, op: str = "") -> str:
         group = dist.group.WORLD
         if group is None:
             raise ValueError(
-                f"{op}no process group is initialised; call torch.distributed.init_process_group first or pass group="
+                f"{op}no process group is initialized; call torch.distributed.init_process_group first or pass group="
             )
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(
@@ -280,7 +280,7 @@ def describe_path(group: dist.ProcessGroup | str | None = None, device: torch.de
 
 
 def raise_if_failed(group: dist.ProcessGroup | str | None = None) -> None:
-    """Raise ``RuntimeError`` if a poll of the group's kernels has given up: call it after synchronising.
+    """Raise ``RuntimeError`` if a poll of the group's kernels has given up: call it after synchronizing.
 
     Eager calls check by themselves, one call late. Replays of a CUDA graph do not pass through Python: check after them.
     """

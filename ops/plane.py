@@ -33,7 +33,7 @@ orders the two, or refuses; for calls that are to overlap use a :func:`stream_cl
 
 Why nothing waits for a program that is not running
 ---------------------------------------------------
-Programs wait for peers' programs and, in a split row, for their neighbours. The grid is capped (``geometry.Room.fits``) so
+Programs wait for peers' programs and, in a split row, for their neighbors. The grid is capped (``geometry.Room.fits``) so
 that all programs of all ranks that share a GPU are resident together, and so that the ordinary kernels that a peer has in
 its stream before its own call find multiprocessors on which nobody waits.
 """

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from . import op, paths, quant_cuda
-from .arguments import Operands, check_residual, same_sizes
+from .arguments import check_residual, same_sizes
 from .flavour import LLAMA, Flavour
+from .operands import Operands
 from .quant_reference import empty_scales
 from .quantization import NAME, Quantization, Results
 from .quantizer import Quantizer
@@ -66,7 +67,7 @@ def all_reduce_add_rms_norm_quant(
     post_norm: bool = False,
     group: torch.distributed.ProcessGroup | str | None = None,
 ) -> Results:
-    """Sum ``x`` over the ranks of ``group``, add the residual, normalise and quantize to fp8, in one op.
+    """Sum ``x`` over the ranks of ``group``, add the residual, normalize and quantize to fp8, in one op.
 
     Args:
         x, residual, weight, eps, bias, scale, flavour, post_norm, group: as in :func:`all_reduce_add_rms_norm`, without fp64.

@@ -17,9 +17,10 @@ from torch import Tensor
 from tpfuse import compat
 
 from . import cuda, invariant, library, paths
-from .arguments import Operands, check, check_residual, refuse_gradients
+from .arguments import check, check_residual, refuse_gradients
 from .kernels.quant_constants import quantized, supports_quantizer
 from .kernels.variant import Constants
+from .operands import Operands
 from .plane import Plane
 from .prepare import PREPARED, Prepared, load_ahead, prepare_once, samples
 from .quant_reference import empty_scales

@@ -126,6 +126,6 @@ def scales_like(shape: Any, q: Quantizer) -> tuple[tuple[Any, ...], tuple[Any, .
 
 
 def empty_scales(x: Tensor, q: Quantizer) -> Tensor:
-    """Uninitialised scales for the rows of ``x``; see :func:`scales_like`."""
+    """Uninitialized scales for the rows of ``x``; see :func:`scales_like`."""
     shape, strides, dtype = scales_like(x.shape, q)
     return x.new_empty_strided(shape, strides, dtype=dtype)

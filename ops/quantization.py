@@ -16,7 +16,7 @@ Results = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class Quantization(NamedTuple):
-    """What a call has besides the arguments of :class:`tpfuse.ops.arguments.Operands`."""
+    """What a call has besides the arguments of :class:`tpfuse.ops.operands.Operands`."""
 
     quantizer: Quantizer
     static_scale: Tensor | None

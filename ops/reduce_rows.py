@@ -16,9 +16,9 @@ from torch import Tensor
 from tpfuse import compat
 
 from . import paths, rows_schedule
-from .arguments import Operands
 from .flavour import LLAMA, Flavour
 from .op import library as registry
+from .operands import Operands
 from .rows_call import Rows, fake, on_a_cpu
 from .rows_cuda import by_library, by_reference, launch, prepared_of
 
@@ -86,7 +86,7 @@ def reduce_rows_add_rms_norm(
     group: torch.distributed.ProcessGroup | str | None = None,
     collective: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Sum ``x`` over the ranks of ``group``, keep the rows of this rank's block, add the residual and normalise.
+    """Sum ``x`` over the ranks of ``group``, keep the rows of this rank's block, add the residual and normalize.
 
     Args:
         x: ``(N, ..., H)`` fp32, bf16, fp16 or fp64: this rank's partial sum of the rows of all blocks, in the order of the

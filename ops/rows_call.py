@@ -11,9 +11,11 @@ from torch import Tensor
 from tpfuse import compat
 
 from . import invariant, library, settings
-from .arguments import Operands, check_devices, check_residual, refuse_gradients, same_sizes
+from .arguments import check_devices, check_residual, refuse_gradients, same_sizes
 from .layer_norm_operands import LayerNormOperands
 from .op import empty_results
+from .operands import Operands
+from .row_counts import check_on_all_ranks
 
 COLLECTIVES = ("reduce_scatter", "all_reduce")
 
@@ -90,14 +92,32 @@ class Rows(NamedTuple):
         if self.kind is Operands:  # a LayerNorm's are asked with its other checks
             refuse_gradients(self.x, *self.after_x[:3])
 
-    def counts(self) -> tuple[int, int]:
-        """(rows of a block, rows that this rank keeps). Raises ``ValueError`` where they do not fit."""
-        rows, kept = (math.prod(shape[:-1]) for shape in (self.x.shape, self.shape))
-        block = rows // self.blocks
+    @property
+    def kept(self) -> int:
+        """Rows that this rank keeps."""
+        return math.prod(self.shape[:-1])
+
+    def block(self) -> int:
+        """Rows of a block. Raises ``ValueError`` where the rows of ``x``, the same on every rank, are no whole blocks."""
+        rows = math.prod(self.x.shape[:-1])
         if rows % self.blocks:
             raise ValueError(
                 f"{self.name}: x has {rows} rows, {tuple(self.x.shape)}, which {self.blocks} blocks do not divide"
             )
+        return rows // self.blocks
+
+    def counts_on_all_ranks(self) -> tuple[int, int]:
+        """:meth:`counts`, and where one rank's own do not fit, no rank makes the call. Collective: on a CPU."""
+        block = self.block()
+        if block == 0:
+            return self.counts()  # nobody communicates, so nobody would wait for a rank that raises
+        if self.after_x[0] is not None:  # without a residual every rank keeps its block
+            check_on_all_ranks(self.name, "residual", self.kept, "a block of x has", block, self.group_name)
+        return block, self.kept
+
+    def counts(self) -> tuple[int, int]:
+        """(rows of a block, rows that this rank keeps). Raises ``ValueError`` where they do not fit."""
+        block, kept = self.block(), self.kept
         if kept > block:
             raise ValueError(
                 f"{self.name}: residual has {kept} rows, but a block of x has {block}: x is {tuple(self.x.shape)}, in "
@@ -135,7 +155,7 @@ def _shape(x: Tensor, residual: Tensor | None, blocks: int, name: str) -> tuple[
 
 def on_a_cpu(asked: Rows) -> tuple[Tensor, Tensor]:
     """``(normed, residual_out)`` of the rows that this rank keeps, by the group's collective and the exact reference."""
-    block, kept = asked.counts()
+    block, kept = asked.counts_on_all_ranks()
     given = asked.kind.of(asked.like(kept), *asked.after_x)
     in_rank_order = settings.batch_invariant()
     if block == 0:  # on every rank of the group alike: all of them skip the collective

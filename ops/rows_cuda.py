@@ -10,10 +10,11 @@ from torch import Tensor
 from tpfuse import compat
 
 from . import library, paths
-from .arguments import Operands, check
+from .arguments import check
 from .cuda import aligned
 from .kernels.variant import Constants
 from .layer_norm_operands import LayerNormOperands
+from .operands import Operands
 from .plane import Plane
 from .prepare import PREPARED, LayerNormKind, Prepared, prepare_once
 from .rows_call import Rows

@@ -9,10 +9,10 @@ from torch.fx import Node
 
 from . import values
 from .collectives import Collective
-from .gathers import Gather
 from .norms import NormForm
 from .quantization import Quantization
 from .reasons import Refusal
+from .replicas import Replicas
 from .rows import RowBlock
 
 
@@ -64,6 +64,23 @@ class Merged:
 
 
 @dataclass(frozen=True)
+class Gather:
+    """All-gathers of one norm, which the fused op does; see :mod:`.gathers`.
+
+    Attributes:
+        starts: the nodes that start them.
+        results: the nodes that hold all rows (their waits).
+        nodes: both, and the names of the norm that they read.
+        replicas: whose rows are gathered, where it is not done over the ranks of the sum.
+    """
+
+    starts: tuple[Node, ...]
+    results: tuple[Node, ...]
+    nodes: tuple[Node, ...]
+    replicas: Replicas | None = None
+
+
+@dataclass(frozen=True)
 class Candidate:
     """A region that may be rewritten, with every operand of the fused op.
 
@@ -74,7 +91,7 @@ class Candidate:
         addend: in front of a LayerNorm, a full addend behind a vector, or None.
         scale: the number; 1.0 when there is none.
         residual: or None.
-        h: the value that is normalised, under all its names (the sum itself when there are no terms).
+        h: the value that is normalized, under all its names (the sum itself when there are no terms).
         norm: what was found.
         post_add: the add after the norm when the residual is added there, else None.
         post_path: alias nodes between the norm and that add.
@@ -192,7 +209,7 @@ class Candidate:
 
     @property
     def reshapes(self) -> tuple[Node, ...]:
-        """The reshapes between the residual sum's shape and the shape in which the model reads the normalised value."""
+        """The reshapes between the residual sum's shape and the shape in which the model reads the normalized value."""
         region = [*self.norm.steps, self.norm.out]
         first = next((a for n in region for a in n.all_input_nodes if a in self.h), self.h.root)
         hidden = values.width(self.h.root)

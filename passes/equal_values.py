@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch.fx import Node
 
 from . import collectives, values
-from .legality import ADD, MUL
+from .values import ADD, MUL
 
 GATHERED = frozenset({"all_reduce", "all_reduce_", "all_gather_into_tensor", "broadcast"})
 POINTWISE = values.RESHAPES | values.IDENTITIES | values.CASTS | ADD | MUL

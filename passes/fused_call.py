@@ -16,7 +16,6 @@ from tpfuse import compat
 
 from . import values
 from .candidate import Candidate
-from .legality import ADD, MUL
 from .quantization import Quantization
 from .reasons import Reason, Refusal
 from .replacement import (
@@ -33,6 +32,7 @@ from .replacement import (
     Replacement,
     Value,
 )
+from .values import ADD, MUL
 
 aten = torch.ops.aten
 

@@ -75,12 +75,12 @@ def fuse(
         if options.verify:
             raise
         sites, audits = kept(g, error), []
-    initialised = dist.is_available() and dist.is_initialized()
+    initialized = dist.is_available() and dist.is_initialized()
     inside = [] if module is None else collectives.graphs_inside(module)
     return GraphReport(
         graph_id=next_graph_id(),
-        rank=dist.get_rank() if initialised else 0,
-        world_size=dist.get_world_size() if initialised else 1,
+        rank=dist.get_rank() if initialized else 0,
+        world_size=dist.get_world_size() if initialized else 1,
         sites=sites,
         layers=audits,
         policy=options.policy,

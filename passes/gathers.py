@@ -9,18 +9,15 @@ gather may be one over attention replicas: see :mod:`.replicas`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.fx import Node
 
 from . import collectives, replicas, values
+from .candidate import Candidate, Gather
 from .collectives import Collective
 from .operators import SLICES
-
-if TYPE_CHECKING:
-    from .candidate import Candidate
 
 GATHERS = frozenset(
     packet.default
@@ -30,23 +27,6 @@ GATHERS = frozenset(
 ALL = 2**63 - 1  # as the end of a slice
 WHOLE = values.overloads("slice.Tensor")
 SIZES = values.overloads("sym_size.int")
-
-
-@dataclass(frozen=True)
-class Gather:
-    """All-gathers of one norm, which the fused op does.
-
-    Attributes:
-        starts: the nodes that start them.
-        results: the nodes that hold all rows (their waits).
-        nodes: both, and the names of the norm that they read.
-        replicas: whose rows are gathered, where it is not done over the ranks of the sum.
-    """
-
-    starts: tuple[Node, ...]
-    results: tuple[Node, ...]
-    nodes: tuple[Node, ...]
-    replicas: replicas.Replicas | None = None
 
 
 def find(

@@ -22,7 +22,7 @@ from .symbolic import Meaning
 AROUND = 3.0  # the mean of the rows of the proof, in their standard deviations
 
 
-def analyse(
+def analyze(
     meaning: Meaning,
     steps: tuple[Step, ...],
     leaves: tuple[Leaf, ...],

@@ -1,10 +1,10 @@
-"""Recognise a norm by what it computes, not by how it is spelled.
+"""Recognize a norm by what it computes, not by how it is spelled.
 
 From a value ``s`` onward, the arithmetic nodes are read into a short program (``expression``, whose operators are listed in
 ``operators``), the program is interpreted over sympy symbols (``symbolic``), and it is a norm exactly when some step equals
 ``s * g / sqrt(mean(s**2) + eps)`` with ``g`` one of 1, w, 1 + w. Where it casts becomes a :class:`~tpfuse.ops.Flavour`, and
 that the flavour repeats the model's bits is proved (``flavours`` by structure, ``replay`` by numbers). A model's layers all
-look alike, so each program is analysed once. What is no RMSNorm may be a LayerNorm: see ``layer_norms``.
+look alike, so each program is analyzed once. What is no RMSNorm may be a LayerNorm: see ``layer_norms``.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class NormForm:
     """A norm found in the graph: an RMSNorm, or a LayerNorm.
 
     Attributes:
-        out: the node that holds the normalised value.
+        out: the node that holds the normalized value.
         weight: the node to pass as weight, or None.
         eps: added to the mean of squares or to the variance.
         flavour: its rounding order.
@@ -56,7 +56,7 @@ class NormForm:
 
 
 @lru_cache(maxsize=512)
-def _analyse(
+def _analyze(
     steps: tuple[Step, ...],
     leaves: tuple[Leaf, ...],
     s_dtype: torch.dtype,
@@ -73,7 +73,7 @@ def _analyse(
             gains[index] = found
     gains = {i: g for i, g in gains.items() if not (steps[i].kind == "fused" and _is_tuple(steps[i]))}
     if not gains:
-        return layer_norms.analyse(meaning, steps, leaves, s_dtype, input_dtype, relaxed) or meaning.miss()
+        return layer_norms.analyze(meaning, steps, leaves, s_dtype, input_dtype, relaxed) or meaning.miss()
     # One norm at a time: where several norms read s, the first one is fused and the others read its residual sum.
     first = min(gains)
     candidates = [i for i in sorted(gains, reverse=True) if steps[i].kind != "same" and first in ancestors(steps, i)]
@@ -130,7 +130,7 @@ def match(
     program = read(source, order, hidden)
     if not any(step.kind in REDUCTIONS for step in program.steps):
         return None
-    found = _analyse(tuple(program.steps), tuple(program.leaves), dtype, input_dtype or dtype, hidden, relaxed)
+    found = _analyze(tuple(program.steps), tuple(program.leaves), dtype, input_dtype or dtype, hidden, relaxed)
     if not isinstance(found, Match):
         return found
     inside = ancestors(tuple(program.steps), found.out)
@@ -146,4 +146,4 @@ def match(
 
 def forget() -> None:
     """Empty the memo (for tests and benchmarks)."""
-    _analyse.cache_clear()
+    _analyze.cache_clear()

@@ -7,18 +7,18 @@ rewritten is for :mod:`~tpfuse.passes.legality` to say.
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import torch
 from torch.fx import Node
 
-from . import constants, equal_values, legality, narrowed, norms, rows, values, widened
+from . import dead_ends, narrowed, norms, rows, values, widened
 from .candidate import Candidate, Found, Start, Term
 from .collectives import Collective
-from .legality import ADD, DIV, MUL
 from .norms import NormForm
 from .reasons import Reason, Refusal
+from .terms import factor_of, own_of_a_rank, rounded_term, term_of, wide_term
+from .values import ADD
 from .widened import WideAdd
 
 MAX_TERMS = 4
@@ -40,7 +40,7 @@ def follow(c: Collective, order: dict[Node, int], relaxed: bool = False) -> Foun
             return Found(c, kept, c.kind)
         if kept is not None:
             block, current = kept
-    flat = legality.flattened(current)
+    flat = dead_ends.flattened(current)
     if flat is not None:
         return Found(c, flat, c.kind)
     rounded = narrowed.find(current)
@@ -52,11 +52,11 @@ def follow(c: Collective, order: dict[Node, int], relaxed: bool = False) -> Foun
         if isinstance(wide, WideAdd) and wide.readers:
             found = _unrounded(start, terms, wide, values.dtype(current.root), order, relaxed)
             return Found(c, _of_block(found, block), start.pattern(terms, "add+norm?"))
-        term = wide if isinstance(wide, Refusal) else _term(current) if wide is None else _rounded(wide)
+        term = wide if isinstance(wide, Refusal) else term_of(current) if wide is None else rounded_term(wide)
         # A scalar of the rows that a rank keeps is another one on each rank: not to be multiplied in before the sum.
         if relaxed and not terms and block is None and not rounded:
-            term = _factor(c, current, term)
-        # A scaled sum is normalised after the scale: s and 2 * s have one norm, up to eps and rounding.
+            term = factor_of(c, current, term)
+        # A scaled sum is normalized after the scale: s and 2 * s have one norm, up to eps and rounding.
         scaled = isinstance(term, Term) and term.kind in ("scale", "factor")
         norm = None if scaled else norms.match(current, order, relaxed)
         if isinstance(norm, NormForm):
@@ -65,13 +65,13 @@ def follow(c: Collective, order: dict[Node, int], relaxed: bool = False) -> Foun
         if isinstance(norm, Refusal) and term is None:
             return Found(c, norm, start.pattern(terms, "norm?"))
         pattern = start.pattern(terms, None)
-        refusal = legality.several_readers(current, terms)
+        refusal = dead_ends.several_readers(current, terms)
         if refusal is not None:
             return Found(c, refusal, pattern)
         if isinstance(term, Refusal):
             return Found(c, term, pattern)
         if term is None or len(terms) == MAX_TERMS:
-            return Found(c, legality.no_norm(current, terms), pattern)
+            return Found(c, dead_ends.no_norm(current, terms), pattern)
         if wide is None:
             name = next(a for a in term.node.all_input_nodes if a in current)
             term = replace(term, path=tuple(current.path(name)))
@@ -101,141 +101,24 @@ def _of_block(found: Candidate | Refusal, block: rows.RowBlock | None) -> Candid
     return replace(found, block=block)
 
 
-def _term(current: values.Aliases) -> Term | Refusal | None:
-    """The one reader as a step towards the norm."""
-    if len(current.readers) != 1:
-        return None
-    reader = current.readers[0]
-    if reader.target in MUL:
-        factor = next((a for a in reader.args if isinstance(a, int | float)), None)
-        tensor = _scalar_operand(current)
-        if factor is None and tensor is not None:
-            known = constants.scale_of(tensor, values.dtype(current.root))
-            if isinstance(known, Refusal):
-                # Each rank multiplies the reduced sum by what its own tensor holds then, as the model does.
-                return Term("scale", reader, tensor) if constants.multiplies_alike(tensor, current.root) else known
-            factor = known
-        return None if factor is None else Term("scale", reader, None, float(factor))
-    if reader.target in DIV:
-        return _quotient(current, reader)
-    if reader.target not in ADD:
-        return None
-    if reader.kwargs.get("alpha", 1) != 1:
-        return Refusal(Reason.UNKNOWN_FLAVOUR, f"{reader.name} adds with alpha={reader.kwargs['alpha']}")
-    operands = [a for a in reader.args if isinstance(a, Node)]
-    mine = [a for a in operands if a in current]
-    other = next((a for a in operands if a not in current), None)
-    if len(operands) == 1 and mine:
-        return Refusal(
-            Reason.RESIDUAL_SHAPE,
-            f"{reader.name} adds a number to the sum; the op adds a vector or a tensor of the sum's shape",
-        )
-    if other is None:
-        return Refusal(Reason.RESIDUAL_DERIVED, f"{reader.name} adds the sum to itself") if mine else None
-    if values.dtype(other) != values.dtype(current.root):
-        return Refusal(Reason.DTYPE, f"the sum is {values.dtype(current.root)}, {other.name} is {values.dtype(other)}")
-    return _added(reader, mine[0], other)
-
-
-def _quotient(current: values.Aliases, reader: Node) -> Term | Refusal | None:
-    """The sum divided by a number, as a mean over the ranks is: a scale where the reciprocal is exact, so that no bit differs."""
-    by = reader.args[1]
-    if reader.args[0] not in current or isinstance(by, bool) or not isinstance(by, int | float):
-        return None
-    if values.dtype(reader) != values.dtype(current.root):
-        return None
-    mantissa, exponent = math.frexp(by)
-    if abs(mantissa) == 0.5 and abs(exponent) < 100:
-        return Term("scale", reader, None, 1.0 / by)
-    return Refusal(
-        Reason.SCALE_NOT_CONSTANT,
-        f"{reader.name} divides the sum by {by}, and the op multiplies, which rounds differently unless the number is a power of "
-        "two. Multiply by the reciprocal",
-    )
-
-
-def _scalar_operand(current: values.Aliases) -> Node | None:
-    """The scalar tensor that the one reader multiplies a value by, in the value's dtype."""
-    (reader,) = current.readers
-    if values.dtype(reader) != values.dtype(current.root):
-        return None
-    return next((a for a in reader.args if isinstance(a, Node) and a not in current and constants.is_scalar(a)), None)
-
-
-def _factor(c: Collective, current: values.Aliases, term: Term | Refusal | None) -> Term | Refusal | None:
-    """With relaxed numerics: the sum times a scalar tensor is the sum of what the ranks give, each times that tensor."""
-    if not isinstance(term, Refusal) or term.reason is not Reason.SCALE_NOT_CONSTANT:
-        return term
-    scalar = _scalar_operand(current)
-    assert scalar is not None
-    own = _own_of_a_rank(scalar, c.ranks)
-    if own is not None:
-        return Refusal(Reason.SCALE_NOT_CONSTANT, f"the sum is multiplied by {scalar.name}, which {own}")
-    return Term("factor", current.readers[0], scalar)
-
-
-def _own_of_a_rank(scalar: Node, ranks: tuple[int, ...]) -> str | None:
-    """Why each rank may have a scalar of its own: then the sum of the products is not the product with the sum.
-
-    A parameter or buffer that is one value, or one value of a vector, is held to be a copy of the same on all ranks, as models
-    are cut. What is computed from a tensor must come from values that the ranks have reduced or gathered.
-    """
-    unproved = equal_values.unequal(scalar, ranks)
-    return unproved if unproved is None or not constants.of_inputs(scalar) else None
-
-
 def before_the_sum(candidate: Candidate) -> Candidate | None:
-    """The candidate with its scalar tensor multiplied in before the reduction, as :func:`_factor` does; None where something is
+    """The candidate with its scalar tensor multiplied in before the reduction (:func:`.factor_of`); None where something is
     added first, or the scalar may be another one on each rank. Relaxed."""
     scale, *others = candidate.terms or (None,)
     scalar = candidate.scale_tensor
     if scale is None or scalar is None or scale.operand is not scalar or candidate.block:
         return None
-    if _own_of_a_rank(scalar, candidate.collective.ranks) is not None:
+    if own_of_a_rank(scalar, candidate.collective.ranks) is not None:
         return None
     terms = (replace(scale, kind="factor"), *others)
     return replace(candidate, terms=terms, factor=scalar, scale_tensor=None, scale_first=False)
-
-
-def _added(add: Node, mine: Node, other: Node) -> Term | Refusal:
-    """What an add of ``other`` to the sum, known as ``mine``, is."""
-    hidden = values.width(mine)
-    fits = values.same_rows(other, mine)
-    if isinstance(hidden, int) and values.is_vector(other, hidden) and values.same_rows(add, mine):
-        # A tensor of one row is a residual where the sum has one row too, unless its shape says vector.
-        tensor = values.value(other)
-        if not fits or (tensor is not None and tensor.dim() == 1 and not values.same_shape(other, mine)):
-            return Term("bias", add, other)
-    if not fits or not values.same_rows(add, mine):
-        shapes = f"{legality.shape_of(other)} to {legality.shape_of(mine)}"
-        return Refusal(Reason.RESIDUAL_SHAPE, f"{add.name} adds {other.name}: {shapes}")
-    return Term("full", add, other)
-
-
-def _wide_term(wide: WideAdd) -> Term | Refusal:
-    """The add in fp32 as a step towards a norm that reads it unrounded."""
-    term = _added(wide.node, wide.mine, wide.other)
-    return term if isinstance(term, Refusal) else replace(term, path=wide.path, casts=wide.casts)
-
-
-def _rounded(wide: WideAdd) -> Term | Refusal:
-    """The add in fp32 with the cast behind it: an add in the dtype of the sum."""
-    term = _wide_term(wide)
-    if isinstance(term, Refusal):
-        return term
-    if len(wide.rounded) != 1 or wide.rounded[0].args[0] is not wide.node:
-        names = ", ".join(n.name for n in wide.result.readers) or "nothing"
-        return Refusal(
-            Reason.DTYPE, f"{wide.node.name} adds in fp32, and is read by {names}, expected one cast to the sum's dtype"
-        )
-    return replace(term, node=wide.rounded[0], path=(*term.path, wide.node))
 
 
 def _unrounded(
     start: Start, terms: list[Term], wide: WideAdd, dtype: torch.dtype | None, order: dict[Node, int], relaxed: bool
 ) -> Candidate | Refusal:
     """A norm that reads the residual sum before it is rounded. ``dtype``: of the sum."""
-    term = _wide_term(wide)
+    term = wide_term(wide)
     if isinstance(term, Refusal):
         return term
     norm = norms.match(wide.result, order, relaxed, dtype)
@@ -287,7 +170,7 @@ def _candidate(
     addends = [kind for kind in before_kinds if kind != "scale"]
     two = before_kinds[:2] == ["bias", "full"]  # for an RMSNorm second_sum.lonely asks what the second is
     if len(addends) > 1 + two or len(before_kinds) - len(addends) > 1:
-        return legality.add_chain(kinds)
+        return dead_ends.add_chain(kinds)
     bias = next((t.operand for t in before if t.kind in ("bias", "full")), None)
     addend = next(t.operand for t in before if t.kind == "full") if two else None
     scale = next((t for t in before if t.kind == "scale"), None)

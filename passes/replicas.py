@@ -101,7 +101,7 @@ def proved(
 
 
 def _are_blocks(ranks: tuple[int, ...], block: tuple[int, ...], across: tuple[int, ...]) -> bool:
-    """Whether ``ranks`` are blocks of neighbours, ``block`` is one and ``across`` has the ranks at one place of each."""
+    """Whether ``ranks`` are blocks of neighbors, ``block`` is one and ``across`` has the ranks at one place of each."""
     size = len(block)
     own = set(block) & set(across) & set(ranks)
     if len(ranks) != size * len(across) or len(own) != 1:

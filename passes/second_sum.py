@@ -16,8 +16,9 @@ from tpfuse.ops.reference import NARROW
 from . import region, values
 from .candidate import Candidate, Merged
 from .collectives import Collective
-from .legality import ADD, MUL, add_chain
+from .dead_ends import add_chain
 from .reasons import Refusal
+from .values import ADD, MUL
 
 
 @dataclass(frozen=True)

@@ -152,7 +152,7 @@ class Meaning:
 
     def _over_other_sizes(self, step: Step, shape: Any) -> None:
         reason = Reason.PARTIAL_WIDTH if len(shape) == 1 else Reason.MEAN_DIM
-        self.notes[reason] = f"{step.target} normalises over {tuple(shape)}, the width is {self.hidden}"
+        self.notes[reason] = f"{step.target} normalizes over {tuple(shape)}, the width is {self.hidden}"
 
     def _layer_norm(self, step: Step, a: Any) -> Any:
         shape, weight, bias, eps = step.args[1:5]

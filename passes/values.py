@@ -56,6 +56,9 @@ IDENTITIES = overloads(
 COPIES = overloads("copy.default")
 # torch.export checks dtype and device of casted values at run time; such a check reads the value and needs nothing of it.
 CHECKS = overloads("_assert_tensor_metadata.default")
+ADD = overloads("add.Tensor")
+MUL = overloads("mul.Tensor", "mul.Scalar")
+DIV = overloads("div.Tensor", "div.Scalar")
 CASTS = overloads("_to_copy.default", "to.dtype", "prims::convert_element_type.default")
 ROW_MOVERS = overloads(
     "slice.Tensor",
@@ -236,3 +239,9 @@ def depends_on(node: Node, source: Node, order: dict[Node, int]) -> bool:
         seen.add(current)
         stack.extend(current.all_input_nodes)
     return False
+
+
+def shape_of(node: Node) -> str:
+    """The shape of a value in words, symbols as their hints."""
+    tensor = value(node)
+    return "?" if tensor is None else str(tuple(compat.size_hint(n) for n in tensor.shape))

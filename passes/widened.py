@@ -17,8 +17,6 @@ from tpfuse.ops.reference import NARROW
 from . import values
 from .reasons import Reason, Refusal
 
-ADD = values.overloads("add.Tensor")
-
 
 @dataclass(frozen=True)
 class WideAdd:
@@ -73,7 +71,7 @@ def find(current: values.Aliases, order: dict[Node, int]) -> WideAdd | Refusal |
         add = widened.readers[0]
         mine, more = _read_by(widened, add)
         path += more
-    if add.target not in ADD or add.kwargs.get("alpha", 1) != 1 or values.dtype(add) != torch.float32:
+    if add.target not in values.ADD or add.kwargs.get("alpha", 1) != 1 or values.dtype(add) != torch.float32:
         return None
     others = [a for a in add.args if isinstance(a, Node) and a is not mine]
     if len(others) != 1:

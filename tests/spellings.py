@@ -33,7 +33,7 @@ class NormClass:
 
 
 def all_classes() -> list[NormClass]:
-    """The classes that transformers' modelling files define themselves (imported ones are counted once, at home)."""
+    """The classes that transformers' modeling files define themselves (imported ones are counted once, at home)."""
     import transformers
 
     root = Path(transformers.__file__).parent / "models"

@@ -548,5 +548,5 @@ def test_the_op_names_a_bad_argument(change, message):
 
 def test_the_op_without_a_process_group_says_so():
     dist.destroy_process_group()
-    with pytest.raises(ValueError, match="no process group is initialised"):
+    with pytest.raises(ValueError, match="no process group is initialized"):
         tpfuse.ops.all_reduce_add_rms_norm(torch.ones(2, H), None, torch.ones(H))

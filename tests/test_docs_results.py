@@ -90,5 +90,5 @@ def test_a_contender_has_one_colour_in_all_panels_of_a_plot(tmp_path: Path, monk
     monkeypatch.setattr(Axes, "plot", plot)
     tables.plot(tables.load(ROOT / "benchmarks" / "results" / "h200-shared.json"), tmp_path / "plot.svg")
     assert set(drawn) == {"tpfuse", "floor", "symm one-shot", "symm two-shot", "flashinfer pdl"}
-    assert all(len(colours) == 1 for colours in drawn.values()) and len(set(map(min, drawn.values()))) == 5
+    assert all(len(colors) == 1 for colors in drawn.values()) and len(set(map(min, drawn.values()))) == 5
     assert "symm two-shot" in (tmp_path / "plot.svg").read_text()  # words, not outlines

@@ -117,7 +117,7 @@ def package(rank: int, world_size: int, folder: str) -> dict[str, Any]:
     model, program = exported(1, dtype=torch.float32)
     report = tpfuse.fuse(program.graph_module)
     path = os.path.join(folder, f"rank{rank}.pt2")
-    # The wrapper is compiled without optimisation: here only its result counts.
+    # The wrapper is compiled without optimization: here only its result counts.
     torch._inductor.aoti_compile_and_package(
         program, package_path=path, inductor_configs={"aot_inductor.compile_wrapper_opt_level": "O0"}
     )

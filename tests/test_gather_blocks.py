@@ -125,13 +125,34 @@ def refusals(rank, world):
 
 def test_what_does_not_fit_is_named_before_anybody_communicates(pool):
     for messages in pool.run(refusals):
-        assert "expected blocks of at least 2 neighbours of [0, 1, 2, 3]" in messages["groups"]
+        assert "expected blocks of at least 2 neighbors of [0, 1, 2, 3]" in messages["groups"]
         assert "block_group has ranks [0, 1, 2, 3]" in messages["one group"]
         assert "x has 3 rows" in messages["largest"] and "largest is 2" in messages["largest"]
         assert "residual is torch.float32 (2, 24)" in messages["residual"]
         assert "no gradient" in messages["gradient"]
         assert "all_reduce_add_rms_norm_gather: x is on cpu, but an operand" in messages["device"]
         assert "all_reduce_add_layer_norm_gather: x is on cpu, but an operand" in messages["device of a shift"]
+
+
+def one_bad_count(rank, world):
+    """A block with more rows than ``largest``, and one rank with another ``largest``; then a call that fits."""
+    from tpfuse.ops import all_reduce_add_rms_norm_gather as op
+
+    messages = []
+    for rows, largest in ((2 + rank // 2, 2), (1, 2 + rank // 2)):
+        try:
+            op(torch.ones(rows, H), None, torch.ones(H), largest=largest, **GROUPS)
+        except ValueError as error:
+            messages.append(str(error))
+    normed, _ = op(torch.ones(1, H), None, torch.ones(H), largest=1, **GROUPS)
+    return messages, tuple(normed.shape)
+
+
+def test_a_count_of_one_block_that_does_not_fit_is_an_error_on_every_rank(pool):
+    for rank, ((rows, largest), shape) in enumerate(pool.run(one_bad_count, timeout=60)):
+        assert f"x has 3 rows, but largest is 2, on rank {2 + rank % 2}" in rows
+        assert "largest is" in largest and "pass the same number on every rank" in largest
+        assert shape == (2, H)
 
 
 def edges_of_the_gpu_test(rank, world):

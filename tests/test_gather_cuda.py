@@ -32,11 +32,11 @@ LAYER_NORM = {"layer_norm": True, "flavour": "layer_norm", "eps": 1e-5, "addend"
 
 def behind_x(call: Call, mine: Any, group_name: str) -> tuple[tuple[Any, ...], Any, Any, Any]:
     """The arguments behind x up to the group, their kind, the flavour of a kernel, and the add and norm behind a library."""
-    from tpfuse.ops.arguments import Operands
     from tpfuse.ops.flavour import LLAMA
     from tpfuse.ops.kernels import add_norm
     from tpfuse.ops.layer_norm_flavour import LAYER_NORM as FLAVOUR
     from tpfuse.ops.layer_norm_operands import LayerNormOperands
+    from tpfuse.ops.operands import Operands
 
     first = mine.residual, mine.weight
     if call.layer_norm:

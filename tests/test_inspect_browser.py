@@ -76,11 +76,11 @@ def test_it_shows_every_site_in_its_lane(on_page):
     kept = one(on_page, ".site[data-site='3']").text
     assert "mean-dim" in kept
     assert "matched up to square; the mean is over dim 1, expected the last" in kept
-    colours = [
+    colors = [
         one(on_page, f".site[data-site='{n}'] .chip:nth-child(2)").value_of_css_property("background-color")
         for n in (1, 2, 4)
     ]
-    assert colours[0] == colours[1] != colours[2]
+    assert colors[0] == colors[1] != colors[2]
 
 
 def test_filtering_by_reason(on_page):
@@ -122,7 +122,7 @@ def test_a_click_shows_the_nodes_before_and_after(on_page):
         "hidden_states = residual + hidden_states",
         "bfloat16[1, 8, 4096], 64.0 KiB",
         "1 launch, 128.0 KiB of memory traffic",
-        "normalise in fp32 (mean, rsqrt); round to the input dtype, then multiply by weight",
+        "normalize in fp32 (mean, rsqrt); round to the input dtype, then multiply by weight",
         "Rank 7: kept: extra-reader; the others: fused.",
     ):
         assert text in detail
@@ -209,7 +209,7 @@ document.body.offsetHeight;
 return performance.now() - start;
 """
 
-# Every text against the colour behind it, as WCAG AA has it: at least 4.5 to 1.
+# Every text against the color behind it, as WCAG AA has it: at least 4.5 to 1.
 CONTRAST = """
 const parse = (c) => (c.match(/[\\d.]+/g) || []).map(Number);
 const lum = ([r, g, b]) => [r, g, b].map((v) => { v /= 255; return v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4; })

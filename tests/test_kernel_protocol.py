@@ -218,7 +218,7 @@ def test_rows_split_over_programs_have_the_bits_of_whole_rows() -> None:
 
 
 def test_wide_programs_split_a_row_as_well() -> None:
-    """Programs of 256 lanes hold two groups a step, so each sends two sums of squares to its neighbour; H = 2880 has three."""
+    """Programs of 256 lanes hold two groups a step, so each sends two sums of squares to its neighbor; H = 2880 has three."""
     calls = [
         Call(1, 2880, algorithm, lanes=256, steps=1, programs=2, seed=n)
         for n, algorithm in enumerate(("one_shot", "two_shot"))

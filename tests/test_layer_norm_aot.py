@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 KERNELS = {"one_shot": one_shot_layer_norm_kernel, "two_shot": two_shot_layer_norm_kernel}
-# As docs/kernels.md says: one-shot of two ranks, 16 programs a row.
+# Bytes a thread: one-shot of two ranks, 16 programs a row, and two steps a program.
 SPILLS = {("one_shot", 2, 16384, Part(128, 1)): 8, ("one_shot", 2, 8192, Part(512, 2)): 8}
 
 

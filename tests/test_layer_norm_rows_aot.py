@@ -29,7 +29,7 @@ OTHERS = [
     *(("gathered_blocks", world, 2 * world // 4) for world in (4, 8)),
     ("received_two_shot", 4, 2),
 ]
-# As docs/kernels.md says: of rows that two steps do not fill, bytes a thread without and with both a bias and an addend.
+# Of rows that two steps do not fill, bytes a thread without and with both a bias and an addend.
 SPILLS = {
     ("received_rows", 2, 2): (0, 8),
     ("received_rows", 4, 2): (8, 16),

@@ -111,3 +111,18 @@ def test_what_does_not_fit_is_named_before_anybody_communicates(pool):
         assert "expected rows of 24" in messages["width"]
         assert "x has 6 rows" in messages["division"]
         assert "residual is torch.bfloat16" in messages["dtype"]
+
+
+def one_bad_count(rank, world):
+    """One rank keeps more rows than its block has; then a call that fits."""
+    from tpfuse.ops import reduce_rows_add_rms_norm
+
+    x, w = torch.ones(8, H), torch.ones(H)
+    with pytest.raises(ValueError, match="residual has 3 rows, but a block of x has 2, on rank 1"):
+        reduce_rows_add_rms_norm(x, torch.ones(3 if rank == 1 else 1, H), w)
+    return [tuple(t.shape) for t in reduce_rows_add_rms_norm(x, torch.ones(rank % 3, H), w)]
+
+
+def test_a_count_of_one_rank_that_does_not_fit_is_an_error_on_every_rank(pool):
+    for rank, shapes in enumerate(pool.run(one_bad_count, timeout=60)):
+        assert shapes == [(rank % 3, H)] * 2

@@ -28,7 +28,7 @@ def column():
 
 
 @pytest.fixture
-def neighbours(column):
+def neighbors(column):
     return [dist.new_group(ranks) for ranks in ([0, 1], [2, 3])][1].group_name
 
 
@@ -131,10 +131,10 @@ def test_the_rows_of_the_own_replica_behind_an_all_reduce(column):
         assert report.sites[0].nodes
 
 
-def test_the_layer_is_shared_when_its_rows_return_to_the_ranks_of_attention(column, neighbours):
+def test_the_layer_is_shared_when_its_rows_return_to_the_ranks_of_attention(column, neighbors):
     class Attention(torch.nn.Module):
         def forward(self, x):
-            return graphs.all_reduce(torch.nn.functional.scaled_dot_product_attention(x, x, x), group=neighbours)
+            return graphs.all_reduce(torch.nn.functional.scaled_dot_product_attention(x, x, x), group=neighbors)
 
     class Layer(torch.nn.Module):
         def __init__(self):
@@ -200,9 +200,9 @@ def test_a_gather_that_did_not_make_the_rows_proves_nothing(column):
     assert "no gather of the graph" in report.sites[0].detail
 
 
-def test_a_gather_over_other_ranks_proves_nothing(neighbours):
+def test_a_gather_over_other_ranks_proves_nothing(neighbors):
     """Ranks 2 and 3 are one replica where blocks are contiguous: their gather does not say whose rows are whose."""
-    _, report = fused(experts(neighbours), *inputs())
+    _, report = fused(experts(neighbors), *inputs())
     assert report.sites[0].reason == "rows-move"
 
 

@@ -181,7 +181,7 @@ def test_keepdim_false_with_unsqueeze_is_a_norm_also_on_a_square(rows):
 
 
 def test_verify_replays_the_models_own_reduction(monkeypatch):
-    """A recogniser that took columns for rows would be caught by tpfuse.verify."""
+    """A recognizer that took columns for rows would be caught by tpfuse.verify."""
     from tpfuse.passes import expression, norms
 
     monkeypatch.setattr(expression, "_keeps_dim", lambda *_: True)

@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 
 LAYER_NORMS = {"one_shot": one_shot_layer_norm_of_two_kernel, "two_shot": two_shot_layer_norm_of_two_kernel}
 NUMBERS = ("*i64", "*i32", "i32", "i32", "i32", "i64", "fp32", "fp32")
-# Bytes a thread, by algorithm, ranks, H and part, as docs/kernels.md says: a value or two more than fit the registers.
+# Bytes a thread, by algorithm, ranks, H and part: a value or two more than fit the registers.
 SPILLS = {
     ("one_shot", 4, 16384, Part(512, 4)): 8,
     ("one_shot", 8, 8192, Part(512, 2)): 8,

@@ -13,7 +13,7 @@ from tpfuse.ops.geometry import Part, Room, geometry, register_bound
 from tpfuse.ops.kernels.variant import Constants
 from triton.backends.compiler import GPUTarget
 
-# Bytes a thread, by algorithm, ranks, H and part, as docs/kernels.md says: a value or two more than fit the registers.
+# Bytes a thread, by algorithm, ranks, H and part: a value or two more than fit the registers.
 SPILLS = {
     ("one_shot", 4, 16384, Part(512, 4)): 8,
     ("one_shot", 8, 8192, Part(512, 2)): 16,

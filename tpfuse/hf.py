@@ -16,21 +16,22 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from tpfuse import compat, hf_agreement, unfused
-from tpfuse.hf_arguments import ASKED_FOR_WHOLE, check_folder, check_model, check_options, tell_of_a_whole_model
+from tpfuse import compat, hf_agreement
+from tpfuse.hf_arguments import ASKED_FOR_WHOLE, check_model, check_options, tell_of_a_whole_model
 from tpfuse.hf_generate import generate, install, release
 from tpfuse.hf_local import localize
+from tpfuse.hf_plan import one_group, transformers_shards
+from tpfuse.hf_source import agree_on_source
+from tpfuse.hf_unseen import hidden_norms, tell_when_generate_compiles_nothing
 from tpfuse.load import load
-from tpfuse.load.shares import has_adapter, progress_of_rank_0
-from tpfuse.parallel import ARCHITECTURES, ConfigError, ParallelConfig, exchange_rows
+from tpfuse.load.shares import progress_of_rank_0
+from tpfuse.parallel import ConfigError, ParallelConfig, exchange_rows
 from tpfuse.parallel import parallelize as _parallelize
 from tpfuse.parallel.config import check_config
 from tpfuse.parallel.model import ATTRIBUTE, LARGEST, token_shape, without_adapter_wrapper
 from tpfuse.parallel.qk_norms import GATHER, check_mode
 
 __all__ = ["compile", "from_pretrained", "generate", "hidden_norms", "localize", "one_group", "parallelize", "release"]
-
-NORM_LIBRARIES = ("liger_kernel", "kernels")
 
 
 def from_pretrained(
@@ -67,7 +68,8 @@ def from_pretrained(
     Raises:
         ImportError: transformers is not installed.
         TypeError: ``config`` is no :class:`~tpfuse.parallel.ParallelConfig`.
-        FileNotFoundError: ``path`` is no folder, and no name on the Hub either.
+        FileNotFoundError: ``path`` is no folder, and no name on the Hub either, or a folder on some ranks only.
+        ConnectionError: a Hub name, the Hub cannot be reached, and a rank has not cached it.
         ConfigError: see :func:`tpfuse.parallel.parallelize`; or a quantization whose weights cannot be cut, or an argument for
             transformers that contradicts the sizes.
     """
@@ -75,17 +77,17 @@ def from_pretrained(
     auto_class = auto_class or transformers.AutoModelForCausalLM
     check_mode(qk_norm or GATHER)
     check_config(config)
-    check_folder(path)
     if config.world_size > 1 and not dist.is_initialized():
         raise ConfigError(
             f"no default process group for {config.world_size} ranks; call torch.distributed.init_process_group first, "
             "e.g. under torchrun"
         )
+    kwargs = agree_on_source(path, kwargs, several=config.world_size > 1)
     if config.world_size == 1:
         with progress_of_rank_0(progress):
             model = auto_class.from_pretrained(path, **kwargs)
         setattr(without_adapter_wrapper(model), ASKED_FOR_WHOLE, True)
-    elif _transformers_shards(transformers, path, config, qk_norm, kwargs):
+    elif transformers_shards(transformers, path, config, qk_norm, kwargs):
         if dist.get_world_size() != config.tp_size:
             raise ConfigError(
                 f"transformers' tensor parallelism spans all {dist.get_world_size()} ranks of the default group, but "
@@ -108,7 +110,7 @@ def from_pretrained(
             )
 
         model = load(auto_class, path, cut, progress, device, kwargs)
-    _tell_when_generate_compiles_nothing(model)
+    tell_when_generate_compiles_nothing(model)
     localize(model.eval())
     if config.world_size > 1:
         hf_agreement.install(without_adapter_wrapper(model))
@@ -132,14 +134,8 @@ def parallelize(model: nn.Module, config: ParallelConfig, **kwargs: Any) -> nn.M
     check_model(model)
     model = _parallelize(model, config, **kwargs)
     hf_agreement.install(without_adapter_wrapper(model))
-    _tell_when_generate_compiles_nothing(model)
+    tell_when_generate_compiles_nothing(model)
     return model
-
-
-def one_group(config: ParallelConfig) -> bool:
-    """Whether attention, dense MLP and experts all reduce over the same ranks, which is what transformers' own TP does."""
-    names = ("attn_tp", "dense_tp", "moe_tp")
-    return config.pp_size == 1 and all(config.groups(name) == config.groups("tp") for name in names)
 
 
 def compile(
@@ -193,7 +189,7 @@ def compile(
         install(model)
         if hasattr(model, "get_compiled_call"):  # the decode step of transformers' own loop
             setattr(model, "get_compiled_call", types.MethodType(_get_compiled_call, model))  # noqa: B010
-    _tell_when_generate_compiles_nothing(model)
+    tell_when_generate_compiles_nothing(model)
     parallelized = getattr(model, ATTRIBUTE, None)
     if parallelized is not None and parallelized.plan.gathers_blocks:
         _exchange_before(compiled, model)
@@ -209,52 +205,6 @@ def _gpu() -> str | None:
 def _get_compiled_call(model: Any, compile_config: Any) -> Callable[..., Any]:
     """transformers' own, with room for recompiles; a bound method of the model, so that a copy of the model compiles itself."""
     return compat.with_room_for_recompiles(type(model).get_compiled_call(model, compile_config))
-
-
-_CRITERIA = "_valid_auto_compile_criteria"
-
-
-def _tell_when_generate_compiles_nothing(model: Any) -> None:
-    """Warn when ``generate`` was to use tpfuse and runs eagerly: it compiles with a static cache only, and says so in a log.
-
-    ``generate`` asks a method of the model whether to compile; a release of transformers without that method loses the
-    warning and nothing else.
-    """
-    if hasattr(type(model), _CRITERIA):
-        setattr(model, _CRITERIA, types.MethodType(_valid_auto_compile_criteria, model))
-
-
-def _valid_auto_compile_criteria(model: Any, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
-    """transformers' own answer; a bound method of the model, so that a copy of the model asks about itself."""
-    compiles = bool(getattr(type(model), _CRITERIA)(model, model_kwargs, generation_config))
-    config = getattr(generation_config, "compile_config", None)
-    if compiles or getattr(generation_config, "disable_compile", False) or getattr(config, "backend", None) != "tpfuse":
-        return compiles
-    if model.device.type == "cpu" and not getattr(config, "_compile_all_devices", False):
-        unfused.tell(
-            "generate-cpu",
-            "generate() ran eagerly, so nothing was fused: transformers compiles on accelerators only. Leave compile_config out "
-            "of the call after tpfuse.hf.compile(model), which compiles on a CPU as well",
-        )
-    elif not _static(model_kwargs.get("cache", model_kwargs.get("past_key_values"))):
-        unfused.tell(
-            "generate-cache",
-            "generate() ran eagerly, so nothing was fused: transformers compiles its decode step only with a static cache. Call "
-            "generate(..., cache_implementation='static'), or set model.generation_config.cache_implementation = 'static', which "
-            "a pipeline uses too",
-        )
-    else:
-        unfused.tell(
-            "generate-other",
-            "generate() ran eagerly, so nothing was fused: transformers does not compile this model's decode step (offloaded to "
-            "CPU or disk, or quantized in a way that cannot be compiled). Call the compiled model directly",
-        )
-    return compiles
-
-
-def _static(cache: Any) -> bool:
-    """Whether ``generate`` compiles with this cache. One that grows calls itself compileable as long as it is empty."""
-    return bool(getattr(cache, "is_compileable", False)) and type(cache).__name__ != "DynamicCache"
 
 
 def _exchange_before(compiled: Any, model: Any) -> None:
@@ -275,61 +225,6 @@ def _exchange_before(compiled: Any, model: Any) -> None:
         return lambda *args, **kwargs: step(*args, **with_count(args, kwargs))
 
     model.get_compiled_call = get_compiled_call
-
-
-def hidden_norms(model: nn.Module) -> list[str]:
-    """What hides the RMSNorms of this model from a graph pass: one sentence each, empty when nothing does."""
-    notes = []
-    if getattr(model, "use_kernels", False):
-        notes.append(
-            "the model was loaded with use_kernels=True: Hub kernels replace its RMSNorm by an opaque call, so no reduction "
-            "before it can be fused. Load it with use_kernels=False"
-        )
-    replaced = sorted({name for name in map(_norm_library, model.modules()) if name is not None})
-    if replaced:
-        notes.append(
-            f"the model's norms come from {', '.join(replaced)}: the graph shows them as an opaque call, so no reduction "
-            "before them can be fused. Do not patch the model's RMSNorm"
-        )
-    return notes
-
-
-def _norm_library(module: nn.Module) -> str | None:
-    if "norm" not in type(module).__name__.lower():
-        return None
-    forward = getattr(module.forward, "__func__", module.forward)
-    for source in (type(module).__module__, getattr(forward, "__module__", "")):
-        library = str(source).partition(".")[0]
-        if library in NORM_LIBRARIES:
-            return library
-    return None
-
-
-def _transformers_shards(
-    transformers: Any, path: Any, config: ParallelConfig, qk_norm: str | None, kwargs: dict[str, Any]
-) -> bool:
-    """Whether transformers' own tensor parallelism loads the model."""
-    if not one_group(config) or qk_norm is not None or has_adapter(path, kwargs):
-        return False
-    return _plan_shards_attention(transformers, path, kwargs)
-
-
-def _plan_shards_attention(transformers: Any, path: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether transformers' plan for this model cuts attention. Where it does not, nothing would be shared.
-
-    Where it cuts the projections but gathers q, k and v, for a norm over all heads, each rank attends with all heads and caches
-    them. Of the architectures that tpfuse knows it cuts the heads.
-    """
-    model_config = kwargs.get("config")
-    if model_config is None:
-        known = ("cache_dir", "revision", "token", "trust_remote_code", "local_files_only", "subfolder", "gguf_file")
-        model_config = transformers.AutoConfig.from_pretrained(path, **{k: kwargs[k] for k in known if k in kwargs})
-    text_config = model_config.get_text_config()
-    plan = getattr(text_config, "base_model_tp_plan", None) or {}
-    styles = [style for name, style in plan.items() if "attn" in name]
-    if text_config.model_type in ARCHITECTURES and any(style.endswith("gather_output") for style in styles):
-        return False
-    return any(style.startswith("rowwise") for style in styles)
 
 
 def _transformers() -> Any:

@@ -63,7 +63,7 @@ def variance_of(held, middle, part, row, state, phase, watch, C: tl.constexpr, S
 
 
 @triton.jit
-def normalised_around(values, middle, variance, eps, C: tl.constexpr):
+def normalized_around(values, middle, variance, eps, C: tl.constexpr):
     """fp32 values of one group around the mean of their row, over its standard deviation."""
     v = variance + eps
     values = around(values, middle)

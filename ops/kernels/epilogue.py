@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from .call import spoil
-from .center import mean_of_values, normalised_around, variance_of
+from .center import mean_of_values, normalized_around, variance_of
 from .gather import gather_of, is_whole, push_to_all
 from .memory import NAN_WORD, store16
 from .packing import over_scalar, pack, plus, plus_scalar, plus_words, rounded, times, times_scalar, times_words, unpack
@@ -82,7 +82,7 @@ def gain_of(weight, C: tl.constexpr, PTX: tl.constexpr):
 
 
 @triton.jit
-def normalised(values, mean, weight, eps, C: tl.constexpr, PTX: tl.constexpr):
+def normalized(values, mean, weight, eps, C: tl.constexpr, PTX: tl.constexpr):
     """Words of the normed output of one group, in the flavour's rounding order."""
     v = mean + eps
     if C.root == "rsqrt" or C.root == "pow":
@@ -105,7 +105,7 @@ def normalised(values, mean, weight, eps, C: tl.constexpr, PTX: tl.constexpr):
 
 @triton.jit
 def affine_of(out, weight, shift, C: tl.constexpr, PTX: tl.constexpr):
-    """Words of a LayerNorm's output from the normalised values of one group: weight and shift, rounded as the flavour says."""
+    """Words of a LayerNorm's output from the normalized values of one group: weight and shift, rounded as the flavour says."""
     if C.round_normed:
         out = rounded(out, C.dtype, PTX)
     if C.has_weight:
@@ -197,7 +197,7 @@ def accept(
     C: tl.constexpr,
     S: tl.constexpr,
 ):
-    """Bias, scale and residual add of one step; returns what will be normalised.
+    """Bias, scale and residual add of one step; returns what will be normalized.
 
     That is the words of the residual sum, or, where the norm reads it before it is rounded, its fp32 values: twice the
     registers, for such a flavour only.
@@ -284,10 +284,10 @@ def finish(
                     shift = loads[i][3]
                 else:
                     shift = load_words(io[5], element.to(tl.int64), active, C.shift_dtype, C.values, S.ptx)
-            values = normalised_around(held_values(held[i], C), middle, mean, eps, C)
+            values = normalized_around(held_values(held[i], C), middle, mean, eps, C)
             out = affine_of(values, gain, shift, C, S.ptx)
         else:
-            out = normalised(held_values(held[i], C), mean, gain, eps, C, S.ptx)
+            out = normalized(held_values(held[i], C), mean, gain, eps, C, S.ptx)
         if C.keeps_normed:
             store_words(normed, row_start + element, out, active, C.out_dtype, S.ptx)
         if S.gathers:

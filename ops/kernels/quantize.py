@@ -1,6 +1,6 @@
 """The quantized epilogue: amax of a row or of 128 columns, the scale, fp8 bytes. It begins where the norm has been rounded.
 
-``C.quant`` is a :class:`.quant_constants.Quant`. A largest value travels as the bits of its absolute value: as integers they are
+``C.quant`` is a :class:`.quant_facts.Quant`. A largest value travels as the bits of its absolute value: as integers they are
 ordered like the values, and NaN is above all, so it is never lost as in a maximum of floats.
 """
 
@@ -31,8 +31,8 @@ def top_of(values, active):
 
 
 @triton.constexpr_function
-def over_neighbours_asm(lanes):
-    """PTX: the maximum over so many neighbouring threads of a warp, a power of two."""
+def over_neighbors_asm(lanes):
+    """PTX: the maximum over so many neighboring threads of a warp, a power of two."""
     lines = ["{", ".reg .b32 %o;", "mov.b32 $0, $1;"]
     distance = lanes // 2
     while distance:
@@ -61,7 +61,7 @@ def over_columns(top, C: tl.constexpr, S: tl.constexpr):
     LANES: tl.constexpr = 128 // C.values
     if S.ptx:
         return tl.inline_asm_elementwise(
-            over_neighbours_asm(LANES), "=&r,r", [top], dtype=tl.int32, is_pure=False, pack=1
+            over_neighbors_asm(LANES), "=&r,r", [top], dtype=tl.int32, is_pure=False, pack=1
         )
     else:
         ALL: tl.constexpr = S.lanes

@@ -110,7 +110,7 @@ def folded(totals, HALF: tl.constexpr):
 
 @triton.jit
 def exchange(sums, part, row, state, phase, watch, C: tl.constexpr, S: tl.constexpr, SIGNED: tl.constexpr = False):
-    """The sum of squares, fp32, of a row that ``S.split`` neighbouring programs hold, one item each. ``SIGNED``: the mean.
+    """The sum of squares, fp32, of a row that ``S.split`` neighboring programs hold, one item each. ``SIGNED``: the mean.
 
     Push and poll again, within one GPU: every program announces its sums, polls its own area, and restores its zeros when
     it has nothing else to do (:func:`restore`). The kernel boundary orders them before the next call's writes: one phase

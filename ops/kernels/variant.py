@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 
 from .. import reference
 from ..flavour import Flavour
+from .quant_facts import Quant
 from .state import GROUP_LANES, MAX_GROUPS
-
-if TYPE_CHECKING:
-    from .quant_constants import Quant
 
 try:
     import triton.language as tl

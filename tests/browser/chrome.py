@@ -30,7 +30,7 @@ def found() -> tuple[str, str]:
 
 @contextmanager
 def chrome(profile: Path, width: int = 1280, height: int = 1000, dark: bool = False) -> Iterator[Any]:
-    """A browser window of this size, with a fresh profile and the wanted colour scheme."""
+    """A browser window of this size, with a fresh profile and the wanted color scheme."""
     binary, driver = found()
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service

@@ -301,7 +301,7 @@ def grow_the_cache() -> None:
 def random_calls(rank: int, world: int, count: int, seed: int, replays: bool = True) -> list[str]:
     """``count`` random calls: sizes, algorithms, groups, eager and graph replay mixed. Every result is checked.
 
-    Nothing synchronises the ranks for long stretches: each runs ahead as far as its launch queue takes it, with torch's
+    Nothing synchronizes the ranks for long stretches: each runs ahead as far as its launch queue takes it, with torch's
     kernels for the checks between the calls.
     """
     rng = random.Random(seed)

@@ -1,6 +1,6 @@
 """One process plays one rank of a group whose other ranks have already spoken: what compute-sanitizer can hold.
 
-The tool serialises kernels, so kernels that wait for each other would never end under it. Here every slot that the rank
+The tool serializes kernels, so kernels that wait for each other would never end under it. Here every slot that the rank
 will poll is filled beforehand with what its peers would have pushed, so each kernel runs through without waiting; its own
 pushes go to buffers that stand for the peers' planes. Every rank is played in turn and the outputs must agree.
 """

@@ -80,7 +80,7 @@ def _left_over() -> list[str]:
 def random_calls(rank: int, world: int, count: int, seconds: float, seed: int = 5, kinds: int = 60) -> list[str]:
     """``count`` calls of all three ops on one plane, eager and replayed, or as many as ``seconds`` allow.
 
-    Each of ``kinds`` calls is held against the reference once, and then against its own first bits. Nothing synchronises the
+    Each of ``kinds`` calls is held against the reference once, and then against its own first bits. Nothing synchronizes the
     ranks between some hundred calls.
     """
     rng, began = random.Random(seed), time.monotonic()
@@ -239,7 +239,7 @@ def part(name: str, world: int, count: int = 10_000, seconds: float = 300.0) -> 
         answers = run_ranks(replays, world, **limits)
     else:
         limits["env"]["TPFUSE_WATCHDOG_SECONDS"] = "3"
-        # A killed client of MPS takes its neighbours' kernels with it: there it leaves by itself.
+        # A killed client of MPS takes its neighbors' kernels with it: there it leaves by itself.
         killed = gpu_count() >= world
         answers = run_ranks(dead_rank, world, killed, 8.0, name, may_die=(world - 1,), **limits)
     return [f"rank {rank}: {line}" for rank, lines in enumerate(answers) for line in lines or ()]

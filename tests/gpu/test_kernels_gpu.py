@@ -93,7 +93,7 @@ def test_a_dead_rank_becomes_an_error_within_the_watchdogs_time(world: int) -> N
 
 def test_a_rank_killed_during_replays_leaves_nan_on_the_others_and_an_error_that_names_it() -> None:
     if gpu_count() < 2:
-        pytest.skip("needs two GPUs: a killed client of MPS takes its neighbours' kernels with it")
+        pytest.skip("needs two GPUs: a killed client of MPS takes its neighbors' kernels with it")
     env = {"TPFUSE_WATCHDOG_SECONDS": "2"}
     answers = run_ranks(on_ranks.killed_during_replay, 2, env=env, may_die=(1,), timeout=120)
     assert answers[0] == [] and answers[1] is None, "\n".join(answers[0])

@@ -6,7 +6,7 @@ import torch
 
 
 def current_device() -> int:
-    """The current CUDA device. Why private: asked on every call, and the public function initialises CUDA first (0.3 us more)."""
+    """The current CUDA device. Why private: asked on every call, and the public function initializes CUDA first (0.3 us more)."""
     return torch._C._cuda_getDevice()
 
 

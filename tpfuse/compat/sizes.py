@@ -10,7 +10,7 @@ import torch
 def statically_true(condition: Any) -> bool:
     """Whether a possibly symbolic condition is known to hold, without adding a guard.
 
-    Why semi-private: a plain ``bool()`` of a symbolic comparison would specialise the graph to the sizes of one call.
+    Why semi-private: a plain ``bool()`` of a symbolic comparison would specialize the graph to the sizes of one call.
     """
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 

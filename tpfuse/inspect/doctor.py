@@ -78,7 +78,7 @@ def text(checks: list[Check]) -> str:
         return "\n".join(
             f"{c.status:4}  {c.name:18} {c.found}" + (f"\n      fix: {c.fix}" if c.fix else "") for c in checks
         )
-    colours = {OK: "green", NOTE: "default", WARN: "yellow", FAIL: "bold red"}
+    colors = {OK: "green", NOTE: "default", WARN: "yellow", FAIL: "bold red"}
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(no_wrap=True)
@@ -87,7 +87,7 @@ def text(checks: list[Check]) -> str:
         found = Text(check.found)
         if check.fix:
             found.append(f"\n{check.fix}", "italic")
-        table.add_row(Text(check.status, colours[check.status]), check.name, found)
+        table.add_row(Text(check.status, colors[check.status]), check.name, found)
     console = Console(highlight=False, file=sys.stdout)
     with console.capture() as capture:
         console.print(table)

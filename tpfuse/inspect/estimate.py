@@ -4,7 +4,7 @@ The model, in one place. B is the size of the summed tensor (rows x H x bytes pe
 they are read once either way.
 
 The baseline is what Inductor makes of the same graph, seen in its generated code: the all-reduce runs in place, and one
-kernel adds the residual and normalises.
+kernel adds the residual and normalizes.
 
 ==========================  ========  =======================================================
 step                        launches  this rank's own memory traffic

@@ -167,7 +167,7 @@ def _wrap(text: str, width: int) -> list[str]:
 
 
 def html(report: GraphReport) -> str:
-    """The report as an HTML fragment for notebooks. It inherits the notebook's colours, so it suits light and dark."""
+    """The report as an HTML fragment for notebooks. It inherits the notebook's colors, so it suits light and dark."""
     border = "border-bottom:1px solid rgba(128,128,128,.35);padding:.3em .9em .3em 0;text-align:left;vertical-align:top"
     head = "".join(f'<th scope="col" style="{border}">{name}</th>' for name in COLUMNS)
     body = ""

@@ -22,16 +22,16 @@
   const narrow = matchMedia("(max-width: 640px)");
   const plural = (n, word) => `${n} ${word}${n === 1 ? "" : "s"}`;
 
-  /* Ranks as chips. One colour a group, in order of appearance over all ranks, so that equal groups look equal. */
-  const colours = new Map();
-  function colour(group) {
+  /* Ranks as chips. One color a group, in order of appearance over all ranks, so that equal groups look equal. */
+  const colors = new Map();
+  function color(group) {
     const key = group.join();
-    if (!colours.has(key)) colours.set(key, colours.size % 8);
-    return colours.get(key);
+    if (!colors.has(key)) colors.set(key, colors.size % 8);
+    return colors.get(key);
   }
   function chips(group) {
     if (!group || !group.length) return make("span", { class: "chips" }, make("span", { class: "chip unknown", text: "unknown" }));
-    const c = `chip g${colour(group)}`;
+    const c = `chip g${color(group)}`;
     const run = group.every((r, i) => r === group[0] + i);
     const shown = group.length > 8 ? [run ? `${group[0]}\u2013${group[group.length - 1]}` : `${group.length} ranks`] : group;
     const list = make("span", { class: "chips", title: `ranks ${group.join(", ")}` });
@@ -344,7 +344,7 @@
   system.addEventListener("change", paint);
   paint();
 
-  for (const g of data.graphs) for (const v of g.variants) for (const s of v.sites) if (s.group.length) colour(s.group);
+  for (const g of data.graphs) for (const v of g.variants) for (const s of v.sites) if (s.group.length) color(s.group);
   drawContext();
   const wanted = recall();
   render();
