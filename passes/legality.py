@@ -87,6 +87,13 @@ def no_norm(current: values.Aliases, terms: list[Term]) -> Refusal:
                 "torch.nn.functional.rms_norm or spelled out, is seen",
             )
     for reader in current.readers:
+        if not terms and in_words.gathers_again(current.root, reader):
+            return Refusal(
+                Reason.SPLIT_ALL_REDUCE,
+                f"{reader.name} gathers the rows that the ranks summed, over the same ranks and before any norm: the two are an "
+                "all-reduce in two calls, for which the pass would have to put another reduction",
+            )
+    for reader in current.readers:
         if reader.target in values.ROW_MOVERS or _gathers(reader):
             return Refusal(Reason.ROWS_MOVE, f"{reader.name} ({reader.target}) moves rows of the {what}")
     for reader in current.readers:
