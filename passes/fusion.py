@@ -28,6 +28,7 @@ from .report import GraphReport, LayerAudit, Site
 from .site_of import site_of
 
 log = logging.getLogger("tpfuse")
+INSIDE = "graphs inside of this one reduce too"
 _ids = itertools.count()
 
 
@@ -82,7 +83,7 @@ def fuse(
     notes = _handmade(g)
     if inside:
         names = ", ".join(name for name, _ in inside)
-        notes.append(f"graphs inside of this one reduce too, each with a report of its own: {names}")
+        notes.append(f"{INSIDE}, each with a report of its own: {names}")
     return GraphReport(
         graph_id=next_graph_id(),
         rank=dist.get_rank() if initialised else 0,

@@ -18,7 +18,7 @@ from torch.fx import Graph, Node
 from tpfuse import compat
 
 from . import collectives, source, values
-from .legality import ADD, SUMS
+from .legality import ADD, DIV, MUL, SUMS
 
 GATHERS = "all_gather"  # in the names of all_gather_into_tensor, its coalesced and its out variants
 EXCHANGES = "all_to_all"
@@ -27,6 +27,7 @@ MEANS = values.overloads("mean.dim")
 MOVES = (values.ROW_MOVERS | values.overloads("stack.default")) - values.overloads(
     "index.Tensor", "index_select.default", "gather.default", "index_put.default", "index_add.default", "scatter.src"
 )
+BITS = values.overloads("view.dtype")  # fp8 is sent as bytes
 BEGINNING = "made by hand: "
 
 
@@ -127,9 +128,22 @@ def _behind(start: Node) -> Iterator[Node]:
 
 
 def _passes_on(node: Node) -> bool:
+    if node.target in MUL | DIV:
+        return len(node.all_input_nodes) == 2 and all(_was_sent(a) for a in node.all_input_nodes)
     if node.target is collectives.WAIT or node.target is operator.getitem or node.target in MOVES:
         return True
-    return node.target in values.RESHAPES | values.IDENTITIES | values.CASTS | values.COPIES
+    return node.target in values.RESHAPES | values.IDENTITIES | values.CASTS | values.COPIES | BITS
+
+
+def _was_sent(node: Node) -> bool:
+    """Whether a value came from other ranks: compressed values are multiplied by scales that were sent with them."""
+    while node.op == "call_function" and not collectives.is_communication(node):
+        source = node.args[1] if node.target in values.COPIES else (node.args[0] if node.args else None)
+        source = source[0] if isinstance(source, list | tuple) and source else source
+        if node.target in MUL | DIV or not _passes_on(node) or not isinstance(source, Node):
+            return False
+        node = source
+    return node.op == "call_function"
 
 
 def _sums_ranks(node: Node, read: Node, size: int, leading: bool) -> bool:

@@ -20,7 +20,9 @@ def operator_of(node: Node) -> str:
 def opaque_norm(node: Node) -> str | None:
     """The name of a kernel library's operator that by its name is a norm, or None."""
     name = operator_of(node)
-    return name if "norm" in name.lower() and name.partition(".")[0] not in TORCH else None
+    return (
+        name if any(word in name.lower() for word in ("norm", "rms")) and name.partition(".")[0] not in TORCH else None
+    )
 
 
 def gathers_again(total: Node, reader: Node) -> bool:

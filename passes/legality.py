@@ -76,7 +76,8 @@ def no_norm(current: values.Aliases, terms: list[Term]) -> Refusal:
             return Refusal(
                 Reason.NO_NORM,
                 f"the {what} leaves the graph before any norm reads it: the model returns it, or the graph ends there (a "
-                "graph break, which TORCH_LOGS=graph_breaks shows, or layers that are compiled one by one)",
+                "graph break, which TORCH_LOGS=graph_breaks shows, or layers that are compiled one by one, as by "
+                "nested_compile_region)",
             )
     for reader in current.readers:
         name = in_words.opaque_norm(reader)

@@ -74,6 +74,23 @@ def test_an_exchange_and_a_sum_are_a_reduce_scatter():
     assert "all_to_all_single" in note and "reduce_scatter_tensor(own_rows, x) in its place" in note
 
 
+def test_what_is_sent_in_fp8_with_its_scales_is_named_too():
+    """As ColossalAI's ``all_reduce_fp8`` (``colossalai/quantization/fp8.py``) does: scales travel beside the bytes."""
+
+    def model(x: Tensor) -> Tensor:
+        blocks = x.view(RANKS, 2 * H)
+        scale = blocks.abs().amax(-1, keepdim=True) / 448
+        sent = FUNCTIONAL.all_to_all_single(
+            (blocks / scale).to(torch.float8_e4m3fn).view(torch.uint8), [1, 1], [1, 1], world()
+        )
+        scales = FUNCTIONAL.wait_tensor(FUNCTIONAL.all_to_all_single(scale, [1, 1], [1, 1], world()))
+        came = FUNCTIONAL.wait_tensor(sent).view(torch.float8_e4m3fn).float()
+        return norm(gather((came * scales).sum(0).view(2, H)))
+
+    (note, *_) = fused_copy(trace(model, [torch.randn(4, H)]), ALL)[1].notes
+    assert "all_to_all_single" in note and "reduce_scatter_tensor" in note
+
+
 def test_the_layers_of_a_model_share_a_note():
     def model(x: Tensor, r: Tensor) -> Tensor:
         for _ in range(3):
@@ -87,6 +104,7 @@ def test_the_layers_of_a_model_share_a_note():
 OTHERWISE = {
     "rows are gathered and pooled": lambda x: gather(x).mean(0),
     "columns are gathered": lambda x: torch.cat(gather(x).chunk(RANKS), -1).view(4, RANKS, H).sum(-1),
+    "a weighted sum of experts": lambda x: (exchange(x).view(2, 2, H) * x.view(2, 2, H)).sum(0),
     "two gathers are added": lambda x: gather(x) + gather(x * 2),
     "tokens of experts are exchanged, picked and added": lambda x: (
         exchange(x)[torch.tensor([0, 1, 2, 3])].view(2, 2, H).sum(1)
