@@ -386,7 +386,7 @@ def _drops_out(node: Node) -> bool:
 def _adds_rows(reader: Node) -> bool:
     """Whether a reader adds up whole rows, and keeps their columns."""
     dims = reader.args[1] if reader.target in SUMS and len(reader.args) > 1 else None
-    source = values.value(reader.args[0]) if isinstance(reader.args[0], Node) else None
+    source = values.value(reader.args[0]) if reader.args else None
     if source is None or source.dim() < 2 or not isinstance(dims, Sequence) or not dims:
         return False
     return all(isinstance(d, int) and d % source.dim() != source.dim() - 1 for d in dims)
