@@ -18,11 +18,11 @@ def operator_of(node: Node) -> str:
 
 
 def opaque_norm(node: Node) -> str | None:
-    """The name of a kernel library's operator that by its name is a norm, or None."""
-    name = operator_of(node)
-    return (
-        name if any(word in name.lower() for word in ("norm", "rms")) and name.partition(".")[0] not in TORCH else None
-    )
+    """The name of a kernel library's operator, or of a Triton kernel, that by its name is a norm; or None."""
+    kernel = compat.triton_kernel_of(node)
+    name = f"the Triton kernel {kernel}" if kernel else operator_of(node)
+    is_norm = any(word in name.lower() for word in ("norm", "rms"))
+    return name if is_norm and name.partition(".")[0] not in TORCH else None
 
 
 def gathers_again(total: Node, reader: Node) -> bool:

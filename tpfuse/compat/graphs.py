@@ -6,7 +6,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.fx import Node
@@ -138,7 +138,7 @@ def triton_kernel_of(node: Node) -> str | None:
     if node.target not in (wrap.triton_kernel_wrapper_functional, wrap.triton_kernel_wrapper_mutation):
         return None
     try:
-        kernel: Any = wrap.kernel_side_table.get_kernel(node.kwargs["kernel_idx"])
+        kernel: Any = wrap.kernel_side_table.get_kernel(cast(int, node.kwargs["kernel_idx"]))
     except (AssertionError, KeyError):
         return None  # a graph of another process
     while not hasattr(kernel, "__name__") and hasattr(kernel, "fn"):  # below autotuning and heuristics
