@@ -2,8 +2,9 @@
 
 Random weights. By default the widths of DeepSeek-V3 with fewer layers and experts: three dense and three MoE layers of 32
 experts, 13 GiB before it is cut, on every rank. With ``--widths moonlight`` those of Moonlight-16B-A3B, a small model of the
-same architecture, with all of its 64 experts and 8 of its 27 layers, 8 GiB. ``tpfuse.hf.parallelize`` shards it under (tp, dp, k). With a GPU for every rank the
-baseline is NCCL. Up to four ranks may share one GPU, whose baseline is tpfuse without rows with destinations (``e2e_rows.py``).
+same architecture, with all of its 64 experts and 8 of its 27 layers, 8 GiB. ``tpfuse.hf.parallelize`` shards it under
+(tp, dp, k). With a GPU for every rank the baseline is NCCL. Up to four ranks may share one GPU, whose baseline is tpfuse
+without rows with destinations (``e2e_rows.py``).
 
 A decode step has one token for each of the given number of sequences, in every replica, on a static cache that an eager
 prefill has begun; a prefill is one sequence without a cache.

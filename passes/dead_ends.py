@@ -51,7 +51,8 @@ def no_norm(current: values.Aliases, terms: list[Term]) -> Refusal:
             return Refusal(
                 Reason.NO_NORM,
                 f"the {what} leaves the graph before any norm reads it: the model returns it, or the graph ends there (a "
-                "graph break, which TORCH_LOGS=graph_breaks shows, or layers that are compiled one by one)",
+                "graph break, which TORCH_LOGS=graph_breaks shows, or layers that are compiled one by one, as by "
+                "nested_compile_region)",
             )
     for reader in current.readers:
         name = in_words.opaque_norm(reader)
@@ -60,6 +61,13 @@ def no_norm(current: values.Aliases, terms: list[Term]) -> Refusal:
                 Reason.UNKNOWN_NORM,
                 f"the {what} is read by {name}, an operator that the pass cannot look into; a norm of PyTorch's operators, "
                 "torch.nn.functional.rms_norm or spelled out, is seen",
+            )
+    for reader in current.readers:
+        if not terms and in_words.gathers_again(current.root, reader):
+            return Refusal(
+                Reason.SPLIT_ALL_REDUCE,
+                f"{reader.name} gathers the rows that the ranks summed, over the same ranks and before any norm: the two are an "
+                "all-reduce in two calls, for which the pass would have to put another reduction",
             )
     for reader in current.readers:
         if reader.target in values.ROW_MOVERS or _gathers(reader):
@@ -175,7 +183,7 @@ def _drops_out(node: Node) -> bool:
 def _adds_rows(reader: Node) -> bool:
     """Whether a reader adds up whole rows, and keeps their columns."""
     dims = reader.args[1] if reader.target in SUMS and len(reader.args) > 1 else None
-    source = values.value(reader.args[0]) if isinstance(reader.args[0], Node) else None
+    source = values.value(reader.args[0]) if reader.args else None
     if source is None or source.dim() < 2 or not isinstance(dims, Sequence) or not dims:
         return False
     return all(isinstance(d, int) and d % source.dim() != source.dim() - 1 for d in dims)

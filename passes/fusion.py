@@ -6,6 +6,7 @@ Imports no kernel and needs no GPU, so it runs on a fake process group as well a
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 from dataclasses import replace
 from functools import partial
@@ -13,7 +14,7 @@ from functools import partial
 import torch.distributed as dist
 from torch.fx import Graph, GraphModule, Node
 
-from . import collectives, gathers, lowering, quantization, region, rewrite, second_sum, sharing, square_sums
+from . import collectives, gathers, handmade, lowering, quantization, region, rewrite, second_sum, sharing, square_sums
 from .candidate import Candidate, Found
 from .failure import guarded, internal, kept
 from .fused_call import build
@@ -26,6 +27,8 @@ from .replacement import Replacement
 from .report import GraphReport, LayerAudit, Site
 from .site_of import site_of
 
+log = logging.getLogger("tpfuse")
+INSIDE = "graphs inside of this one reduce too"
 _ids = itertools.count()
 
 
@@ -77,6 +80,10 @@ def fuse(
         sites, audits = kept(g, error), []
     initialized = dist.is_available() and dist.is_initialized()
     inside = [] if module is None else collectives.graphs_inside(module)
+    notes = _handmade(g)
+    if inside:
+        names = ", ".join(name for name, _ in inside)
+        notes.append(f"{INSIDE}, each with a report of its own: {names}")
     return GraphReport(
         graph_id=next_graph_id(),
         rank=dist.get_rank() if initialized else 0,
@@ -87,12 +94,17 @@ def fuse(
         numerics=options.numerics,
         inner=inner,
         seconds=time.perf_counter() - started,
-        notes=[
-            f"graphs inside of this one reduce too, each with a report of its own: {', '.join(n for n, _ in inside)}"
-        ]
-        if inside
-        else [],
+        notes=notes,
     )
+
+
+def _handmade(g: Graph) -> list[str]:
+    """The notes about sums without a reduction; what fails in looking for them hurts nothing."""
+    try:
+        return handmade.notes(g)
+    except Exception as error:
+        log.debug("looking for hand-made sums failed: %s: %s", type(error).__name__, error)
+        return []
 
 
 def _rewrite(g: Graph, options: PassOptions, training: bool) -> tuple[list[Site], list[LayerAudit]]:

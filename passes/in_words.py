@@ -6,7 +6,7 @@ from torch.fx import Node
 
 from tpfuse import compat
 
-from . import values
+from . import collectives, values
 
 TORCH = ("aten", "prims", "tpfuse")  # the operators of which the pass knows what they compute, or that are its own
 
@@ -18,9 +18,24 @@ def operator_of(node: Node) -> str:
 
 
 def opaque_norm(node: Node) -> str | None:
-    """The name of a kernel library's operator that by its name is a norm, or None."""
-    name = operator_of(node)
-    return name if "norm" in name.lower() and name.partition(".")[0] not in TORCH else None
+    """The name of a kernel library's operator, or of a Triton kernel, that by its name is a norm; or None."""
+    kernel = compat.triton_kernel_of(node)
+    name = f"the Triton kernel {kernel}" if kernel else operator_of(node)
+    is_norm = any(word in name.lower() for word in ("norm", "rms"))
+    return name if is_norm and name.partition(".")[0] not in TORCH else None
+
+
+def gathers_again(total: Node, reader: Node) -> bool:
+    """Whether a reduce-scattered sum is read by a gather over the same ranks, which makes it an all-reduce in two calls."""
+    start = total.args[0] if total.target is collectives.WAIT else total
+    if not isinstance(start, Node):
+        return False
+    spelling = collectives.spelling_of(start)
+    if spelling is None or spelling.kind != "reduce_scatter" or "all_gather_into_tensor" not in str(reader.target):
+        return False
+    names = [[a for a in (*n.args, *n.kwargs.values()) if isinstance(a, str)] for n in (start, reader)]
+    ranks = [collectives.group_ranks(found[-1])[0] if found else () for found in names]
+    return bool(ranks[0]) and ranks[0] == ranks[1]
 
 
 def gate(node: Node) -> str:

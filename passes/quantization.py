@@ -233,6 +233,12 @@ def _unread(normed: Node, known: dict[Node, Known]) -> str:
         tensor = values.value(node)
         if tensor is not None and tensor.dtype in FLOAT8 and node.target not in quantizers.BUFFERS:
             stop = next((n for n in seen if n not in known and any(a in known for a in n.all_input_nodes)), node)
-            return f"{node.name} quantizes the norm, but {stop.name} ({stop.target}) is not understood"
+            return f"{node.name} quantizes the norm, but {stop.name} ({stop.target}) is not understood{_declare(stop)}"
         stack.extend(node.users)
     return ""
+
+
+def _declare(node: Node) -> str:
+    """What to do about an operator of a library, which may quantize in one call."""
+    space = getattr(node.target, "namespace", "aten")
+    return "" if space in ("aten", "prims") else "; where it quantizes in one call, tpfuse.register_quantizer tells how"

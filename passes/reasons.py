@@ -25,6 +25,7 @@ class Reason(str, Enum):
     EXTRA_READER = "extra-reader"
     ROWS_MOVE = "rows-move"
     ROWS_SUMMED = "rows-summed"
+    SPLIT_ALL_REDUCE = "split-all-reduce"
     SUM_OF_REDUCTIONS = "sum-of-reductions"
     ADD_CHAIN = "add-chain"
     RESIDUAL_SHAPE = "residual-shape"
@@ -77,6 +78,9 @@ REMEDIES: dict[Reason, str] = {
     "selection after the norm, and reduce in the shape that the norm reads.",
     Reason.ROWS_SUMMED: "Rows of the sum are added to each other before any norm, such as those of several experts. Add "
     "them up in front of the all-reduce: that is one reduction of fewer bytes, which rounds once instead of for each row.",
+    Reason.SPLIT_ALL_REDUCE: "The rows of a reduce-scatter are gathered again before any norm reads them. Call all_reduce "
+    "in place of the two (of a DTensor: redistribute from Partial() to Replicate() at once), or norm the own rows before the "
+    "gather.",
     Reason.SUM_OF_REDUCTIONS: "Two reductions meet in one norm, and one op cannot make both. Add the partial sums first "
     "and reduce once, where their groups are equal; numerics='relaxed' does that.",
     Reason.ADD_CHAIN: "Several tensors are added between the sum and the norm. Add them to each other first, so that one addend "

@@ -29,7 +29,7 @@ LIBRARIES = {
 INSTALLED = re.compile(
     r".*/(?:site|dist)-packages/(?:" + "|".join(f"({name})/" for name in LIBRARIES if "." not in name) + ")"
 )
-GENERATED = re.compile(r"^<(?:eval_with_key|frozen |string>)|/contextlib\.py$|/functools\.py$")
+GENERATED = re.compile(r"^<(?:eval_with_key|frozen |string>)|/contextlib\.py$|/functools\.py$|/typing_extensions\.py$")
 FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
 LAYER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
@@ -63,6 +63,11 @@ def of(node: Node) -> Source:
         return Source(module=module)
     found = mine or (frames[-1] if frames else Source())
     return Source(re.split(r"(?:site|dist)-packages/", found.file)[-1], found.line, found.text)
+
+
+def is_library(file: str) -> bool:
+    """Whether a file is of a library that wraps models, and not the model's own."""
+    return _in_library(file, _folders())
 
 
 def short(source: str) -> str:

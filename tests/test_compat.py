@@ -576,6 +576,25 @@ def test_auto_functionalized_v2():
     assert compat.auto_functionalized_v2().name() == "auto_functionalized_v2"
 
 
+def test_triton_kernel_of():
+    from torch._higher_order_ops import triton_kernel_wrap as wrap
+
+    def _rms_norm_kernel():
+        pass
+
+    class Autotuner:  # has no name of its own
+        fn = staticmethod(_rms_norm_kernel)
+
+    graph = torch.fx.Graph()
+    for kernel in (_rms_norm_kernel, Autotuner()):
+        number = wrap.kernel_side_table.add_kernel(kernel)
+        node = graph.call_function(wrap.triton_kernel_wrapper_functional, kwargs={"kernel_idx": number})
+        assert compat.triton_kernel_of(node) == "_rms_norm_kernel"
+    unknown = graph.call_function(wrap.triton_kernel_wrapper_functional, kwargs={"kernel_idx": 10**6})
+    assert compat.triton_kernel_of(unknown) is None
+    assert compat.triton_kernel_of(graph.call_function(torch.add)) is None
+
+
 def test_may_vary():
     tensor = torch.zeros(3, 4)
     compat.may_vary(tensor, 1)

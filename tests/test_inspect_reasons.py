@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import tpfuse.passes
-from graphs import ALL, all_reduce, fused_copy, start_fake_group, trace, trace_as_written
+from graphs import ALL, all_reduce, fused_copy, start_fake_group, trace, trace_as_written, world
 from torch import Tensor, nn
 from tpfuse.passes import GraphReport, PassOptions, Reason
 from tpfuse.passes.reasons import REMEDIES
@@ -19,6 +19,8 @@ import tpfuse
 from tpfuse.inspect import table
 
 ROWS, HIDDEN = 3, 8
+FUNCTIONAL = torch.ops._c10d_functional
+WAIT = FUNCTIONAL.wait_tensor
 DOCS = Path(__file__).parent.parent / "docs" / "troubleshooting.md"
 
 Case = Callable[[], GraphReport]
@@ -128,6 +130,15 @@ def _():
 @produces(Reason.ROWS_MOVE)
 def _():
     return reported(lambda x, r, w: norm(r[:, -1:] + all_reduce(x)[:, -1:], w))
+
+
+@produces(Reason.SPLIT_ALL_REDUCE)
+def _():
+    def f(x, r, w):
+        rows = WAIT(FUNCTIONAL.reduce_scatter_tensor(x, "sum", 4, world()))
+        return norm(r + WAIT(FUNCTIONAL.all_gather_into_tensor(rows, 4, world())), w)
+
+    return reported(f, tensor(4, HIDDEN), tensor(4, HIDDEN), torch.rand(HIDDEN))
 
 
 @produces(Reason.ROWS_SUMMED)

@@ -27,6 +27,7 @@ import layers
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
 from graphs import all_reduce
 from models import save, sharded
 from ranks import RankPool
@@ -658,6 +659,24 @@ def test_lines_of_options(reason, group, monkeypatch):
     for name, value in OPTIONS[reason].items():
         monkeypatch.setenv(f"TPFUSE_{name}", value)
     assert compiled_reasons(Block(), one("troubleshooting.md", reason), *inputs()) == [None]
+
+
+def test_lines_of_split_all_reduce():
+    begin, *lines = one("troubleshooting.md", "split-all-reduce").splitlines()
+    graphs.start_fake_group(2)
+    rows = {"reduce_scatter_tensor": funcol.reduce_scatter_tensor, "all_gather_tensor": funcol.all_gather_tensor}
+    found = []
+    for line in lines:
+        first = "" if "all_reduce(y)" in line else begin
+        names = {**NAMES, **rows, "group": dist.group.WORLD}
+        exec(f"def f(y, residual, own_rows_of_residual):\n    {first}\n    {line}\n    return h", names)
+        torch._dynamo.reset()
+        tpfuse.clear_reports()
+        with torch.no_grad():
+            torch.compile(names["f"], backend="tpfuse", options=ALL)(*(torch.randn(n, H) for n in (4, 4, 2)))
+        found.append([site.reason for report in tpfuse.reports() for site in report.sites])
+    dist.destroy_process_group()
+    assert found == [["split-all-reduce"], [None], [None]]
 
 
 def test_lines_of_mutation(group):

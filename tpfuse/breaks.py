@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.fx import GraphModule
 
 from tpfuse import compat, store, unfused
-from tpfuse.passes import GraphReport
+from tpfuse.passes import GraphReport, source
 
 # Not functools.reduce, scatter_reduce and the like, which one rank does alone.
 REDUCES = re.compile(
@@ -35,7 +35,9 @@ def look(reports: Sequence[GraphReport], gm: GraphModule, policy: str) -> None:
     if found is None or not found.user_stack:
         return
     why, stack = found.reason.strip().partition("\n")[0], found.user_stack
-    place = f"{stack[-1].filename}:{stack[-1].lineno}"
+    # torch's own frames are of no use to the model's owner, unless there are no others.
+    mine = [frame for frame in stack if not source.is_library(frame.filename)] or stack
+    place = f"{mine[-1].filename}:{mine[-1].lineno}"
     for report in reports:
         report.notes.append(
             f"a graph break ends this graph at {place} ({why}); the pass sees nothing of what runs there"

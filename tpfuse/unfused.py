@@ -15,7 +15,7 @@ import torch
 from torch.fx import Graph
 
 from tpfuse import store
-from tpfuse.passes import GraphReport, Reason, Site
+from tpfuse.passes import GraphReport, Reason, Site, handmade
 
 _lock = threading.Lock()
 _told: set[str] = set()
@@ -64,6 +64,9 @@ def look(reports: Sequence[GraphReport], policy: str, fuel: int | None) -> None:
         sites = [site for site in report.sites if site.reason not in quiet]
         if sites:
             tell(*_about(report, sites))
+        made = [note for note in report.notes if note.startswith(handmade.BEGINNING)]
+        if made and not report.sites:
+            tell("hand-made", f"{report.graph_id} has no reduction but one {made[0]}")
 
 
 def _about(report: GraphReport, sites: list[Site]) -> tuple[str, str]:

@@ -34,6 +34,7 @@ from .graphs import (
     storage_of,
     traced_apart,
     tracing_through_compiled,
+    triton_kernel_of,
     without_fake_mode,
 )
 from .groups import (
@@ -128,6 +129,7 @@ __all__ = [
     "trace_time_call",
     "traced_apart",
     "tracing_through_compiled",
+    "triton_kernel_of",
     "wants_inference_flag",
     "with_room_for_recompiles",
     "without_compile_caches",

@@ -6,9 +6,10 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch.fx import Node
 
 
 def is_erased(node: torch.fx.Node) -> bool:
@@ -125,6 +126,24 @@ def auto_functionalized_v2() -> Any:
     from torch._higher_order_ops.auto_functionalize import auto_functionalized_v2 as operator
 
     return operator
+
+
+def triton_kernel_of(node: Node) -> str | None:
+    """The name of the Triton kernel that a node of a compiled graph launches, or None.
+
+    Why private: a graph holds a kernel as its number in a table that has no public reader.
+    """
+    from torch._higher_order_ops import triton_kernel_wrap as wrap
+
+    if node.target not in (wrap.triton_kernel_wrapper_functional, wrap.triton_kernel_wrapper_mutation):
+        return None
+    try:
+        kernel: Any = wrap.kernel_side_table.get_kernel(cast(int, node.kwargs["kernel_idx"]))
+    except (AssertionError, KeyError):
+        return None  # a graph of another process
+    while not hasattr(kernel, "__name__") and hasattr(kernel, "fn"):  # below autotuning and heuristics
+        kernel = kernel.fn
+    return getattr(kernel, "__name__", None)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 from tpfuse.ops.vote import MAX_WORLD
-from tpfuse.passes import source
+from tpfuse.passes import fusion, source
 from tpfuse.passes.report import LOWERED, GraphReport, Site
 
 from . import estimate, words
@@ -238,6 +238,8 @@ def _nothing(report: GraphReport) -> list[str]:
         return [
             "no all-reduce: there is one rank. Several come from torchrun, torch.distributed.init_process_group and a cut model"
         ]
+    if any(note.startswith(fusion.INSIDE) for note in report.notes):
+        return ["no all-reduce in this graph itself, see the reports of the graphs inside of it"]
     others = [(report.reduce_scatters, "reduce-scatters"), (report.all_gathers, "all-gathers")]
     has = " and ".join(f"{count} {what}" for count, what in others if count)
     if has:
