@@ -148,10 +148,10 @@ def work(rank: int, store: str, checkpoint: str, new_tokens: int, results: Any) 
         return (time.perf_counter() - start) / new_tokens
 
     out: dict[str, Any] = {"tokens": {}}
-    for name in ways:
+    for name in ways:  # Inductor comes first and so compiles what later compiles use again: C++ headers, pattern tables
         say(
             f"{NAMES[name]}: "
-            + ("generating" if name == "eager" else "compiling the decode step on all ranks (about a minute)")
+            + ("generating" if name == "eager" else "compiling the decode step on all ranks (1 to 2 minutes)")
         )
         answer = generate(name, return_dict_in_generate=True, output_logits=True)
         generate(name)  # as it is timed: that dictionary takes the cache with it, and the next call makes a new one
@@ -349,7 +349,7 @@ def main() -> int:
     args.log.parent.mkdir(parents=True, exist_ok=True)
     args.log.write_text("")
     console.print(
-        f"[bold]SmolLM2-135M-Instruct over {RANKS} ranks on this CPU[/bold], with its real weights. About 4 minutes on "
+        f"[bold]SmolLM2-135M-Instruct over {RANKS} ranks on this CPU[/bold], with its real weights. About 5 minutes on "
         f"two free cores, half of it compiling. What the libraries print goes to {args.log}.\n",
         highlight=False,
     )
