@@ -44,6 +44,7 @@ def compile_once(
         "autograd_miss": counters["aot_autograd"]["autograd_cache_miss"],
         "fx_hit": counters["inductor"]["fxgraph_cache_hit"],
         "fx_miss": counters["inductor"]["fxgraph_cache_miss"],
+        "compiles": counters["aot_autograd"]["total"],
         "bypass": counters["aot_autograd"]["autograd_cache_bypass"] + counters["inductor"]["fxgraph_cache_bypass"],
         "reports": [r.to_dict() for r in tpfuse.reports()],
         "close": torch.allclose(want, got, rtol=1e-5, atol=1e-5),
@@ -98,6 +99,7 @@ def test_a_second_process_hits_both_caches_and_has_the_report(root, cold, pool, 
                 print(f"  {name} rank {rank}: {numbers(result)}, {fused(result)} fused")
     for first, second in zip(cold, warm, strict=True):
         assert first["fx_miss"] == 1
+        assert first["compiles"] == second["compiles"] == 1
         assert first["bypass"] == second["bypass"] == 0
         assert was_hit(second)
         assert second["fx_hit"] == 1
@@ -175,6 +177,7 @@ def test_a_hit_whose_report_is_gone_compiles_again(root, pool):
         kept.unlink()
     for result in pool.run(compile_once, folders(root, "ab")):
         assert result["autograd_hit"] == 1
+        assert result["compiles"] == 2  # the one hit, and the one without caches
         assert fused(result) == FUSED
         assert [r["from_cache"] for r in result["reports"]] == [False]
         assert result["close"]

@@ -215,6 +215,31 @@ def test_prompts_and_lengths_of_all_kinds_need_two_graphs():
     assert buffers.capacity == 4096
 
 
+def test_without_dynamic_sizes_the_first_call_compiles_what_transformers_compiles():
+    """The decode step, once: nothing for prompts, nothing for a second prompt or a new cache. ``make demo`` compares so."""
+    from transformers import CompileConfig
+
+    def compiled_by(call, model):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        answers = []
+        for length, asked in ((5, {"return_dict_in_generate": True}), (9, {}), (2, {})):
+            ids = torch.arange(length)[None] + 3
+            got = call(model, input_ids=ids, **COMMON, do_sample=False, cache_implementation="static", **asked)
+            answers.append(getattr(got, "sequences", got).tolist())
+        return graphs(), answers
+
+    alone = CompileConfig(backend="eager", mode=None)
+    alone._compile_all_devices = True  # on a CPU too
+    model = unsharded("llama", num_hidden_layers=1, initializer_range=0.2)
+    model.generation_config.compile_config = alone
+    theirs, expected = compiled_by(type(model).generate, model)
+    hf.compile(model, options=EAGER, fullgraph=True, dynamic=False)
+    mine, answers = compiled_by(lambda model, **kwargs: model.generate(**kwargs), model)
+    assert (mine, answers) == (1, expected)
+    assert mine <= theirs
+
+
 def test_a_longer_call_needs_a_new_cache_and_shorter_ones_use_it(llama):
     pool = hf_buffers.Pool()
     first = pool.take(llama, CACHE, 2, 100)
