@@ -369,8 +369,28 @@ class Contender:
         line.graphs_skipped = int(skips)
         if skips and plan.device == "cuda" and not self.captured:
             line.problems.append(f"Inductor ran {skips} graph(s) without CUDA graphs")
-        self.checked = torch.stack([self._once(case.tokens(1000 + number)) for number in range(checks)]).cpu()
+        self.checked = self._chosen(checks)
+        if self.captured:
+            self._compare_captures(checks)
         self.tokens = case.tokens(0)
+
+    def _chosen(self, checks: int) -> Tensor:
+        """The tokens chosen on the inputs that every contender gets."""
+        return torch.stack([self._once(self.case.tokens(1000 + number)) for number in range(checks)]).cpu()
+
+    def _compare_captures(self, checks: int) -> None:
+        """Once more with each graph of the compiled step: tells a graph that differs with itself from one that differs with another."""
+        for number, capture in enumerate(self.captures):
+            self.call = capture
+            self._note_others(
+                self._chosen(checks), f"graph {number + 1} of {len(self.captures)}" if number else "replayed"
+            )
+        self.call = self.captures[0]
+
+    def _note_others(self, chosen: Tensor, when: str) -> None:
+        other = int((chosen != self.checked).sum())
+        if other:
+            self.line.problems.append(f"{when} it chose {other} of {chosen.numel()} tokens otherwise")
 
     def _count(self) -> None:
         line = self.line
@@ -417,8 +437,7 @@ class Contender:
         self.taken += other.taken
         self.together += other.together
         self.line.problems += other.line.problems
-        if not torch.equal(self.checked, other.checked):
-            self.line.problems.append("made once more it chose other tokens")
+        self._note_others(other.checked, "made once more")
 
     def finish(self) -> None:
         """Fill in the line's figures from what all ranks measured."""

@@ -107,3 +107,60 @@ def replays(rank: int, world: int) -> list[str]:
         return found
 
     return replays_equal_eager(step, lambda: x.copy_(torch.randn(40, 4096, generator=g, device="cuda")))
+
+
+def products(rank: int, world: int, replays: int = 200) -> list[str]:
+    """Matrix products that a CUDA graph puts directly behind calls read what these have written, not what was there before.
+
+    A library may launch such a product while the call before it still waits for its peers (programmatic dependent launch). The
+    last rank comes late, so that all others wait. Each product is compared with that of the same bytes made alone.
+    """
+    g = torch.Generator(device="cuda").manual_seed(rank)
+    same = torch.Generator(device="cuda").manual_seed(98)
+    hidden, columns, sizes = 4096, 6144, (1, 8, 32, 128)
+    residual = torch.randn(max(sizes), hidden, generator=same, device="cuda").bfloat16()
+    weight = torch.rand(hidden, generator=same, device="cuda").bfloat16()
+    plain = torch.randn(hidden, columns, generator=same, device="cuda").bfloat16()
+    fp8 = torch.randn(columns, hidden, generator=same, device="cuda").to(torch.float8_e4m3fn).t()
+    fp8_scales = torch.rand(1, columns, generator=same, device="cuda")
+    xs = [torch.zeros(rows, hidden, device="cuda", dtype=torch.bfloat16) for rows in sizes for _ in range(4)]
+
+    def product(rows: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        if len(rows) == 1:
+            return rows[0] @ plain
+        return torch._scaled_mm(
+            rows[0], fp8, scale_a=rows[1], scale_b=fp8_scales, out_dtype=torch.bfloat16, use_fast_accum=True
+        )
+
+    def step() -> list[tuple[tuple[torch.Tensor, ...], torch.Tensor]]:
+        found: list[tuple[tuple[torch.Tensor, ...], torch.Tensor]] = []
+        for x in xs:
+            r = residual[: x.shape[0]]
+            for quantized in (True, False):
+                if rank == world - 1:
+                    torch.cuda._sleep(10_000)  # cycles
+                if quantized:
+                    rows = all_reduce_add_rms_norm_quant(x, r, weight, quantizer=NAMED["vllm-token"])[:2]
+                else:
+                    rows = all_reduce_add_rms_norm(x, r, weight)[:1]
+                found.append((tuple(rows), product(tuple(rows))))
+        return found
+
+    step()
+    torch.cuda.synchronize()
+    dist.barrier()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step()
+    wrong: dict[str, int] = {}
+    for n in range(replays):
+        for x in xs:  # of other sizes each time: a scale that was there before is wrong
+            x.copy_(torch.randn(x.shape, generator=g, device="cuda") * 2.0 ** (n % 7 - 3))
+        graph.replay()
+        torch.cuda.synchronize()
+        for rows, got in found:
+            if not same_bits(got, product(rows)):
+                what = f"{'fp8' if len(rows) == 2 else 'bf16'} product behind a call of {got.shape[0]} rows"
+                wrong[what] = wrong.get(what, 0) + 1
+    raise_if_failed()
+    return [f"{what}: {times} of {replays * 4} times" for what, times in wrong.items()]

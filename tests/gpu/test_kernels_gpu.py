@@ -180,6 +180,12 @@ def test_graphs_of_quantized_and_plain_calls_equal_eager() -> None:
     _all_well(run_ranks(quant_on_ranks.replays, 2))
 
 
+def test_products_directly_behind_calls_read_what_these_have_written() -> None:
+    import quant_on_ranks
+
+    _all_well(run_ranks(quant_on_ranks.products, 2))
+
+
 @pytest.mark.parametrize("algorithm", ("one_shot", "two_shot", "library"))
 @pytest.mark.parametrize("world", (2, 4))
 @pytest.mark.timeout(400)
