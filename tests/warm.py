@@ -25,6 +25,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from multiprocessing import connection, forkserver, popen_forkserver, resource_tracker
 from multiprocessing import context as contexts
@@ -137,7 +138,7 @@ class _RankServer(_Server):
             listener.listen()
             # It ends when nobody holds the other end any longer, however this process ends.
             alive, self.alive = multiprocessing.Pipe(duplex=False)
-            self.process = _CommandProcess(target=_become_server, args=(listener, alive), daemon=True)
+            self.process = _ServerProcess(target=_become_server, args=(listener, alive), daemon=True)
             self.process.start()
             self._forkserver_address, self._forkserver_alive_fd = listener.getsockname(), self.alive.fileno()
             listener.close()
@@ -171,8 +172,17 @@ class _Popen(popen_forkserver.Popen):
             super()._launch(process_obj)  # type: ignore[misc]
 
 
+def _end_with_parent() -> None:
+    """A rank waits at a queue that it could write to itself, and would do so for ever after its test was killed."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
 class _CommandProcess(contexts.SpawnProcess):
     server: _Server = COMMAND_SERVER
+    ends_with_its_parent = True
     _Popen = staticmethod(_Popen)
 
     def start(self) -> None:
@@ -183,7 +193,13 @@ class _CommandProcess(contexts.SpawnProcess):
         collect_rarely()
         os.environ.clear()
         os.environ.update(self.variables)
+        if self.ends_with_its_parent:
+            threading.Thread(target=_end_with_parent, daemon=True).start()
         super().run()
+
+
+class _ServerProcess(_CommandProcess):
+    ends_with_its_parent = False  # but when nobody holds its pipe; and it forks, which it must not do beside a thread
 
 
 class _RankProcess(_CommandProcess):
