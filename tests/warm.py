@@ -99,18 +99,34 @@ def collect_rarely() -> None:
 class _Server(forkserver.ForkServer):
     """Multiprocessing's fork server, which has one list of modules for a process; here each server has its own."""
 
-    def __init__(self, modules: tuple[str, ...], variables: Mapping[str, str]) -> None:
+    def __init__(self, modules: tuple[str, ...], variables: Mapping[str, str], shared: str = "") -> None:
         super().__init__()
+        self.shared = shared
+        self.modules = modules
         self.set_forkserver_preload(list(modules))
         self.variables = variables
         self.started_by = os.getpid()
         atexit.register(self.end)
 
     def ensure_running(self) -> None:
+        if self.shared in os.environ:
+            with self._lock:
+                resource_tracker.ensure_running()
+                if self._forkserver_address is None:
+                    self._forkserver_address = os.environ[self.shared]
+                    # Children hold it as they would hold the pipe of a server of this process.
+                    self._forkserver_alive_fd = os.open(os.devnull, os.O_RDONLY)
+            return
         # The server finds the modules of the tests, its children get the path of the process that starts them.
         paths = [os.path.dirname(__file__), *filter(None, [os.environ.get("PYTHONPATH")])]
         with environment({**self.variables, "PYTHONPATH": os.pathsep.join(paths)}):
             super().ensure_running()
+
+    def share(self) -> None:
+        """Start it, waiting for its first client, for all processes that this one starts; it ends with this one."""
+        self.set_forkserver_preload(["first_client", *self.modules])
+        self.ensure_running()
+        os.environ[self.shared] = str(self._forkserver_address)
 
     def end(self) -> None:
         """Its processes have ended by now, or hang."""
@@ -158,10 +174,10 @@ def _become_server(listener: socket.socket, alive: connection.Connection) -> Non
     forkserver.main(listener.detach(), alive.fileno(), [])
 
 
-COMMAND_SERVER = _Server(RANKS, SERVER)
+COMMAND_SERVER = _Server(RANKS, SERVER, "TESTS_COMMAND_SERVER")
 # From Python 3.14 on a server and its clients share a key, which only multiprocessing's own way of starting one hands over.
 RANK_SERVER = _RankServer((), SERVER) if sys.version_info < (3, 14) else _Server((*RANKS, *TPFUSE), SERVER)
-INTERPRETER_SERVER = _Server(INTERPRETER, {**SERVER, "TRITON_INTERPRET": "1"})
+INTERPRETER_SERVER = _Server(INTERPRETER, {**SERVER, "TRITON_INTERPRET": "1"}, "TESTS_INTERPRETER_SERVER")
 
 
 class _Popen(popen_forkserver.Popen):
@@ -220,6 +236,13 @@ class _RankContext(contexts.SpawnContext):
 
 class _InterpreterContext(contexts.SpawnContext):
     Process = _InterpreterProcess  # type: ignore[assignment]
+
+
+def share() -> None:
+    """The processes of pytest-xdist that this one starts take their ranks from the same servers: each has imported torch once."""
+    if sys.version_info < (3, 14):
+        for server in (COMMAND_SERVER, INTERPRETER_SERVER):
+            server.share()
 
 
 def context(interpret: bool = False, tpfuse: bool = True) -> Any:
