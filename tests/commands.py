@@ -25,7 +25,7 @@ import warm
 
 def context() -> Any:
     """Of warm processes; of fresh ones where torch has CUDA, which the server of the warm ones may have touched."""
-    return warm.context() if torch.version.cuda is None else multiprocessing.get_context("spawn")
+    return warm.context(tpfuse=False) if torch.version.cuda is None else multiprocessing.get_context("spawn")
 
 
 class Command:

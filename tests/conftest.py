@@ -10,9 +10,9 @@ import shutil
 import tempfile
 
 import pytest
-from warm import collect_rarely
+import warm
 
-collect_rarely()
+warm.collect_rarely()
 
 # Before torch reads it, and inherited by ranks and by processes that tests start. On a warm cache of an earlier run the
 # pass would not run, and tests of what it does would see nothing.
@@ -35,6 +35,11 @@ LONG = (
     *("test_spellings_transformers", "test_examples", "test_cli", "test_snippets", "test_hf", "test_cli_explain"),
     *("test_hf_generate_ranks", "test_hf_generate"),
 )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        warm.share()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -34,11 +34,11 @@ def cpu_seconds(layers: int) -> tuple[float, int]:
 def test_the_pass_is_cheap_and_linear():
     graphs.start_fake_group(pass_cost.WORLD)
     try:
-        small, fused_small = cpu_seconds(3)
-        large, fused_large = cpu_seconds(12)
+        small, fused_small = cpu_seconds(2)
+        large, fused_large = cpu_seconds(8)
     finally:
         torch.distributed.destroy_process_group()
-    assert (fused_small, fused_large) == (6, 24)
+    assert (fused_small, fused_large) == (4, 16)
     assert large / fused_large < 6e-3, f"{large / fused_large * 1e3:.1f} ms of CPU time a site"
     assert large < 4 * 2 * small, f"4 times the layers took {large / small:.1f} times the CPU time"
 

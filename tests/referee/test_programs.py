@@ -90,11 +90,11 @@ def run(examples: int, as_written: bool) -> None:
 
 
 def test_compiled_programs_give_the_bits_of_eager():
-    run(25, as_written=False)
+    run(15, as_written=False)
 
 
 def test_graphs_with_their_writes_left_in_give_the_bits_of_eager():
-    run(40, as_written=True)
+    run(25, as_written=True)
 
 
 @pytest.mark.slow
