@@ -379,7 +379,7 @@ class Contender:
         return torch.stack([self._once(self.case.tokens(1000 + number)) for number in range(checks)]).cpu()
 
     def _compare_captures(self, checks: int) -> None:
-        """Once more with each graph of the compiled step: tells a graph that differs with itself from one that differs with another."""
+        """Once more with each graph of the compiled step: does one differ with itself, or with another?"""
         for number, capture in enumerate(self.captures):
             self.call = capture
             self._note_others(
