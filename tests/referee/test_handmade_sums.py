@@ -48,12 +48,17 @@ def listed(x: Tensor) -> list[Tensor]:
     return pieces
 
 
+PARTS = slice(None, 4), slice(4, None)
 BY_HAND = {
     "view": lambda x: gather(x).view(RANKS, *x.shape).sum(0),
     "chunks": lambda x: torch.stack(gather(x).chunk(RANKS)).sum(0),
     "in fp32": lambda x: gather(x).view(RANKS, *x.shape).float().sum(0).to(x.dtype),
     "mean": lambda x: gather(x).view(RANKS, *x.shape).mean(0),
     "added": lambda x: torch.add(*gather(x).chunk(RANKS)),
+    "slices": lambda x: torch.add(*(came[part] for came, part in zip([gather(x)] * 2, PARTS, strict=True))),
+    "by index": lambda x: torch.add(*gather(x).view(RANKS, *x.shape).unbind()),
+    "ranks behind the rows": lambda x: gather(x).view(RANKS, *x.shape).permute(1, 0, 2).contiguous().sum(1),
+    "side by side": lambda x: torch.cat(gather(x).chunk(RANKS), 1).view(-1, RANKS, H).sum(1),
     "ranks in the middle": lambda x: torch.stack(gather(x).chunk(RANKS), 1).sum(1),
 }
 
@@ -112,6 +117,15 @@ OTHERWISE = {
     "the experts of a token are added": lambda x: exchange(x).view(2, 2, H).sum(1),
     "counts are added": lambda x: gather(x.long()).view(RANKS, 4, H).sum(0),
     "scalars are added": lambda x: gather(x.sum().view(1)).mean(0),
+    "neighbors among the rows are pooled": lambda x: gather(x).view(4, RANKS, H).mean(1),
+    "a sequence is pooled": lambda x: gather(x.view(2, RANKS, H)).mean(1),
+    "halves of the columns are added": lambda x: torch.add(*gather(x).chunk(RANKS, -1)),
+    "every other row is added": lambda x: gather(x)[0::2] + gather(x)[1::2],
+    "rows of one rank are added": lambda x: torch.add(*gather(x)[:4].chunk(2)),
+    "the experts of a token stand first": lambda x: exchange(x).view(2, RANKS, H).transpose(0, 1).contiguous().sum(0),
+    "ranks send different numbers of rows": lambda x: (
+        FUNCTIONAL.wait_tensor(FUNCTIONAL.all_to_all_single(x, [1, 3], [2, 2], world())).view(RANKS, 2, H).sum(0)
+    ),
     "the gathered rows are doubled": lambda x: gather(x) + gather(x),
 }
 
