@@ -181,10 +181,11 @@ def _sliced(node: Node, shape: Any, after: Any, ranks: int, dim: int, size: int)
     args: Any = node.args
     if dim != ranks:
         return Whole(_product(after[:ranks]))
-    start = args[2] if len(args) > 2 else 0
-    step = args[4] if len(args) > 4 else 1
+    start = (args[2] if len(args) > 2 else 0) or 0
+    start = start.meta.get("val") if isinstance(start, Node) else start  # of a size known at run time
     one = after[dim]
-    if step != 1 or not isinstance(start or 0, int) or not isinstance(one, int) or not _equal(one * size, shape[dim]):
+    if (args[4] if len(args) > 4 else 1) != 1 or not _equal(one * size, shape[dim]):
         return None
-    place = (start or 0) % shape[dim]
-    return Part(place // one) if place % one == 0 else None
+    return next(
+        (Part(rank) for rank in range(size) if _equal(start, rank * one) or _equal(start, (rank - size) * one)), None
+    )

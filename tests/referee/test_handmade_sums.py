@@ -106,6 +106,19 @@ def test_the_layers_of_a_model_share_a_note():
     assert ", 3 times. " in note
 
 
+def test_a_number_of_rows_known_at_run_time_hides_no_sum():
+    """Where the ranks' parts begin is then computed."""
+    torch._dynamo.reset()
+    tpfuse.clear_reports()
+    model = torch.compile(
+        lambda x: norm(torch.add(*listed(x))), backend="tpfuse", options={"tpfuse.inner": "aot_eager"}, dynamic=True
+    )
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore", tpfuse.FusionWarning)
+        model(torch.randn(4, H))
+    assert [note.partition(":")[0] for r in tpfuse.reports() for note in r.notes] == ["made by hand"]
+
+
 OTHERWISE = {
     "rows are gathered and pooled": lambda x: gather(x).mean(0),
     "columns are gathered": lambda x: torch.cat(gather(x).chunk(RANKS), -1).view(4, RANKS, H).sum(-1),
