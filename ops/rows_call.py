@@ -111,8 +111,8 @@ class Rows(NamedTuple):
         block = self.block()
         if block == 0:
             return self.counts()  # nobody communicates, so nobody would wait for a rank that raises
-        if self.after_x[0] is not None:  # without a residual every rank keeps its block
-            check_on_all_ranks(self.name, "residual", self.kept, "a block of x has", block, self.group_name)
+        # Without a residual a rank keeps its block, which fits; but other ranks may have one, and all of them compare.
+        check_on_all_ranks(self.name, "residual", self.kept, "a block of x has", block, self.group_name)
         return block, self.kept
 
     def counts(self) -> tuple[int, int]:

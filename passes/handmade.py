@@ -7,28 +7,27 @@ looks otherwise as if the model had no sums over ranks.
 
 from __future__ import annotations
 
-import math
+import heapq
 import operator
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch.fx import Graph, Node
 
-from tpfuse import compat
-
 from . import collectives, source, values
 from .dead_ends import SUMS
+from .rank_places import BITS, Part, Places, Whole, behind, source_of, sums_ranks
 from .values import ADD, DIV, MUL
 
 GATHERS = "all_gather"  # in the names of all_gather_into_tensor, its coalesced and its out variants
 EXCHANGES = "all_to_all"
 MEANS = values.overloads("mean.dim")
-# What takes the ranks' values apart; gathers of rows by an index are left out, for experts exchange and pick rows so.
-MOVES = (values.ROW_MOVERS | values.overloads("stack.default")) - values.overloads(
+# Between what came and its scales. Gathers of rows by an index are left out, for experts exchange and pick rows so.
+PASSES_ON = (
+    values.RESHAPES | values.IDENTITIES | values.CASTS | values.COPIES | BITS | values.ROW_MOVERS
+) - values.overloads(
     "index.Tensor", "index_select.default", "gather.default", "index_put.default", "index_add.default", "scatter.src"
-)
-BITS = values.overloads("view.dtype")  # fp8 is sent as bytes
+) | {collectives.WAIT, operator.getitem}
 BEGINNING = "made by hand: "
 
 
@@ -97,76 +96,59 @@ def _ranks(node: Node) -> tuple[int, ...]:
 
 
 def _total(start: Node, size: int) -> Node | None:
-    """The first node that adds up as many values as there are ranks, behind nothing but names and moves of them."""
-    gathers = GATHERS in _name(start)
-    came = {start}
-    for node in _behind(start):
-        sources = [a for a in node.all_input_nodes if a in came]
+    """The first node that adds up one value of each rank, behind nothing but names and moves of them."""
+    if EXCHANGES in _name(start) and not _alike(start.args[1] if len(start.args) > 1 else None):
+        return None
+    known: dict[Node, Places] = {start: Whole(1)}
+    queue = list(start.users)
+    heapq.heapify(queue)  # in the order of the graph, so that all that a node reads is known before it
+    seen = set(queue)
+    while queue:
+        node = heapq.heappop(queue)
+        sources = [a for a in node.all_input_nodes if a in known]
+        if node.op != "call_function" or not sources:
+            continue
         if node.target in SUMS or node.target in MEANS:
-            if _sums_ranks(node, sources[0], size, leading=not gathers):
+            if _floating(sources[0]) and sums_ranks(node, sources[0], known[sources[0]], size):
                 return node
         elif node.target in ADD:
-            if len(sources) == 2 and all(_is_part(start, a, size) for a in sources):
-                return node
-        elif _passes_on(node):
-            came.add(node)
+            if len(sources) == size == 2 and all(map(_floating, sources)):
+                found = [known[a] for a in sources]
+                if all(isinstance(p, Part) for p in found) and found[0] != found[1]:
+                    return node
+        else:
+            state = _scaled(node, known) if node.target in MUL | DIV else behind(node, known, size)
+            if state is not None:
+                known[node] = state
+                for user in node.users:
+                    if user not in seen:
+                        seen.add(user)
+                        heapq.heappush(queue, user)
     return None
 
 
-def _behind(start: Node) -> Iterator[Node]:
-    """What reads a value, and what reads that as long as it only passes it on; each once, in the order of the graph."""
-    seen: set[Node] = {start}
-    queue = [start]
-    found: list[Node] = []
-    while queue:
-        for user in queue.pop().users:
-            if user not in seen and user.op == "call_function":
-                seen.add(user)
-                found.append(user)
-                if _passes_on(user):
-                    queue.append(user)
-    yield from sorted(found)
+def _alike(sizes: object) -> bool:
+    """Whether an exchange brings as much from each rank: otherwise the parts are no rows of one shape."""
+    return not isinstance(sizes, list | tuple) or len({str(n) for n in sizes}) <= 1
 
 
-def _passes_on(node: Node) -> bool:
-    if node.target in MUL | DIV:
-        return len(node.all_input_nodes) == 2 and all(_was_sent(a) for a in node.all_input_nodes)
-    if node.target is collectives.WAIT or node.target is operator.getitem or node.target in MOVES:
-        return True
-    return node.target in values.RESHAPES | values.IDENTITIES | values.CASTS | values.COPIES | BITS
+def _floating(node: Node) -> bool:
+    tensor = values.value(node)
+    return tensor is not None and tensor.is_floating_point()
+
+
+def _scaled(node: Node, known: dict[Node, Places]) -> Places | None:
+    """Of compressed values that are multiplied by the scales that were sent with them."""
+    if len(node.all_input_nodes) != 2 or not all(map(_was_sent, node.all_input_nodes)):
+        return None
+    return next((known[a] for a in node.all_input_nodes if a in known and values.same_shape(a, node)), None)
 
 
 def _was_sent(node: Node) -> bool:
-    """Whether a value came from other ranks: compressed values are multiplied by scales that were sent with them."""
+    """Whether a value came from other ranks."""
     while node.op == "call_function" and not collectives.is_communication(node):
-        source = node.args[1] if node.target in values.COPIES else (node.args[0] if node.args else None)
-        source = source[0] if isinstance(source, list | tuple) and source else source
-        if node.target in MUL | DIV or not _passes_on(node) or not isinstance(source, Node):
+        source = source_of(node)
+        if node.target not in PASSES_ON or source is None:
             return False
         node = source
     return node.op == "call_function"
-
-
-def _sums_ranks(node: Node, read: Node, size: int, leading: bool) -> bool:
-    """Whether the dimensions that a sum is over have one place for each rank; ``leading``: and are the first."""
-    before, after = values.value(read), values.value(node)
-    dims = node.args[1] if len(node.args) > 1 else None
-    if before is None or after is None or not before.is_floating_point() or before.dim() < 2:
-        return False
-    dims = [dims] if isinstance(dims, int) else dims
-    if not isinstance(dims, list | tuple) or not dims:
-        return False
-    places = [d % before.dim() for d in dims]
-    if before.dim() - 1 in places or (leading and places != [0]):
-        return False
-    return bool(compat.statically_true(math.prod(before.shape[d] for d in places) == size))
-
-
-def _is_part(start: Node, node: Node, size: int) -> bool:
-    """Whether a value is as large as what one rank gives."""
-    whole, part = values.value(start), values.value(node)
-    if whole is None:
-        whole = values.value(next(iter(start.users), start))
-    if whole is None or part is None or not part.is_floating_point():
-        return False
-    return bool(compat.statically_true(part.numel() * size == whole.numel()))

@@ -21,6 +21,9 @@ os.environ["TORCHINDUCTOR_CACHE_DIR"] = CACHES
 # Inductor tries what vectors this CPU has by compiling and loading a program for each, in every process that has a cache of its
 # own: several times the work of the kernels themselves. Here kernels have none.
 os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "0"
+# Multiprocessing puts the sockets of its servers there, and the path of a socket has 107 characters at most.
+if len(tempfile.gettempdir()) > 60:
+    tempfile.tempdir = os.environ["TMPDIR"] = "/tmp"
 
 
 # Before torch starts its threads. Tests are as many processes as there are cores, and models of tests are tiny: threads of one

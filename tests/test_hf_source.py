@@ -3,6 +3,8 @@
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch.distributed as dist
@@ -11,7 +13,7 @@ from ranks import RankPool
 
 from tpfuse import hf
 from tpfuse.hf_source import agree_on_source
-from tpfuse.parallel import ParallelConfig
+from tpfuse.parallel import ConfigError, ParallelConfig
 
 NOWHERE = "http://127.0.0.1:9"  # a port that nobody listens on: refused at once
 NAME = "nobody/no-such-model"
@@ -81,6 +83,19 @@ def test_a_hub_that_answers_is_left_to_transformers(no_network, monkeypatch):
     assert agree_on_source(NAME, {"dtype": "auto"}, several=False) == {"dtype": "auto"}
 
 
+def test_who_gives_the_hub_more_time_gets_it(no_network, monkeypatch):
+    import huggingface_hub.utils
+    from huggingface_hub import constants
+
+    waited = []
+    session = SimpleNamespace(head=lambda url, timeout: waited.append(timeout))
+    monkeypatch.setattr(huggingface_hub.utils, "get_session", lambda: session)
+    for given in (1, 60):
+        monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", given)
+        agree_on_source(NAME, {}, several=False)
+    assert waited == [10, 60]
+
+
 def test_a_folder_asks_nobody(no_network, tmp_path):
     assert agree_on_source(tmp_path, {}, several=False) == {}
 
@@ -143,3 +158,35 @@ def test_a_folder_that_one_rank_alone_sees_stops_all(pool, tmp_path):
     assert first[:2] == second[:2]
     assert first[0] == "FileNotFoundError"
     assert "not there on rank 1" in first[1]
+
+
+def asked_alone(rank, world_size, folder):
+    """What rank 0 is told where it alone asks, and what all are told then without a collective, which NCCL wants a GPU for."""
+    from tpfuse import hf_source
+
+    said = []
+    if rank == 0:
+        hf_source.SECONDS_FOR_ALL = 0.5
+        try:
+            hf.from_pretrained(folder, ParallelConfig(4))  # for more ranks than there are: an error without the others
+        except ConfigError as error:
+            said.append(str(error))
+        try:
+            agree_on_source(folder, {}, several=True)
+        except TimeoutError as error:
+            said.append(str(error))
+        hf_source.SECONDS_FOR_ALL = 60.0
+    dist.barrier()
+    if rank == 1:
+        agree_on_source(folder, {}, several=True)  # the call that rank 0 gave up
+    with patch.object(dist, "all_gather_object", side_effect=RuntimeError("Duplicate GPU detected")):
+        return said, agree_on_source(folder, {}, several=True)
+
+
+@pytest.mark.ranks
+def test_a_rank_that_asks_alone_is_told_and_does_not_hang(pool, tmp_path):
+    save("llama", str(tmp_path), num_hidden_layers=1)
+    (said, found), second = pool.run(asked_alone, str(tmp_path), timeout=60)
+    assert "spans all 2 ranks" in said[0]
+    assert "rank 1 did not call from_pretrained" in said[1]
+    assert (found, second) == ({}, ([], {}))

@@ -126,3 +126,15 @@ def one_bad_count(rank, world):
 def test_a_count_of_one_rank_that_does_not_fit_is_an_error_on_every_rank(pool):
     for rank, shapes in enumerate(pool.run(one_bad_count, timeout=60)):
         assert shapes == [(rank % 3, H)] * 2
+
+
+def one_residual(rank, world):
+    """Rank 0 keeps its block without a residual, the others have one."""
+    from tpfuse.ops import reduce_rows_add_rms_norm
+
+    x = torch.ones(8, H)
+    return reduce_rows_add_rms_norm(x, torch.ones(2, H) if rank else None, torch.ones(H))[1][0, 0].item()
+
+
+def test_ranks_with_and_without_a_residual_make_one_call(pool):
+    assert pool.run(one_residual, timeout=60) == [4.0, 5.0, 5.0, 5.0]

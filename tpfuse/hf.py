@@ -82,7 +82,9 @@ def from_pretrained(
             f"no default process group for {config.world_size} ranks; call torch.distributed.init_process_group first, "
             "e.g. under torchrun"
         )
-    kwargs = agree_on_source(path, kwargs, several=config.world_size > 1)
+    # Where the default group has more ranks than the config, the others may not load: then each rank finds out alone.
+    together = config.world_size > 1 and dist.get_world_size() == config.world_size
+    kwargs = agree_on_source(path, kwargs, several=together)
     if config.world_size == 1:
         with progress_of_rank_0(progress):
             model = auto_class.from_pretrained(path, **kwargs)

@@ -6,17 +6,25 @@ finds nothing would fail alone, while the others wait for it in the first collec
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
+from tpfuse import compat
 from tpfuse.hf_arguments import check_folder
+from tpfuse.parallel import entries
 from tpfuse.parallel.decision import ranks_in_words
 
 FILES = ("config.json", "adapter_config.json")
-SECONDS = 10.0  # for the Hub's one answer
+SECONDS = 10.0  # for the Hub's one answer, or more where HF_HUB_ETAG_TIMEOUT gives its client more
+SECONDS_FOR_ALL = 600.0  # for ranks that are late to the call
+_numbers: tuple[Any, Iterator[int]] | None = None  # the default group's store, and of the calls over it
 
 
 class Found(NamedTuple):
@@ -39,22 +47,20 @@ def agree_on_source(path: Any, kwargs: dict[str, Any], several: bool) -> dict[st
     Args:
         path: folder or Hub name.
         kwargs: for the class's ``from_pretrained``; not changed.
-        several: whether all ranks of the default group make this call. Then it is collective.
+        several: whether all ranks of the default group make this call. Then each waits for what the others see.
     Returns:
         ``kwargs``, with ``local_files_only=True`` where the Hub cannot be reached and every rank has the name in its cache.
     Raises:
         FileNotFoundError: no rank sees the folder, or some do not; on all ranks.
         ConnectionError: the Hub cannot be reached, and a rank has not cached the name; on all ranks.
+        TimeoutError: a rank did not make the call.
     """
     name = os.fspath(path) if isinstance(path, os.PathLike) else path
     if not isinstance(name, str):
         return kwargs
     several = several and dist.is_initialized() and dist.get_backend() != "fake"
     mine = _look(name, kwargs, asks=not several or dist.get_rank() == 0)
-    found: list[Any] = [mine]
-    if several:
-        found = [None] * dist.get_world_size()
-        dist.all_gather_object(found, mine)
+    found = _of_all_ranks(mine) if several else [mine]
     without = [rank for rank, one in enumerate(found) if not one.folder]
     if not without:
         return kwargs
@@ -74,6 +80,23 @@ def agree_on_source(path: Any, kwargs: dict[str, Any], several: bool) -> dict[st
         f"{name} is no folder here, and not in the Hub's cache{where}, and {found[0].away}. Give a folder with config.json and "
         "weights, or download the model where there is a network: hf download " + name
     )
+
+
+def _of_all_ranks(mine: Found) -> list[Found]:
+    """What each rank of the default group sees. Through its store: NCCL would need the rank's GPU, which may not be set yet."""
+    global _numbers  # noqa: PLW0603 - one default group a process
+    store = compat.default_store()
+    if _numbers is None or _numbers[0]() is not store:
+        _numbers = weakref.ref(store), itertools.count()
+    prefix, ranks = f"tpfuse/source/{next(_numbers[1])}", range(dist.get_world_size())
+    store.set(f"{prefix}/{dist.get_rank()}", json.dumps(mine._asdict()))
+    found, missing = entries.read(store, prefix, ranks, SECONDS_FOR_ALL)
+    if missing:
+        raise TimeoutError(
+            f"{ranks_in_words(missing)} did not call from_pretrained within {SECONDS_FOR_ALL:.0f} s; all ranks of the default "
+            "group load a model together"
+        )
+    return [Found(**found[rank]) for rank in ranks]
 
 
 def _look(name: str, kwargs: dict[str, Any], asks: bool) -> Found:
@@ -112,7 +135,7 @@ def _away(kwargs: dict[str, Any]) -> str:
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE keeps from asking the Hub"
     try:
-        get_session().head(constants.ENDPOINT, timeout=SECONDS)
+        get_session().head(constants.ENDPOINT, timeout=max(SECONDS, constants.HF_HUB_ETAG_TIMEOUT))
     except Exception as error:  # of the HTTP library below, which the Hub's client has changed between versions
         said = (str(error) or type(error).__name__).splitlines()[0]
         return f"the Hub cannot be reached ({constants.ENDPOINT}: {said})"

@@ -48,12 +48,17 @@ def listed(x: Tensor) -> list[Tensor]:
     return pieces
 
 
+PARTS = slice(None, 4), slice(4, None)
 BY_HAND = {
     "view": lambda x: gather(x).view(RANKS, *x.shape).sum(0),
     "chunks": lambda x: torch.stack(gather(x).chunk(RANKS)).sum(0),
     "in fp32": lambda x: gather(x).view(RANKS, *x.shape).float().sum(0).to(x.dtype),
     "mean": lambda x: gather(x).view(RANKS, *x.shape).mean(0),
     "added": lambda x: torch.add(*gather(x).chunk(RANKS)),
+    "slices": lambda x: torch.add(*(came[part] for came, part in zip([gather(x)] * 2, PARTS, strict=True))),
+    "by index": lambda x: torch.add(*gather(x).view(RANKS, *x.shape).unbind()),
+    "ranks behind the rows": lambda x: gather(x).view(RANKS, *x.shape).permute(1, 0, 2).contiguous().sum(1),
+    "side by side": lambda x: torch.cat(gather(x).chunk(RANKS), 1).view(-1, RANKS, H).sum(1),
     "ranks in the middle": lambda x: torch.stack(gather(x).chunk(RANKS), 1).sum(1),
 }
 
@@ -101,6 +106,19 @@ def test_the_layers_of_a_model_share_a_note():
     assert ", 3 times. " in note
 
 
+def test_a_number_of_rows_known_at_run_time_hides_no_sum():
+    """Where the ranks' parts begin is then computed."""
+    torch._dynamo.reset()
+    tpfuse.clear_reports()
+    model = torch.compile(
+        lambda x: norm(torch.add(*listed(x))), backend="tpfuse", options={"tpfuse.inner": "aot_eager"}, dynamic=True
+    )
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore", tpfuse.FusionWarning)
+        model(torch.randn(4, H))
+    assert [note.partition(":")[0] for r in tpfuse.reports() for note in r.notes] == ["made by hand"]
+
+
 OTHERWISE = {
     "rows are gathered and pooled": lambda x: gather(x).mean(0),
     "columns are gathered": lambda x: torch.cat(gather(x).chunk(RANKS), -1).view(4, RANKS, H).sum(-1),
@@ -112,6 +130,15 @@ OTHERWISE = {
     "the experts of a token are added": lambda x: exchange(x).view(2, 2, H).sum(1),
     "counts are added": lambda x: gather(x.long()).view(RANKS, 4, H).sum(0),
     "scalars are added": lambda x: gather(x.sum().view(1)).mean(0),
+    "neighbors among the rows are pooled": lambda x: gather(x).view(4, RANKS, H).mean(1),
+    "a sequence is pooled": lambda x: gather(x.view(2, RANKS, H)).mean(1),
+    "halves of the columns are added": lambda x: torch.add(*gather(x).chunk(RANKS, -1)),
+    "every other row is added": lambda x: gather(x)[0::2] + gather(x)[1::2],
+    "rows of one rank are added": lambda x: torch.add(*gather(x)[:4].chunk(2)),
+    "the experts of a token stand first": lambda x: exchange(x).view(2, RANKS, H).transpose(0, 1).contiguous().sum(0),
+    "ranks send different numbers of rows": lambda x: (
+        FUNCTIONAL.wait_tensor(FUNCTIONAL.all_to_all_single(x, [1, 3], [2, 2], world())).view(RANKS, 2, H).sum(0)
+    ),
     "the gathered rows are doubled": lambda x: gather(x) + gather(x),
 }
 
