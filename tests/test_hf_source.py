@@ -71,6 +71,15 @@ def test_a_cached_name_is_read_from_the_cache_alone(no_network):
     assert agree_on_source(NAME, {"dtype": "auto"}, several=False) == {"dtype": "auto", "local_files_only": True}
 
 
+def test_cached_weights_are_enough_for_who_gives_the_config(no_network):
+    snapshot = cache(no_network)
+    (snapshot / "config.json").rename(snapshot / "model.safetensors")
+    given = {"config": object()}
+    assert agree_on_source(NAME, given, several=False) == {**given, "local_files_only": True}
+    with pytest.raises(ConnectionError):
+        agree_on_source(NAME, {}, several=False)
+
+
 def test_a_hub_that_answers_is_left_to_transformers(no_network, monkeypatch):
     import huggingface_hub.utils
 

@@ -22,6 +22,7 @@ from tpfuse.parallel import entries
 from tpfuse.parallel.decision import ranks_in_words
 
 FILES = ("config.json", "adapter_config.json")
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")  # all that is needed where the config is given
 SECONDS = 10.0  # for the Hub's one answer, or more where HF_HUB_ETAG_TIMEOUT gives its client more
 SECONDS_FOR_ALL = 600.0  # for ranks that are late to the call
 _numbers: tuple[Any, Iterator[int]] | None = None  # the default group's store, and of the calls over it
@@ -111,7 +112,8 @@ def _cached(name: str, kwargs: dict[str, Any]) -> bool:
     from huggingface_hub.errors import HFValidationError
 
     folder = f"{kwargs['subfolder']}/" if kwargs.get("subfolder") else ""
-    files = [*FILES, *([kwargs["gguf_file"]] if kwargs.get("gguf_file") else [])]
+    files = [*FILES, *(WEIGHTS if kwargs.get("config") is not None else ())]
+    files += [kwargs["gguf_file"]] if kwargs.get("gguf_file") else []
     place = {"cache_dir": kwargs.get("cache_dir") or _cache(), "revision": kwargs.get("revision")}
     try:
         return any(isinstance(try_to_load_from_cache(name, folder + file, **place), str) for file in files)
