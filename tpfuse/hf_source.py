@@ -11,8 +11,9 @@ import json
 import os
 import weakref
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch.distributed as dist
 
@@ -28,7 +29,8 @@ SECONDS_FOR_ALL = 600.0  # for ranks that are late to the call
 _numbers: tuple[Any, Iterator[int]] | None = None  # the default group's store, and of the calls over it
 
 
-class Found(NamedTuple):
+@dataclass(frozen=True)
+class Found:
     """What one rank sees.
 
     Attributes:
@@ -90,7 +92,7 @@ def _of_all_ranks(mine: Found) -> list[Found]:
     if _numbers is None or _numbers[0]() is not store:
         _numbers = weakref.ref(store), itertools.count()
     prefix, ranks = f"tpfuse/source/{next(_numbers[1])}", range(dist.get_world_size())
-    store.set(f"{prefix}/{dist.get_rank()}", json.dumps(mine._asdict()))
+    store.set(f"{prefix}/{dist.get_rank()}", json.dumps(asdict(mine)))
     found, missing = entries.read(store, prefix, ranks, SECONDS_FOR_ALL)
     if missing:
         raise TimeoutError(
