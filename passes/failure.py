@@ -54,3 +54,12 @@ def kept(g: Graph, error: Exception) -> list[Site]:
         nodes = [n for n in g.nodes if collectives.spelling_of(n) is not None]
         reason = refusal.reason.value
         return [Site(False, reason, refusal.detail, "all_reduce", "other", None, (), None, "", [n.name]) for n in nodes]
+
+
+def noted(g: Graph, look: Callable[[Graph], list[str]]) -> list[str]:
+    """Notes about a graph for its report; what fails in looking for them hurts nothing."""
+    try:
+        return look(g)
+    except Exception as error:
+        log.debug("looking for notes failed", exc_info=error)
+        return []

@@ -6,7 +6,6 @@ Imports no kernel and needs no GPU, so it runs on a fake process group as well a
 from __future__ import annotations
 
 import itertools
-import logging
 import time
 from dataclasses import replace
 from functools import partial
@@ -16,7 +15,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from . import collectives, gathers, handmade, lowering, quantization, region, rewrite, second_sum, sharing, square_sums
 from .candidate import Candidate, Found
-from .failure import guarded, internal, kept
+from .failure import guarded, internal, kept, noted
 from .fused_call import build
 from .judge import judge
 from .legality import Legality, reduction, settle
@@ -27,7 +26,6 @@ from .replacement import Replacement
 from .report import GraphReport, LayerAudit, Site
 from .site_of import site_of
 
-log = logging.getLogger("tpfuse")
 INSIDE = "graphs inside of this one reduce too"
 _ids = itertools.count()
 
@@ -80,7 +78,7 @@ def fuse(
         sites, audits = kept(g, error), []
     initialized = dist.is_available() and dist.is_initialized()
     inside = [] if module is None else collectives.graphs_inside(module)
-    notes = _handmade(g)
+    notes = noted(g, handmade.notes)
     if inside:
         names = ", ".join(name for name, _ in inside)
         notes.append(f"{INSIDE}, each with a report of its own: {names}")
@@ -96,15 +94,6 @@ def fuse(
         seconds=time.perf_counter() - started,
         notes=notes,
     )
-
-
-def _handmade(g: Graph) -> list[str]:
-    """The notes about sums without a reduction; what fails in looking for them hurts nothing."""
-    try:
-        return handmade.notes(g)
-    except Exception as error:
-        log.debug("looking for hand-made sums failed: %s: %s", type(error).__name__, error)
-        return []
 
 
 def _rewrite(g: Graph, options: PassOptions, training: bool) -> tuple[list[Site], list[LayerAudit]]:

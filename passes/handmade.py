@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 import operator
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass
 
 from torch.fx import Graph, Node
@@ -66,12 +66,13 @@ def find(graph: Graph) -> list[HandMade]:
 
 def notes(graph: Graph) -> list[str]:
     """A sentence for each line of the model that makes such sums, with what to write in their place."""
-    found = find(graph)
-    lines = Counter((str(source.of(f.total)), f.kind, f.ranks) for f in found)
+    lines: dict[tuple[str, str, tuple[int, ...]], list[HandMade]] = defaultdict(list)
+    for one in find(graph):
+        lines[str(source.of(one.total)), one.kind, one.ranks].append(one)
     said = []
-    for (place, kind, ranks), number in lines.items():
-        first = next(f for f in found if (str(source.of(f.total)), f.kind, f.ranks) == (place, kind, ranks))
-        times = f", {number} times" if number > 1 else ""
+    for (place, kind, ranks), alike in lines.items():
+        first = alike[0]
+        times = f", {len(alike)} times" if len(alike) > 1 else ""
         where = f" at {place}" if place else ""
         if kind == "all_reduce":
             what, call = "an all-reduce", "all_reduce(x)"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,11 +101,7 @@ def sums_ranks(total: Node, read: Node, state: Places, size: int) -> bool:
     places = sorted(d % len(shape) for d in dims if isinstance(d, int) and not _equal(shape[d], 1))
     if not places or places[-1] == len(shape) - 1 or places != list(range(places[0], places[-1] + 1)):
         return False
-    return _equal(_product(shape[: places[0]]), state.outer) and _equal(_product(shape[d] for d in places), size)
-
-
-def _product(sizes: Iterable[Any]) -> Any:
-    return math.prod(sizes)
+    return _equal(math.prod(shape[: places[0]]), state.outer) and _equal(math.prod(shape[d] for d in places), size)
 
 
 def _equal(a: Any, b: Any) -> bool:
@@ -115,7 +111,7 @@ def _equal(a: Any, b: Any) -> bool:
 def _dim(shape: Any, outer: Any, size: int) -> int | None:
     """The dimension whose outermost factor is the ranks."""
     for d, n in enumerate(shape):
-        if _equal(_product(shape[:d]), outer) and not _equal(n, 1):
+        if _equal(math.prod(shape[:d]), outer) and not _equal(n, 1):
             return d if _equal(n % size, 0) else None
     return None
 
@@ -126,7 +122,7 @@ def _piece(state: Places, index: Any, piece: Any) -> Places | None:
         return state
     if state.dim is None:
         return Part(index)
-    return None if piece is None else Whole(_product(piece.shape[: state.dim]))
+    return None if piece is None else Whole(math.prod(piece.shape[: state.dim]))
 
 
 def _joined(node: Node, known: Mapping[Node, Places], size: int) -> Whole | None:
@@ -140,7 +136,7 @@ def _joined(node: Node, known: Mapping[Node, Places], size: int) -> Whole | None
     if not all(values.same_shape(p, pieces[0]) for p in pieces):
         return None
     dim = (args[1] if len(args) > 1 else node.kwargs.get("dim", 0)) % whole.dim()
-    return Whole(_product(whole.shape[:dim]))
+    return Whole(math.prod(whole.shape[:dim]))
 
 
 def _moved(node: Node, shape: Any, state: Whole, size: int) -> Places | None:
@@ -156,14 +152,14 @@ def _moved(node: Node, shape: Any, state: Whole, size: int) -> Places | None:
         elif len(shape) > 1:
             a, b = args[1:3] if node.target in _TRANSPOSE else (0, 1)
             order[a], order[b] = order[b], order[a]
-        return None if after is None else Whole(_product(after.shape[: order.index(ranks)]))
+        return None if after is None else Whole(math.prod(after.shape[: order.index(ranks)]))
     first = args[1] if node.target in _SELECT | _SLICE | _UNBIND and len(args) > 1 else None
     if node.target in _SPLIT:
         first = args[2] if len(args) > 2 else node.kwargs.get("dim", 0)
     dim = (first or 0) % len(shape)
     if node.target in _SELECT and after is not None:
         if dim != ranks:
-            return Whole(_product(after.shape[: ranks - (dim < ranks)]))
+            return Whole(math.prod(after.shape[: ranks - (dim < ranks)]))
         return Part(args[2] % size) if _equal(shape[dim], size) else None
     if node.target in _SLICE and after is not None:
         return _sliced(node, shape, after.shape, ranks, dim, size)
@@ -180,7 +176,7 @@ def _moved(node: Node, shape: Any, state: Whole, size: int) -> Places | None:
 def _sliced(node: Node, shape: Any, after: Any, ranks: int, dim: int, size: int) -> Places | None:
     args: Any = node.args
     if dim != ranks:
-        return Whole(_product(after[:ranks]))
+        return Whole(math.prod(after[:ranks]))
     start = (args[2] if len(args) > 2 else 0) or 0
     start = start.meta.get("val") if isinstance(start, Node) else start  # of a size known at run time
     one = after[dim]
