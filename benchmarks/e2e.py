@@ -33,8 +33,10 @@ are those of all six. Tokens of a decode step are the input of the next. Ratios 
 and against the one that is fastest back to back.
 
 Checks. The number of fused all-reduces must be what the model has (exit code 1 otherwise); every rank must choose the same
-tokens (likewise). Tokens of tpfuse and of each baseline are compared on equal inputs and reported as a fraction: baselines
-add in another order or precision (torch's one-shot in bf16), so near ties may fall either way.
+tokens (likewise); with ``--attention flash`` a CUDA graph replayed on the same inputs must choose the same (likewise). Torch left
+to itself may take cuDNN's attention, whose bits differ from call to call where there are many rows. Tokens of tpfuse and of each
+baseline are compared on equal inputs and reported as a fraction: baselines add in another order or precision (torch's one-shot in
+bf16), so near ties may fall either way.
 """
 
 from __future__ import annotations
@@ -112,6 +114,12 @@ def main() -> None:
         action="store_true",
         help="one CUDA graph around the step, and contenders in turn (float8: always)",
     )
+    parser.add_argument(
+        "--attention",
+        choices=("torch", "flash"),
+        default="torch",
+        help="flash: without cuDNN's attention, so that a step repeats its bits",
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--inner", choices=("inductor", "aot_eager"), help="default: inductor, aot_eager on a CPU")
     parser.add_argument("--tiny", action="store_true", help="sizes for a rehearsal")
@@ -138,6 +146,7 @@ def main() -> None:
         sizes=None,
         contenders=tuple(args.contenders.split(",")) if args.contenders else None,
         out=str(args.out) if args.out else None,
+        attention=args.attention,
         steps=(3, 2, 2, 2, 1) if args.tiny else (WARM, CHECKS, STEPS, CHAIN, CHAINS),
     )
     lines: list[Line] = []

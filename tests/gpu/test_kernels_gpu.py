@@ -121,7 +121,7 @@ def test_compiled_graphs_with_reduce_overhead_equal_eager() -> None:
 def test_a_call_costs_little_more_cpu_time_than_its_launch() -> None:
     times = run_ranks(on_ranks.host_cost, 2)[0]
     print(times)
-    assert times["op"] <= times["bare"] + 15
+    assert times["op"] <= 2 * times["bare"]  # not so many microseconds: machines differ
 
 
 @pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="compute-sanitizer is not on the PATH")
