@@ -287,6 +287,28 @@ def test_graph_break_of():
     assert last is None, "the function returns there"
 
 
+def test_graph_end_of():
+    def returns(x: torch.Tensor) -> torch.Tensor:
+        return x + 1
+
+    cause = captured(returns, torch.ones(2), look=compat.graph_end_of)
+    assert cause.graph_break is False
+    assert cause.user_stack[0].name == "returns" and cause.user_stack[0].filename == __file__
+    assert compat.graph_end_of(symbolic_trace(returns)) is None, "a graph that Dynamo did not make"
+
+
+def test_is_entry_of_compiled():
+    def on_the_stack(_: Any) -> list[bool]:
+        frame, found = sys._getframe(), []
+        while frame.f_back is not None:
+            frame = frame.f_back
+            found.append(compat.is_entry_of_compiled(frame.f_code))
+        return found
+
+    assert sum(captured(lambda x: x + 1, torch.ones(2), look=on_the_stack)) == 1
+    assert not any(on_the_stack(None))
+
+
 def test_trace_time_call():
     seen: list[str] = []
 

@@ -16,9 +16,10 @@ import torch
 from torch.fx import GraphModule
 
 import tpfuse as package
-from tpfuse import breaks, compat, rollback, store, unfused, wrappers
+from tpfuse import breaks, compat, ends, rollback, store, unfused, wrappers
 from tpfuse.inner import compiler
 from tpfuse.inner.inductor import graph_pass, set_batch_invariant
+from tpfuse.inspect import dump
 from tpfuse.options import OptionError, Options, parse
 from tpfuse.parallel import comparison
 from tpfuse.passes import GraphReport
@@ -84,9 +85,12 @@ def tpfuse(
             return run(spare, replace(parsed, refused=said))
 
         compiled, new = rollback.roll_back(compiled, new, refused, again)
+    ends.look(new, gm, parsed.policy, parsed.fuel)
     unfused.look(new, parsed.policy, parsed.fuel)
     breaks.look(new, gm, parsed.policy)
     wrappers.look(new, example_inputs)
+    for report in new:
+        dump.correct(report)
     return compiled
 
 

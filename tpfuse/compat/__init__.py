@@ -12,7 +12,9 @@ from .cuda import (
 )
 from .dynamo import (
     graph_break_of,
+    graph_end_of,
     in_compiled_module,
+    is_entry_of_compiled,
     may_vary,
     room_for_recompiles,
     source_name,
@@ -97,6 +99,7 @@ __all__ = [
     "forget_traced_regions",
     "generator_offset",
     "graph_break_of",
+    "graph_end_of",
     "group_reference",
     "group_store",
     "guarded",
@@ -106,6 +109,7 @@ __all__ = [
     "inductor_mode_options",
     "inductor_modes",
     "inductor_settings",
+    "is_entry_of_compiled",
     "is_erased",
     "is_fake",
     "is_group",

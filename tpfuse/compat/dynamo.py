@@ -6,6 +6,7 @@ import contextlib
 import contextvars
 import functools
 import threading
+import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -147,10 +148,24 @@ def with_room_for_recompiles(call: Callable[..., Any]) -> Callable[..., Any]:
     return roomy
 
 
-def graph_break_of(gm: torch.fx.GraphModule) -> Any | None:
-    """What ended a graph of Dynamo's: ``reason`` (text) and ``user_stack`` (``FrameSummary``, the innermost last).
+def graph_end_of(gm: torch.fx.GraphModule) -> Any | None:
+    """What ended a graph of Dynamo's: ``reason`` (text), ``user_stack`` (``FrameSummary``, the innermost last) and
+    ``graph_break`` (False where the traced function returned).
 
-    None where the traced function returned. Why private: Dynamo leaves it on the graph for its own tools alone.
+    Why private: Dynamo leaves it on the graph for its own tools alone.
     """
-    cause = getattr(gm, "compile_subgraph_reason", None)
+    return getattr(gm, "compile_subgraph_reason", None)
+
+
+def graph_break_of(gm: torch.fx.GraphModule) -> Any | None:
+    """:func:`graph_end_of` where a graph break ended it, else None."""
+    cause = graph_end_of(gm)
     return cause if getattr(cause, "graph_break", False) else None
+
+
+def is_entry_of_compiled(code: types.CodeType) -> bool:
+    """Whether a frame of the call stack is where a function that ``torch.compile`` made is entered.
+
+    Why private: nothing else on the stack tells what Dynamo was given from who called it.
+    """
+    return code.co_name in ("compile_wrapper", "_fn") and code.co_filename == torch._dynamo.eval_frame.__file__
