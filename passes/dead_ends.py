@@ -66,6 +66,14 @@ def no_norm(current: values.Aliases, terms: list[Term]) -> Refusal:
                 "all-reduce in two calls, for which the pass would have to put another reduction",
             )
     for reader in current.readers:
+        if number := in_words.read_too_early(reader):
+            return Refusal(
+                Reason.ROWS_MOVE,
+                f"{reader.name} ({reader.target}) puts {number} sums side by side before they have been waited for, as "
+                "torch.vmap makes of an all-reduce: the values are undefined, without tpfuse as well. Call the model on the "
+                "whole batch",
+            )
+    for reader in current.readers:
         if reader.target in values.ROW_MOVERS or _gathers(reader):
             return Refusal(Reason.ROWS_MOVE, f"{reader.name} ({reader.target}) moves rows of the {what}")
     for reader in current.readers:

@@ -16,7 +16,7 @@ import torch
 from torch.fx import GraphModule
 
 import tpfuse as package
-from tpfuse import breaks, compat, ends, rollback, store, unfused, wrappers
+from tpfuse import breaks, compat, ends, no_graph, rollback, store, unfused, wrappers
 from tpfuse.inner import compiler
 from tpfuse.inner.inductor import graph_pass, set_batch_invariant
 from tpfuse.inspect import dump
@@ -27,6 +27,7 @@ from tpfuse.passes import GraphReport
 __all__ = ["graph_pass", "tpfuse"]
 
 log = logging.getLogger("tpfuse")
+no_graph.watch()  # this file is loaded when torch.compile looks the backend up
 
 
 @store.forgotten_on_failure()  # of the comparison too: what failed there will not run, so no report may say that it fused

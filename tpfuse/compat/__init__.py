@@ -11,6 +11,8 @@ from .cuda import (
     set_generator_offset,
 )
 from .dynamo import (
+    at_compile_end,
+    given_up,
     graph_break_of,
     graph_end_of,
     in_compiled_module,
@@ -79,6 +81,7 @@ from .sizes import (
 
 __all__ = [
     "aot_autograd",
+    "at_compile_end",
     "auto_functionalized",
     "auto_functionalized_v2",
     "boxed",
@@ -98,6 +101,7 @@ __all__ = [
     "forget_symmetric_memory",
     "forget_traced_regions",
     "generator_offset",
+    "given_up",
     "graph_break_of",
     "graph_end_of",
     "group_reference",
