@@ -78,7 +78,7 @@ def tpfuse(
             raise
         return _as_captured(gm, training)
     # Here, and not at the first call: nothing of the graph has run yet, and a call stays as cheap as it is.
-    refused = comparison.compare(new, f"tpfuse {package.__version__}, {parsed.decisive()}")
+    refused = comparison.compare(new, f"tpfuse {package.__version__}, {parsed.decisive()}", ends.origin_of(gm))
     if refused:
 
         def again(said: dict[tuple[int, ...], str]) -> tuple[Callable[..., Any], list[GraphReport]]:

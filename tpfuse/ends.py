@@ -97,6 +97,13 @@ def end_of(gm: GraphModule) -> End | None:
     )
 
 
+def origin_of(gm: GraphModule) -> str:
+    """``file.py:line`` where a Dynamo graph ends in the compiled function, without its folder; empty where nothing is known."""
+    cause = compat.graph_end_of(gm)
+    stack = getattr(cause, "user_stack", None)
+    return source.short(f"{stack[0].filename}:{stack[0].lineno}") if stack else ""
+
+
 def place_of_break(cause: Any) -> str:
     """``file:line`` of a graph break; torch's own lines are of no use to the model's owner, unless there are no others."""
     mine = [frame for frame in cause.user_stack if not source.is_library(frame.filename)] or cause.user_stack
