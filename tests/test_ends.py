@@ -213,6 +213,24 @@ def test_one_sum_that_a_whole_model_returns_is_no_warning(within):
     assert site.detail.startswith(LEAVES + wanted)
 
 
+class Proxy:
+    """What looks up its class somewhere else, and fails."""
+
+    @property
+    def __class__(self):
+        raise ZeroDivisionError
+
+    def call(self, step):
+        return step(layers.tokens())
+
+
+@torch.no_grad()
+def test_a_strange_object_on_the_call_stack_costs_a_word_and_no_compile():
+    Proxy().call(compiled(decoder(whole=Backbone)))
+    (site,) = tpfuse.reports()[0].kept
+    assert site.reason == "no-norm" and site.detail.startswith(f"{LEAVES}the model returns it, or the graph ends there")
+
+
 @torch.no_grad()
 def test_a_function_that_returns_the_sum_itself_keeps_its_reason():
     with pytest.warns(tpfuse.FusionWarning, match="returned 1"):
