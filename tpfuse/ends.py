@@ -61,16 +61,25 @@ def look(reports: Sequence[GraphReport], gm: GraphModule, policy: str, fuel: int
     if not any(_leaves(site) for report in reports for site in report.sites):
         return
     end = _end_of(gm)
-    nested = any(note.startswith(fusion.INSIDE) for report in reports for note in report.notes)
+    outer = _outer(reports, gm)
     for report in reports:
-        outer = not nested or any(note.startswith(fusion.INSIDE) for note in report.notes)
-        here = end if outer else REGION
+        here = end if report is outer or outer is None else REGION
         if here is None:
             continue
         leaving = [site for site in report.sites if _leaves(site)]
         report.sites = [_explained(site, here) if _leaves(site) else site for site in report.sites]
         if here.cut and leaving and policy != "off" and fuel is None:
             _warn(report, len(leaving), here)
+
+
+def _outer(reports: Sequence[GraphReport], gm: GraphModule) -> GraphReport | None:
+    """Which report is of the graph that holds the others; None where no graph is inside of another one."""
+    if not any(isinstance(module, GraphModule) for module in gm.modules() if module is not gm):
+        return None
+    named = [report for report in reports if any(note.startswith(fusion.INSIDE) for note in report.notes)]
+    return (
+        named[0] if named else reports[-1]
+    )  # Inductor runs passes over the graphs inside first, and passes do not see them
 
 
 def _end_of(gm: GraphModule) -> End | None:
