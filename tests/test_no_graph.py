@@ -82,6 +82,15 @@ def test_a_module_under_vmap_is_told_at_once_with_its_name(fresh, how):
     assert tpfuse.reports() == []
 
 
+def test_who_made_the_warning_an_error_gets_it_with_the_reports(fresh):
+    """Raised in Dynamo's hook it would leave Dynamo's own count of compiles wrong."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", category=tpfuse.FusionWarning)
+        compiled(torch.vmap(Block()))(*inputs())
+        with pytest.raises(tpfuse.FusionWarning, match="called by a transform of torch.func"):
+            tpfuse.reports()
+
+
 def test_who_asks_for_reports_is_told_why_there_are_none(fresh):
     assert told(lambda: compiled(loop)(torch.ones(2))) == [], "another function may still get a graph"
     (text,) = told(tpfuse.reports)
