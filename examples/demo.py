@@ -117,8 +117,8 @@ def work(rank: int, store: str, checkpoint: str, new_tokens: int, results: Any) 
 
     alone = CompileConfig(backend="inductor", mode=None)
     alone._compile_all_devices = True
-    # Without dynamic=False, prompts are compiled too, in a second graph. transformers' generate compiles the decode step only,
-    # so Inductor would be timed with one graph and tpfuse with two.
+    # transformers' generate compiles the decode step only. So does tpfuse on a CPU, and with dynamic=False on any device: else
+    # Inductor would be timed with one graph and tpfuse with two.
     tpfuse.hf.compile(model, dynamic=False)
     # transformers' generate three times: eager, with Inductor alone, and as tpfuse.hf.compile left it.
     plain = type(model).generate

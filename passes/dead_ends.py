@@ -19,6 +19,11 @@ DROPOUTS = values.overloads("native_dropout.default", "dropout.default")
 MASKS = values.CASTS | MUL | DIV | values.overloads("gt.Scalar", "lt.Scalar", "ge.Scalar")
 MASK_DEPTH = 4
 GATHERS = frozenset({"all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all_single", "broadcast"})
+# The end of a detail where the pass cannot know why a graph ends; who compiles the graph puts in its place what does.
+UNKNOWN_END = (
+    ": the model returns it, or the graph ends there (a graph break, which TORCH_LOGS=graph_breaks shows, or layers that are "
+    "compiled one by one, as by nested_compile_region)"
+)
 
 
 def several_readers(current: values.Aliases, terms: list[Term]) -> Refusal | None:
@@ -43,17 +48,8 @@ def no_norm(current: values.Aliases, terms: list[Term]) -> Refusal:
     for reader in current.readers:
         if reader.op == "output":
             if not terms:
-                return Refusal(
-                    Reason.RETURNED,
-                    "the sum is an output of the graph. If the model does not return it, the graph ends between the sum and "
-                    "its norm: a graph break (TORCH_LOGS=graph_breaks shows where), or layers that are compiled one by one",
-                )
-            return Refusal(
-                Reason.NO_NORM,
-                f"the {what} leaves the graph before any norm reads it: the model returns it, or the graph ends there (a "
-                "graph break, which TORCH_LOGS=graph_breaks shows, or layers that are compiled one by one, as by "
-                "nested_compile_region)",
-            )
+                return Refusal(Reason.RETURNED, f"the sum is an output of the graph{UNKNOWN_END}")
+            return Refusal(Reason.NO_NORM, f"the {what} leaves the graph before any norm reads it{UNKNOWN_END}")
     for reader in current.readers:
         name = in_words.opaque_norm(reader)
         if name is not None:
@@ -68,6 +64,14 @@ def no_norm(current: values.Aliases, terms: list[Term]) -> Refusal:
                 Reason.SPLIT_ALL_REDUCE,
                 f"{reader.name} gathers the rows that the ranks summed, over the same ranks and before any norm: the two are an "
                 "all-reduce in two calls, for which the pass would have to put another reduction",
+            )
+    for reader in current.readers:
+        if number := in_words.read_too_early(reader):
+            return Refusal(
+                Reason.ROWS_MOVE,
+                f"{reader.name} ({reader.target}) puts {number} sums side by side before they have been waited for, as "
+                "torch.vmap makes of an all-reduce: the values are undefined, without tpfuse as well. Call the model on the "
+                "whole batch",
             )
     for reader in current.readers:
         if reader.target in values.ROW_MOVERS or _gathers(reader):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch.fx import Node
 
 from tpfuse import compat
 
 from . import collectives, values
 
+JOINS = values.overloads("stack.default", "cat.default")
 TORCH = ("aten", "prims", "tpfuse")  # the operators of which the pass knows what they compute, or that are its own
 
 
@@ -36,6 +39,25 @@ def gathers_again(total: Node, reader: Node) -> bool:
     names = [[a for a in (*n.args, *n.kwargs.values()) if isinstance(a, str)] for n in (start, reader)]
     ranks = [collectives.group_ranks(found[-1])[0] if found else () for found in names]
     return bool(ranks[0]) and ranks[0] == ranks[1]
+
+
+def read_too_early(reader: Node) -> int:
+    """How many sums a reader puts side by side before they were waited for: what ``torch.vmap`` makes of an all-reduce."""
+    parts = reader.args[0] if reader.target in JOINS and reader.args else None
+    if not isinstance(parts, Sequence):
+        return 0
+    return len(parts) if all(isinstance(part, Node) and _is_started(part) for part in parts) else 0
+
+
+def _is_started(node: Node) -> bool:
+    """Whether a node is what a reduction gives at once, under any of its names."""
+    while collectives.spelling_of(node) is None:
+        source = values.aliased(node) if node.target is not collectives.WAIT else None
+        if source is None:
+            return False
+        node = source
+    # Functional collectives alone return before they have ended.
+    return "c10d_functional" in str(node.target) and all(user.target is not collectives.WAIT for user in node.users)
 
 
 def gate(node: Node) -> str:

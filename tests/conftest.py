@@ -10,13 +10,14 @@ import shutil
 import tempfile
 
 import pytest
+import scratch
 import warm
 
 warm.collect_rarely()
 
 # Before torch reads it, and inherited by ranks and by processes that tests start. On a warm cache of an earlier run the
 # pass would not run, and tests of what it does would see nothing.
-CACHES = tempfile.mkdtemp(prefix="tpfuse-tests-")
+CACHES = scratch.claim()
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = CACHES
 # Inductor tries what vectors this CPU has by compiling and loading a program for each, in every process that has a cache of its
 # own: several times the work of the kernels themselves. Here kernels have none.
@@ -41,7 +42,10 @@ LONG = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+    if hasattr(config, "workerinput"):
+        return
+    scratch.remove_stale()
+    if config.getoption("numprocesses", None):
         warm.share()
 
 

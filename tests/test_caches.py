@@ -238,3 +238,29 @@ def test_the_identity_knows_the_layout_and_no_rank():
     assert len({r["place"] for r in results}) == 4, "where the place in a group decides, ranks share nothing"
     first = results[0]
     assert len({first["alone"], first["split"], first["registered"]}) == 3
+
+
+def kept_when_the_entry_is_there(rank: int, world_size: int, folder: str) -> list[int]:
+    """What another rank would read as the report, at the moment when Inductor has put the graph into its caches."""
+    from tpfuse import report_cache
+    from tpfuse.inner import inductor
+
+    seen: list[int] = []
+    original, keys = inductor.compat.compile_fx, []
+
+    def compile_fx(gm: Any, inputs: Any, patches: Any) -> Any:
+        keys.append(patches[inductor.PRE_PASS].keep_as)
+        compiled = original(gm, inputs, patches)
+        found = report_cache.load(keys[-1])
+        seen.append(-1 if found is None else sum(len(report.sites) for report in found))
+        return compiled
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inductor.compat, "compile_fx", compile_fx)
+        compile_once(rank, world_size, [folder] * world_size)
+    return seen
+
+
+def test_the_report_is_there_before_the_entry(tmp_path):
+    """Else a rank that finds the entry in between compiles once more, for a report."""
+    assert run_ranks(kept_when_the_entry_is_there, 1, str(tmp_path)) == [[FUSED]]

@@ -287,6 +287,98 @@ def test_graph_break_of():
     assert last is None, "the function returns there"
 
 
+def test_graph_end_of():
+    def returns(x: torch.Tensor) -> torch.Tensor:
+        return x + 1
+
+    cause = captured(returns, torch.ones(2), look=compat.graph_end_of)
+    assert cause.graph_break is False
+    assert cause.user_stack[0].name == "returns" and cause.user_stack[0].filename == __file__
+    assert compat.graph_end_of(symbolic_trace(returns)) is None, "a graph that Dynamo did not make"
+
+
+def test_is_entry_of_compiled():
+    def on_the_stack(_: Any) -> list[bool]:
+        frame, found = sys._getframe(), []
+        while frame.f_back is not None:
+            frame = frame.f_back
+            found.append(compat.is_entry_of_compiled(frame.f_code))
+        return found
+
+    assert sum(captured(lambda x: x + 1, torch.ones(2), look=on_the_stack)) == 1
+    assert not any(on_the_stack(None))
+
+
+def named(gm: Any, inputs: Any) -> Any:
+    """A backend."""
+    return gm.forward
+
+
+def loop(x: torch.Tensor) -> torch.Tensor:
+    """What Dynamo leaves to eager: it cannot go on behind a break within a loop."""
+    for _ in range(2):
+        torch._dynamo.graph_break()
+        x = x + 1
+    return x
+
+
+def noticed(look: Any, run: Any) -> None:
+    """Call ``look`` at the end of each compile of ``run``."""
+    from torch._dynamo.callback import callback_handler
+
+    torch._dynamo.reset()  # takes away all hooks
+    try:
+        compat.at_compile_end(look)
+        run()
+    finally:
+        callback_handler.clear()
+
+
+def test_at_compile_end():
+    seen: list[bool] = []
+
+    def look() -> None:
+        seen.append(True)
+
+    def run() -> None:
+        compat.at_compile_end(look)  # the same once more: it is called once
+        torch.compile(lambda x: x + 1, backend=named)(torch.ones(2))
+
+    noticed(look, run)
+    assert seen == [True]
+
+
+def test_given_up():
+    seen: list[Any] = []
+
+    def inside(x: torch.Tensor) -> torch.Tensor:
+        return x + 1
+
+    def look() -> None:
+        seen.append(compat.given_up())
+
+    noticed(look, lambda: torch.compile(loop, backend=named)(torch.ones(2)))
+    (left,) = seen
+    assert (left.backend, left.name, left.transformed) == ("named", "loop", False)
+    assert left.place.startswith(f"{__file__}:") and "graph_break" in left.reason
+
+    seen.clear()
+    noticed(look, lambda: torch.vmap(torch.compile(inside, backend=named))(torch.ones(2)))
+    (left,) = seen
+    assert (left.name, left.transformed) == ("inside", True)
+    assert left.place == f"{__file__}:{inside.__code__.co_firstlineno}"
+
+    def raises() -> None:
+        with pytest.raises(Exception, match="graph_break"):
+            torch.compile(loop, backend=named, fullgraph=True)(torch.ones(2))
+
+    seen.clear()
+    noticed(look, raises)
+    noticed(look, lambda: torch.compile(lambda x: x + 1, backend=named)(torch.ones(2)))
+    assert seen == [None, None]
+    assert compat.given_up() is None
+
+
 def test_trace_time_call():
     seen: list[str] = []
 

@@ -199,7 +199,13 @@ def graphs():
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-def test_prompts_and_lengths_of_all_kinds_need_two_graphs():
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Prefills are compiled, as where the op has a kernel."""
+    monkeypatch.setattr(hf_step, "EAGER_PREFILL", ())
+
+
+def test_prompts_and_lengths_of_all_kinds_need_two_graphs(as_on_a_gpu):
     """One for prefills of any length, one for the decode step. A prompt of one token is a decode step."""
     whole = unsharded("llama", num_hidden_layers=1, initializer_range=0.2, max_position_embeddings=4096)
     model = hf.compile(whole, options=EAGER, fullgraph=True)
@@ -211,12 +217,16 @@ def test_prompts_and_lengths_of_all_kinds_need_two_graphs():
         assert got.shape == (1, length + new)
         assert got.tolist() == reference(whole, input_ids=ids, max_new_tokens=new).tolist()
         assert graphs() <= 2
+    assert graphs() == 2
     (buffers,) = getattr(whole, hf_generate.DECODER).pool.kept.values()
     assert buffers.capacity == 4096
 
 
-def test_without_dynamic_sizes_the_first_call_compiles_what_transformers_compiles():
+@pytest.mark.parametrize("dynamic", [None, False])
+def test_on_a_cpu_and_without_dynamic_sizes_the_first_call_compiles_what_transformers_compiles(request, dynamic):
     """The decode step, once: nothing for prompts, nothing for a second prompt or a new cache. ``make demo`` compares so."""
+    if dynamic is False:
+        request.getfixturevalue("as_on_a_gpu")
     from transformers import CompileConfig
 
     def compiled_by(call, model):
@@ -234,10 +244,17 @@ def test_without_dynamic_sizes_the_first_call_compiles_what_transformers_compile
     model = unsharded("llama", num_hidden_layers=1, initializer_range=0.2)
     model.generation_config.compile_config = alone
     theirs, expected = compiled_by(type(model).generate, model)
-    hf.compile(model, options=EAGER, fullgraph=True, dynamic=False)
+    hf.compile(model, options=EAGER, fullgraph=True, dynamic=dynamic)
     mine, answers = compiled_by(lambda model, **kwargs: model.generate(**kwargs), model)
     assert (mine, answers) == (1, expected)
     assert mine <= theirs
+
+
+def test_who_asks_for_dynamic_sizes_gets_compiled_prompts_on_a_cpu_too():
+    model = hf.compile(unsharded("llama", num_hidden_layers=1), options=EAGER, dynamic=True)
+    torch._dynamo.utils.counters.clear()
+    model.generate(input_ids=torch.arange(5)[None] + 3, **COMMON, do_sample=False, cache_implementation="static")
+    assert graphs() == 2
 
 
 def test_a_longer_call_needs_a_new_cache_and_shorter_ones_use_it(llama):

@@ -6,7 +6,7 @@ from models import save, sharded, unsharded
 from ranks import RankPool
 
 import tpfuse
-from tpfuse import hf, hf_generate
+from tpfuse import hf, hf_generate, hf_step
 from tpfuse.parallel import ParallelConfig, layout_of
 
 LAYERS = {"num_hidden_layers": 2, "initializer_range": 0.2}
@@ -38,7 +38,16 @@ def tokens(model, prompt, **kwargs):
 
 
 def both(rank, world_size, folder, inner):
-    """Tokens of transformers' eager sharding and ours; graphs after a first call of each kind and after more of them."""
+    """Tokens of transformers' eager sharding and ours; graphs after a first call of each kind and after more of them.
+
+    Prefills are compiled, as on a GPU.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hf_step, "EAGER_PREFILL", ())
+        return both_compiled(rank, world_size, folder, inner)
+
+
+def both_compiled(rank, world_size, folder, inner):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     tpfuse.clear_reports()

@@ -15,6 +15,7 @@ if not (_root / "tpfuse" / "passes").is_dir() and (_root / "passes" / "__init__.
 __version__ = "0.1.0"
 
 from tpfuse import ops  # noqa: E402  (registers torch.ops.tpfuse)
+from tpfuse.no_graph import reports  # noqa: E402
 from tpfuse.options import OptionError  # noqa: E402
 from tpfuse.passes import (  # noqa: E402
     GraphReport,
@@ -26,7 +27,7 @@ from tpfuse.passes import (  # noqa: E402
     register_collective,
     register_quantizer,
 )
-from tpfuse.store import FusionMismatch, clear_reports, expect, reports  # noqa: E402
+from tpfuse.store import FusionMismatch, clear_reports, expect  # noqa: E402
 from tpfuse.unfused import FusionWarning  # noqa: E402
 
 ops.settings.warn_about_mistakes()

@@ -16,9 +16,10 @@ import torch
 from torch.fx import GraphModule
 
 import tpfuse as package
-from tpfuse import breaks, compat, rollback, store, unfused, wrappers
+from tpfuse import breaks, compat, ends, no_graph, rollback, store, unfused, wrappers
 from tpfuse.inner import compiler
 from tpfuse.inner.inductor import graph_pass, set_batch_invariant
+from tpfuse.inspect import dump
 from tpfuse.options import OptionError, Options, parse
 from tpfuse.parallel import comparison
 from tpfuse.passes import GraphReport
@@ -26,6 +27,7 @@ from tpfuse.passes import GraphReport
 __all__ = ["graph_pass", "tpfuse"]
 
 log = logging.getLogger("tpfuse")
+no_graph.watch()  # this file is loaded when torch.compile looks the backend up
 
 
 @store.forgotten_on_failure()  # of the comparison too: what failed there will not run, so no report may say that it fused
@@ -76,7 +78,7 @@ def tpfuse(
             raise
         return _as_captured(gm, training)
     # Here, and not at the first call: nothing of the graph has run yet, and a call stays as cheap as it is.
-    refused = comparison.compare(new, f"tpfuse {package.__version__}, {parsed.decisive()}")
+    refused = comparison.compare(new, f"tpfuse {package.__version__}, {parsed.decisive()}", ends.origin_of(gm))
     if refused:
 
         def again(said: dict[tuple[int, ...], str]) -> tuple[Callable[..., Any], list[GraphReport]]:
@@ -84,9 +86,12 @@ def tpfuse(
             return run(spare, replace(parsed, refused=said))
 
         compiled, new = rollback.roll_back(compiled, new, refused, again)
+    ends.look(new, gm, parsed.policy, parsed.fuel)
     unfused.look(new, parsed.policy, parsed.fuel)
     breaks.look(new, gm, parsed.policy)
     wrappers.look(new, example_inputs)
+    for report in new:
+        dump.correct(report)
     return compiled
 
 

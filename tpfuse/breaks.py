@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch.distributed as dist
 from torch.fx import GraphModule
 
-from tpfuse import compat, store, unfused
-from tpfuse.passes import GraphReport, source
+from tpfuse import compat, ends, store, unfused
+from tpfuse.passes import GraphReport
 
 # Not functools.reduce, scatter_reduce and the like, which one rank does alone.
 REDUCES = re.compile(
@@ -34,10 +34,7 @@ def look(reports: Sequence[GraphReport], gm: GraphModule, policy: str) -> None:
     found = compat.graph_break_of(gm)
     if found is None or not found.user_stack:
         return
-    why, stack = found.reason.strip().partition("\n")[0], found.user_stack
-    # torch's own frames are of no use to the model's owner, unless there are no others.
-    mine = [frame for frame in stack if not source.is_library(frame.filename)] or stack
-    place = f"{mine[-1].filename}:{mine[-1].lineno}"
+    why, place, stack = ends.why_of_break(found), ends.place_of_break(found), found.user_stack
     for report in reports:
         report.notes.append(
             f"a graph break ends this graph at {place} ({why}); the pass sees nothing of what runs there"

@@ -159,7 +159,8 @@ def compile(
     Args:
         model: a transformers model in eval mode, sharded or not.
         mode, options, fullgraph, dynamic: as in ``torch.compile``; options may have ``tpfuse.*`` keys, and mode and options
-            may be given together.
+            may be given together. ``generate`` compiles prefills on GPUs, unless ``dynamic`` is False, and on a CPU where it
+            is True.
     Returns:
         The compiled model; attributes and ``generate`` are the model's own.
     Raises:

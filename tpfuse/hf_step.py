@@ -18,13 +18,16 @@ from tpfuse.hf_tokens import Choice, draws_like_multinomial
 
 # Steps that run before one is captured: the first compiles, the second shows that nothing is left to load or to allocate.
 WARM = 2
+# Devices without a kernel of the op: there a compiled prefill is not worth the wait for a second graph.
+EAGER_PREFILL = ("cpu",)
 Call = Callable[..., Any]
 
 
 class Forward:
     """A model's forward for decode steps and for prefills, compiled or not.
 
-    The two are compiled apart: a decode step has one shape for good, a prefill has any length.
+    The two are compiled apart: a decode step has one shape for good, a prefill has any length. On a CPU a prefill runs eagerly,
+    as in transformers' own ``generate``, unless ``dynamic=True`` asks for any length.
     """
 
     def __init__(self, model: Any, settings: dict[str, Any] | None) -> None:
@@ -46,7 +49,8 @@ class Forward:
         # A replica that alone passed the limit would run eagerly and leave the others waiting in their op.
         roomy = compat.with_room_for_recompiles
         self.decode = roomy(torch.compile(decode, **{**settings, "dynamic": bool(dynamic)}))
-        if dynamic is not False:  # asked for static shapes: a compile for each length would cost more than it gives
+        # With dynamic=False a compile for each length would cost more than it gives.
+        if dynamic or (dynamic is None and model.device.type not in EAGER_PREFILL):
             self.prefill = roomy(torch.compile(prefill, **settings))
             self.any_length = True
 

@@ -42,8 +42,11 @@ def _bundle(digest: str, data: Any) -> None:
         log.debug("report not bundled with torch's cache artifacts: %s: %s", type(error).__name__, error)
 
 
-def save(digest: str, found: Sequence[GraphReport]) -> bool:
-    """Write reports for later processes; a failure costs only a cache hit and is logged at DEBUG."""
+def save(digest: str, found: Sequence[GraphReport], bundled: bool = True) -> bool:
+    """Write reports for later processes; a failure costs only a cache hit and is logged at DEBUG.
+
+    ``bundled`` where they are final: what a bundle was given once, it keeps.
+    """
     target = _file(digest)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -52,7 +55,8 @@ def save(digest: str, found: Sequence[GraphReport]) -> bool:
         with os.fdopen(handle, "w") as file:
             json.dump(data, file)
         os.replace(name, target)  # atomic, so that ranks which share the folder never read half a file
-        _bundle(digest, data)
+        if bundled:
+            _bundle(digest, data)
         return True
     except OSError as error:
         log.debug("report not kept for warm caches: %s", error)

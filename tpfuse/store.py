@@ -11,6 +11,7 @@ from tpfuse.passes.reasons import Reason
 from tpfuse.passes.report import GraphReport
 
 log = logging.getLogger("tpfuse")
+FEW = 3
 
 
 class FusionMismatch(AssertionError):
@@ -19,6 +20,7 @@ class FusionMismatch(AssertionError):
 
 _lock = threading.Lock()
 _reports: list[GraphReport] = []
+_abandoned: list[str] = []
 
 
 def reports() -> list[GraphReport]:
@@ -31,6 +33,20 @@ def clear_reports() -> None:
     """Forget all reports, and count ``tpfuse.fuel`` from zero again."""
     with _lock:
         _reports.clear()
+        _abandoned.clear()
+
+
+def abandon(what: str) -> None:
+    """Keep what Dynamo left to eager, each once, the first few."""
+    with _lock:
+        if what not in _abandoned and len(_abandoned) < FEW:
+            _abandoned.append(what)
+
+
+def abandoned() -> list[str]:
+    """What Dynamo left to eager since the last :func:`clear_reports`."""
+    with _lock:
+        return list(_abandoned)
 
 
 def remove(reports: Sequence[GraphReport]) -> None:
@@ -94,6 +110,7 @@ def expect(fused: int | None = None, found: int | None = None) -> Iterator[None]
     lines = [f"expected {wanted} all-reduces, got {got} fused of {total} found in {len(new)} graphs"]
     if not new:
         lines.append("  no graph was compiled inside expect(); was the function compiled before?")
+        lines += [f"  Dynamo left to eager: {what}" for what in abandoned()]
     for r in new:
         lines += [f"  {r.graph_id}: {s.source or '?'}: {s.reason}: {s.detail}" for s in r.kept]
         lines += [f"  {r.graph_id}: note: {note}" for note in r.notes]

@@ -31,7 +31,12 @@ def tell(cause: str, message: str) -> None:
         if cause in _told:
             return
         _told.add(cause)
-    warnings.warn(f"tpfuse: {message}", FusionWarning, stacklevel=3)
+    try:
+        warnings.warn(f"tpfuse: {message}", FusionWarning, stacklevel=3)
+    except FusionWarning:  # who made it an error has not been told where somebody swallows that
+        with _lock:
+            _told.discard(cause)
+        raise
 
 
 def forget() -> None:

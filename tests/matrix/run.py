@@ -57,7 +57,7 @@ FAST = "not ranks and not gpu and not slow"
 TOUCHES = (
     *("compat", "hf_compat", "load_compat", "backend", "inner", "lowering", "export", "sound_pass", "spellings"),
     *("spellings_transformers", "rows", "unrounded", "quantized_pass", "op_surface", "snippets", "unfused", "source"),
-    *("kernel_aot", "quant_aot", "add_norm_kernel", "dynamic_tensor_parallel", "vllm", "package"),
+    *("kernel_aot", "quant_aot", "add_norm_kernel", "dynamic_tensor_parallel", "vllm", "package", "ends", "no_graph"),
 )
 BEGIN, END = "<!-- matrix: begin -->", "<!-- matrix: end -->"
 

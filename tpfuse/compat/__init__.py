@@ -11,8 +11,12 @@ from .cuda import (
     set_generator_offset,
 )
 from .dynamo import (
+    at_compile_end,
+    given_up,
     graph_break_of,
+    graph_end_of,
     in_compiled_module,
+    is_entry_of_compiled,
     may_vary,
     room_for_recompiles,
     source_name,
@@ -77,6 +81,7 @@ from .sizes import (
 
 __all__ = [
     "aot_autograd",
+    "at_compile_end",
     "auto_functionalized",
     "auto_functionalized_v2",
     "boxed",
@@ -96,7 +101,9 @@ __all__ = [
     "forget_symmetric_memory",
     "forget_traced_regions",
     "generator_offset",
+    "given_up",
     "graph_break_of",
+    "graph_end_of",
     "group_reference",
     "group_store",
     "guarded",
@@ -106,6 +113,7 @@ __all__ = [
     "inductor_mode_options",
     "inductor_modes",
     "inductor_settings",
+    "is_entry_of_compiled",
     "is_erased",
     "is_fake",
     "is_group",

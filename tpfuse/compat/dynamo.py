@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import sys
 import threading
+import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -147,10 +149,90 @@ def with_room_for_recompiles(call: Callable[..., Any]) -> Callable[..., Any]:
     return roomy
 
 
-def graph_break_of(gm: torch.fx.GraphModule) -> Any | None:
-    """What ended a graph of Dynamo's: ``reason`` (text) and ``user_stack`` (``FrameSummary``, the innermost last).
+def graph_end_of(gm: torch.fx.GraphModule) -> Any | None:
+    """What ended a graph of Dynamo's: ``reason`` (text), ``user_stack`` (``FrameSummary``, the innermost last) and
+    ``graph_break`` (False where the traced function returned).
 
-    None where the traced function returned. Why private: Dynamo leaves it on the graph for its own tools alone.
+    Why private: Dynamo leaves it on the graph for its own tools alone.
     """
-    cause = getattr(gm, "compile_subgraph_reason", None)
+    return getattr(gm, "compile_subgraph_reason", None)
+
+
+def graph_break_of(gm: torch.fx.GraphModule) -> Any | None:
+    """:func:`graph_end_of` where a graph break ended it, else None."""
+    cause = graph_end_of(gm)
     return cause if getattr(cause, "graph_break", False) else None
+
+
+def is_entry_of_compiled(code: types.CodeType) -> bool:
+    """Whether a frame of the call stack is where a function that ``torch.compile`` made is entered.
+
+    Why private: nothing else on the stack tells what Dynamo was given from who called it.
+    """
+    return code.co_name in ("compile_wrapper", "_fn") and code.co_filename == torch._dynamo.eval_frame.__file__
+
+
+@dataclass(frozen=True)
+class GivenUp:
+    """What Dynamo gave up, and runs without a graph.
+
+    Attributes:
+        backend: the name that ``torch.compile`` was given, or the backend function's.
+        name, place: of the function; ``place`` is ``file:line`` of what Dynamo could not trace, or where the function begins.
+        reason: Dynamo's, in its first line.
+        transformed: whether a transform of ``torch.func`` is under way.
+    """
+
+    backend: str
+    name: str
+    place: str
+    reason: str
+    transformed: bool
+
+
+def at_compile_end(call: Callable[[], None]) -> None:
+    """Call a function when Dynamo is done with a function of the user's, whether or not there is a graph; at most once.
+
+    Why private: ``torch._dynamo`` has this hook for its own tools. ``torch._dynamo.reset`` takes it away again.
+    """
+    from torch._dynamo.callback import callback_handler
+
+    # A method of the object that was registered before is equal to it, where two functions would not be.
+    hook = _CompileEnd(call)
+    if hook not in callback_handler.end_callbacks:
+        callback_handler.register_end_callback(hook)
+
+
+@dataclass(frozen=True)
+class _CompileEnd:
+    call: Callable[[], None]
+
+    def __call__(self, _: Any) -> None:
+        self.call()
+
+
+def given_up() -> GivenUp | None:
+    """Inside of :func:`at_compile_end`: what Dynamo has just given up; None where it made a graph, had nothing to do, or raises.
+
+    Why private: the hook is not told for which backend Dynamo works, nor how it ended. The first is a local of Dynamo's frame
+    on the call stack, the second is the exception that is being handled.
+    """
+    error = sys.exc_info()[1]
+    if not isinstance(error, torch._dynamo.exc.Unsupported):
+        return None
+    frame = sys._getframe(1)
+    while frame is not None and not (frame.f_code.co_name == "_compile" and "compiler_fn" in frame.f_locals):
+        frame = frame.f_back  # type: ignore[assignment]
+    if frame is None or frame.f_locals.get("one_graph"):  # with fullgraph the user gets the exception
+        return None
+    backend = torch._dynamo.eval_frame.innermost_backend(frame.f_locals["compiler_fn"])
+    code = frame.f_locals["code"]
+    stack = getattr(error, "real_stack", None)
+    last = stack[-1] if stack else None
+    return GivenUp(
+        str(getattr(backend, "compiler_name", getattr(backend, "__name__", ""))),
+        code.co_name,
+        f"{last.filename}:{last.lineno}" if last else f"{code.co_filename}:{code.co_firstlineno}",
+        str(error).strip().partition("\n")[0],
+        torch._C._functorch.peek_interpreter_stack() is not None,
+    )

@@ -102,12 +102,16 @@ class InductorPass(compat.custom_graph_pass()):  # type: ignore[misc]
         self.parsed, self.training, self.lower, self.by_place = parsed, training, lower, by_place
         self.previous = compat.custom_passes(previous)
         self.reports: list[GraphReport] = []
+        self.keep_as = ""  # the key under which reports are kept; empty while nobody asked for that
         self.identity = self._identity()
 
     def __call__(self, graph: Graph) -> None:
         for run in self.previous:
             run(graph, not self.training) if compat.wants_inference_flag(run) else run(graph)
         run_pass(graph, self.parsed, self.training, self.reports, self.lower)
+        if self.keep_as:
+            # Inductor puts the graph into its caches later: another rank that finds it there must find its report, too.
+            report_cache.save(self.keep_as, self.reports, bundled=False)
 
     def uuid(self) -> Any:
         return self.identity
@@ -186,7 +190,7 @@ def compile(
     lower, by_place = parsed.lower and not batch_invariant(), asks_for_the_place(gm, inputs)
     mounted = InductorPass(parsed, training, previous, lower, by_place)
     patches[PRE_PASS] = mounted
-    digest = _report_key(gm, inputs, mounted.identity, patches)
+    mounted.keep_as = digest = _report_key(gm, inputs, mounted.identity, patches)
     compiled = compat.compile_fx(gm, inputs, patches)
     if mounted.reports:
         report_cache.save(digest, mounted.reports)

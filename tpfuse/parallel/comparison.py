@@ -28,11 +28,12 @@ Why no rank waits for ever, and none runs another op than its peers:
   prefill refused and the decode step fused, a kernel would wait for a rank that is in the library's all-reduce. Lines of code,
   functions and module classes do not tell these two graphs from those of another model, so another model with just the same
   reductions (number, dtypes, hidden sizes, ranks) stays refused as well. It runs with its own bits, and its report says why.
+- *Ranks that compile two graphs in another order* compare one with the other. Where these differ, both stay unfused. Where they
+  are equal crosswise, each would be fused on one rank only: an error (:mod:`.crossed`).
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import warnings
 import weakref
@@ -48,7 +49,8 @@ from tpfuse.options import AGREEMENT_SECONDS
 from tpfuse.passes import Reason
 from tpfuse.passes.report import GraphReport, Site
 
-from . import entries
+from . import crossed, entries
+from .crossed import Decided
 from .decision import AgreementError, decision_of, ranks_in_words
 from .disagreement import Disagreement, Ranks, difference, without
 
@@ -72,6 +74,7 @@ class _History:
         open: structure -> the entry of this rank that others did not answer in time, when nothing was fused.
         given_up: ranks compile different graphs.
         compiled: how often this rank has compiled each graph, by what :func:`_place` says of it.
+        decided: what each rank has decided about graphs of which lines, see :mod:`.crossed`.
     """
 
     number: int = 0
@@ -81,6 +84,7 @@ class _History:
     open: dict[str, str] = field(default_factory=dict)
     given_up: bool = False
     compiled: Counter[str] = field(default_factory=Counter)
+    decided: Decided = field(default_factory=dict)
 
 
 @dataclass
@@ -95,13 +99,12 @@ _session: _Session | None = None
 
 
 def has_peers() -> bool:
-    """Whether there are other ranks to compare with."""
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
-        return False
-    return dist.get_backend() != "fake"  # its other ranks do not exist
+    """Whether there are other ranks to compare with: those of the fake backend do not exist."""
+    started = dist.is_available() and dist.is_initialized()
+    return started and dist.get_world_size() > 1 and dist.get_backend() != "fake"
 
 
-def compare(reports: Sequence[GraphReport], context: str = "") -> dict[Ranks, Disagreement]:
+def compare(reports: Sequence[GraphReport], context: str = "", origin: str = "") -> dict[Ranks, Disagreement]:
     """Compare what was just compiled with the other ranks of each group; called when a compile ends.
 
     Entry k of a group holds the k-th graph of each rank: its *structure* (dtype and hidden size of each all-reduce over the
@@ -113,6 +116,7 @@ def compare(reports: Sequence[GraphReport], context: str = "") -> dict[Ranks, Di
     Args:
         reports: of the graphs of one compile.
         context: what else may differ between ranks, for the message, e.g. the options.
+        origin: what tells the graphs of one function of the model's from those of another one, such as a line.
     Returns:
         The groups whose ranks differ. The op of every site that has one of them as ``callers`` must not run.
     Raises:
@@ -128,7 +132,7 @@ def compare(reports: Sequence[GraphReport], context: str = "") -> dict[Ranks, Di
             continue
         groups = {group for site in report.sites for group in (site.group, site.over) if len(group) > 1}
         for group in sorted(groups - set(refused), key=lambda ranks: (-len(ranks), ranks)):
-            found = _compare(group, without(report, refused), context) if dist.get_rank() in group else None
+            found = _compare(group, without(report, refused), context, origin) if dist.get_rank() in group else None
             if found is not None:
                 refused[group] = replace(found, graph=number)
     return refused
@@ -144,13 +148,13 @@ def agree_on(reports: Sequence[GraphReport], context: str = "") -> None:
         raise found.error()
 
 
-def _compare(group: Ranks, report: GraphReport, context: str) -> Disagreement | None:
+def _compare(group: Ranks, report: GraphReport, context: str, origin: str = "") -> Disagreement | None:
     """Compare what was decided about the reductions over a group, and about those over parts of it whose op is over all of it."""
     history = _histories().setdefault(group, _History())
     sites = [site for site in report.sites if group in (site.group, site.over)]
     own = [site for site in sites if site.group == group]
-    structure = _digest([(site.dtype, str(site.shape[-1]) if site.shape else "") for site in own])
-    effect = _digest([_effect(site, group, report.numerics) for site in sites])
+    structure = entries.digest([(site.dtype, str(site.shape[-1]) if site.shape else "") for site in own])
+    effect = entries.digest([_effect(site, group, report.numerics) for site in sites])
     fuses = any(site.fused and site.callers == group for site in sites)
     store = compat.default_store()
     place = _place(history, group, structure, own)
@@ -168,7 +172,7 @@ def _compare(group: Ranks, report: GraphReport, context: str) -> Disagreement | 
         limit = min(limit, SECONDS_OF_NOTHING_FUSED)
     prefix = f"tpfuse/graphs/{','.join(map(str, group))}/{history.number}"
     history.number += 1
-    # For the message also what was decided about other reductions within the group: a part may have left its gather outside.
+    # For the message also other reductions within the group: a part may have left its gather outside.
     within = [vars(decision_of(0, site)) for site in report.sites if set(site.group) <= set(group)]
     mine = {
         "structure": structure,
@@ -177,6 +181,7 @@ def _compare(group: Ranks, report: GraphReport, context: str) -> Disagreement | 
         "fused": [site.fused and site.callers == group for site in own],
         "fuses": fuses,
         "context": context,
+        "lines": entries.digest([structure, origin, *([s.source, s.role, s.layer] for s in own)]),
         "decisions": within,
     }
     store.set(f"{prefix}/{dist.get_rank()}", json.dumps(mine))
@@ -228,7 +233,7 @@ def _compare(group: Ranks, report: GraphReport, context: str) -> Disagreement | 
 
 def _place(history: _History, group: Ranks, structure: str, own: Sequence[Site]) -> str:
     """Where notes about this compile of this graph go: equal on ranks that compile the same lines for the same sizes as often."""
-    graph = _digest([structure, *([s.source, s.role, s.layer, [str(n) for n in s.shape]] for s in own)])
+    graph = entries.digest([structure, *([s.source, s.role, s.layer, [str(n) for n in s.shape]] for s in own)])
     history.compiled[graph] += 1
     return f"tpfuse/graphs/{','.join(map(str, group))}/known/{graph}/{history.compiled[graph]}"
 
@@ -256,6 +261,7 @@ def _has_two_sums(pattern: str) -> bool:
 
 
 def _agree(history: _History, structure: str, found: Mapping[int, Mapping[str, Any]]) -> None:
+    crossed.check(history.decided, found)
     for entry in found.values():
         history.agreed[structure, entry["context"]] = entry["effect"]
     if any(entry["fuses"] for entry in found.values()):
@@ -290,7 +296,3 @@ def _histories() -> dict[Ranks, _History]:
     if _session is None or _session.store() is not store:
         _session = _Session(weakref.ref(store))
     return _session.groups
-
-
-def _digest(parts: Sequence[Any]) -> str:
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

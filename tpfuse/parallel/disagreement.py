@@ -123,6 +123,8 @@ def difference(found: Mapping[int, Mapping[str, Any]], group: Ranks) -> Disagree
     why = f" ({said[0]} on rank {a}, {said[1]} on rank {b})" if said[0] != said[1] else ""
     if not why and any(decision.reason == Reason.FUEL.value for decision in (*right, *wrong)):
         why = f" ({FUEL})"
+    if found[a].get("lines") != found[b].get("lines"):
+        why += "; these are of other lines, so they may be two graphs: compile in one order on all ranks"
     text = f"{ranks_in_words(others)} decided differently from {ranks_in_words(ordered[0])} about one graph"
     return Disagreement(
         tuple(others),

@@ -5,6 +5,7 @@ No collective: nobody waits longer than it says for a rank that does not come.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Iterable, Sequence
@@ -28,6 +29,11 @@ def read(store: Any, prefix: str, group: Sequence[int], limit: float) -> tuple[d
             continue
         found[rank] = json.loads(store.get(f"{prefix}/{rank}"))
     return found, missing
+
+
+def digest(parts: Sequence[Any]) -> str:
+    """A short text that is equal on ranks whose ``parts`` are."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def note(store: Any, place: str, rank: int, effect: str) -> None:
