@@ -50,8 +50,8 @@ def _table() -> dict[Any, str]:
         "maximum": values.overloads("maximum.default"),
         "minimum": values.overloads("minimum.default"),
         "clamp": values.overloads("clamp.default", "clamp.Tensor"),
-        "clamp_min": values.overloads("clamp_min.default"),
-        "clamp_max": values.overloads("clamp_max.default"),
+        "clamp_min": values.overloads("clamp_min.default", "clamp_min.Tensor"),
+        "clamp_max": values.overloads("clamp_max.default", "clamp_max.Tensor"),
         "mul": values.overloads("mul.Tensor", "mul.Scalar"),
         "div": values.overloads("div.Tensor", "div.Scalar"),
         "reciprocal": values.overloads("reciprocal.default"),
@@ -174,7 +174,8 @@ def _operation(node: Node, name: str, known: dict[Node, Known]) -> Known | None:
         bounds = _bounds(node, name, tensor.dtype)
         if bounds is None or tensor.dtype != operands[0].expr.dtype:
             return None
-        return Known(Expr("clamp", tensor.dtype, (args[0], *bounds)), operands[0].unit, scale)
+        expr = args[0] if bounds == (None, None) else Expr("clamp", tensor.dtype, (args[0], *bounds))
+        return Known(expr, operands[0].unit, scale)
     if name != "cast" and set(node.kwargs) - {"dtype", "layout", "device", "pin_memory", "memory_format"}:
         return None
     unit = min((o.unit for o in operands if o.unit), default=0)

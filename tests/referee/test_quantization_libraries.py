@@ -16,6 +16,8 @@ from tpfuse.ops.quantizer import FBGEMM_TOKEN, TORCHAO_STATIC
 from tpfuse.passes import PassOptions
 from tpfuse.passes.quant_scheme import same_bytes
 
+import tpfuse
+
 H = 256
 E4M3, MAX = torch.float8_e4m3fn, 448.0
 INVERSE = str(FBGEMM_TOKEN)
@@ -198,10 +200,24 @@ def test_the_quantization_behind_a_product_of_a_library_is_the_next_layers(fake_
     assert site.quantizer is None and site.note == ""
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("quantize", REPEATED, ids=lambda f: f.__name__)
+def test_inductor_splits_a_clamp_in_two_and_the_quantization_is_still_found(quantize, fake_group):
+    def f(x, r, w, scale):
+        h = r + all_reduce(x * 0.5)
+        return quantize(llama(h, w), scale), h
+
+    torch._dynamo.reset()
+    tpfuse.clear_reports()
+    options = {"tpfuse.policy": "all", "tpfuse.verify": True}
+    with torch.no_grad():
+        torch.compile(f, backend="tpfuse", dynamic=False, options=options)(*rows(0))
+    (site,) = tpfuse.reports()[-1].sites
+    assert site.quantizer is not None and site.note == "", site
+
+
 def over_ranks(rank, world_size, name):
     """The quantizer over real sums, and whether the bits are those of the graph as it was."""
-    import tpfuse
-
     quantize = {f.__name__: f for f in REPEATED}[name]
 
     def f(x, r, w, scale):
