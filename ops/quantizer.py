@@ -248,7 +248,8 @@ FBGEMM_TOKEN = Quantizer(floor=1e-12, derive="inverse", apply="mul")
 COMPRESSED_TENSORS_TOKEN = Quantizer(
     compute="input", floor=float(torch.finfo(torch.float32).eps), floor_at="scale", apply_in="input"
 )
-"""compressed-tensors, ``calculate_qparams`` and ``quantize`` with the token strategy: everything in the input dtype."""
+"""compressed-tensors, ``calculate_qparams`` and ``quantize`` with the token strategy: everything in the input dtype. (In 0.20 it
+has no lower bound, and puts the eps of its dtype in the place of a scale of 0: that has no quantizer.)"""
 
 NAMED: dict[str, Quantizer] = {
     "torchao-static": TORCHAO_STATIC,

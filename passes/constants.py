@@ -1,14 +1,8 @@
-"""The value of a scalar tensor that a compiled graph holds for good, and why another one is not known.
-
-A buffer of a module is an input of its graph: Dynamo guards its shape and dtype, not its value, so a write into it between two
-calls compiles nothing anew. A number that was folded from it would then be stale, and nobody would notice. What a graph
-holds for good are literals: ``torch.tensor(8.0)`` in a forward (lifted, as torch calls it) and what fills a tensor with a number.
-"""
+"""The value of a scalar tensor that sums are multiplied by, and what such a scalar is made of."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import reduce
 
 import torch
 from torch.fx import Node
@@ -17,18 +11,10 @@ from tpfuse import compat
 
 from . import values
 from .candidate import Term
+from .literals import is_scalar, literal
 from .reasons import Reason, Refusal
 
-LIFTS = values.overloads("lift_fresh.default", "lift_fresh_copy.default")
-FILLS = values.overloads("full.default")
-SCALARS = values.overloads("scalar_tensor.default")
 PICKS = values.RESHAPES | values.IDENTITIES | values.CASTS | values.overloads("select.int", "slice.Tensor")
-
-
-def is_scalar(node: Node) -> bool:
-    """Whether a node holds a tensor without dimensions."""
-    tensor = values.value(node)
-    return tensor is not None and tensor.dim() == 0
 
 
 def multiplies_alike(scalar: Node, value: Node) -> bool:
@@ -43,7 +29,7 @@ def scale_of(node: Node, dtype: torch.dtype | None) -> float | Refusal:
     A number that ``dtype`` does not hold exactly is refused: whether it is rounded before it is multiplied depends on the device
     (a CPU multiplies by what the scalar holds, a GPU by what it loads in the dtype of the result).
     """
-    found = _value(node)
+    found = literal(node)
     if isinstance(found, str):
         return Refusal(
             Reason.SCALE_NOT_CONSTANT,
@@ -81,38 +67,5 @@ def held(terms: Iterable[Term]) -> dict[Node, torch.Tensor]:
     """The scalar tensors that became numbers, with their values."""
     numbers = (term.node for term in terms if term.kind == "scale" and term.operand is None)
     scalars = (a for node in numbers for a in node.all_input_nodes if is_scalar(a))
-    found = {node: _value(node) for node in scalars}
+    found = {node: literal(node) for node in scalars}
     return {node: tensor for node, tensor in found.items() if isinstance(tensor, torch.Tensor)}
-
-
-def _value(node: Node) -> torch.Tensor | str:
-    """The tensor, on a CPU, or what stands in the way of knowing it."""
-    with compat.without_fake_mode(), torch.no_grad():
-        if node.op != "call_function":
-            return f"an input of the graph ({node.op}), a buffer for example, whose value may change between calls"
-        source = node.args[0] if node.args else None
-        if node.target in LIFTS and isinstance(source, Node) and source.op == "get_attr":
-            return _attribute(source)
-        if node.target in FILLS and isinstance(node.args[1], int | float):
-            return torch.full((), node.args[1], dtype=values.dtype(node))
-        if node.target in SCALARS and isinstance(source, int | float):
-            return torch.scalar_tensor(source, dtype=values.dtype(node))
-        if isinstance(source, Node) and is_scalar(source):
-            if node.target in values.CASTS:
-                found = _value(source)
-                dtype = values.dtype(node)
-                return found if isinstance(found, str) or dtype is None else found.to(dtype)
-            if node.target in values.IDENTITIES:
-                return _value(source)
-        return f"a scalar tensor that the graph computes ({node.target})"
-
-
-def _attribute(node: Node) -> torch.Tensor | str:
-    owner = node.graph.owning_module
-    try:
-        held = None if owner is None else reduce(getattr, str(node.target).split("."), owner)
-    except AttributeError:
-        held = None
-    if not isinstance(held, torch.Tensor) or compat.is_fake(held) or held.is_meta or held.numel() != 1:
-        return f"a constant ({node.target}) whose value the graph does not show"
-    return held.detach().cpu()

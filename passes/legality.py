@@ -9,10 +9,9 @@ from collections.abc import Sequence
 from torch.fx import Graph, Node
 from tpfuse.ops.reference import DTYPES
 
-from . import collectives, storages, values
+from . import collectives, storages, unread, values
 from .candidate import Candidate, Found
 from .collectives import Collective
-from .quant_expression import FLOAT8
 from .reasons import Reason, Refusal
 from .values import MUL, shape_of
 
@@ -40,7 +39,7 @@ class Legality:
         self.order = {node: index for index, node in enumerate(self.nodes)}
         self.mutations = [n for n in graph.nodes if storages.mutates(n)]
         self.communication = [n for n in graph.nodes if collectives.is_communication(n)]
-        self.quantizes = any(values.dtype(n) in FLOAT8 for n in graph.nodes)
+        self.quantizes = unread.quantizes(graph.nodes)
 
     def refusal(self, candidate: Candidate) -> Refusal | None:
         """Why the region may not be rewritten; None when it may."""

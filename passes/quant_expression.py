@@ -17,7 +17,7 @@ from torch.fx import Node
 
 from tpfuse import compat
 
-from . import values
+from . import literals, values
 from .quant_form import Expr, exact
 
 MAX_NODES = 400  # seven linear layers that each quantize the value for themselves take 90
@@ -49,9 +49,9 @@ def _table() -> dict[Any, str]:
         "amin": values.overloads("amin.default", "min.dim"),
         "maximum": values.overloads("maximum.default"),
         "minimum": values.overloads("minimum.default"),
-        "clamp": values.overloads("clamp.default"),
-        "clamp_min": values.overloads("clamp_min.default"),
-        "clamp_max": values.overloads("clamp_max.default"),
+        "clamp": values.overloads("clamp.default", "clamp.Tensor"),
+        "clamp_min": values.overloads("clamp_min.default", "clamp_min.Tensor"),
+        "clamp_max": values.overloads("clamp_max.default", "clamp_max.Tensor"),
         "mul": values.overloads("mul.Tensor", "mul.Scalar"),
         "div": values.overloads("div.Tensor", "div.Scalar"),
         "reciprocal": values.overloads("reciprocal.default"),
@@ -64,6 +64,7 @@ def _table() -> dict[Any, str]:
 
 
 OPERATORS = _table()
+CLAMPS = {"clamp": ("min", "max"), "clamp_min": ("min",), "clamp_max": ("max",)}
 SAME = (values.RESHAPES - values.EXPANDS) | values.IDENTITIES
 SLICES = values.overloads("slice.Tensor", "narrow.default")
 SCATTERS = values.overloads("slice_scatter.default")
@@ -145,7 +146,8 @@ def _operation(node: Node, name: str, known: dict[Node, Known]) -> Known | None:
     operands: list[Known] = []
     args: list[Any] = []
     shapes: list[tuple[Any, ...]] = []
-    for arg in node.args[: 1 if name in ("cast", "amax", "amin") else None]:
+    alone = name in ("cast", "amax", "amin") or name in CLAMPS
+    for arg in node.args[: 1 if alone else None]:
         number = _constant(arg)
         if number is not None:
             args.append(number)
@@ -168,11 +170,12 @@ def _operation(node: Node, name: str, known: dict[Node, Known]) -> Known | None:
     if name in ("amax", "amin"):
         unit = _reduced(node, operands[0].unit)
         return None if unit is None else Known(Expr(name, tensor.dtype, (args[0], unit)), unit, scale, pair)
-    if name in ("clamp", "clamp_min", "clamp_max"):
-        bounds = _bounds(name, args[1:], node.kwargs)
-        if bounds is None:
+    if name in CLAMPS:
+        bounds = _bounds(node, name, tensor.dtype)
+        if bounds is None or tensor.dtype != operands[0].expr.dtype:
             return None
-        return Known(Expr("clamp", tensor.dtype, (args[0], *bounds)), operands[0].unit, scale)
+        expr = args[0] if bounds == (None, None) else Expr("clamp", tensor.dtype, (args[0], *bounds))
+        return Known(expr, operands[0].unit, scale)
     if name != "cast" and set(node.kwargs) - {"dtype", "layout", "device", "pin_memory", "memory_format"}:
         return None
     unit = min((o.unit for o in operands if o.unit), default=0)
@@ -231,13 +234,17 @@ def _reduced(node: Node, unit: int) -> int | None:
     return unit * math.prod(sizes) if all(isinstance(size, int) for size in sizes) else None
 
 
-def _bounds(name: str, args: list[Any], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-    names = {"clamp": ("min", "max"), "clamp_min": ("min",), "clamp_max": ("max",)}[name]
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    found = (given.get("min"), given.get("max"))
-    if any(isinstance(b, Node | Expr) for b in found):
-        return None
-    return tuple(None if b is None else float(b) for b in found)  # type: ignore[return-value]
+def _bounds(node: Node, name: str, dtype: torch.dtype) -> tuple[float | None, float | None] | None:
+    """The bounds of a clamp as numbers; None where one is a tensor that the graph does not hold for good."""
+    given = {**dict(zip(CLAMPS[name], node.args[1:], strict=False)), **node.kwargs}
+    found: list[float | None] = []
+    for bound, none in ((given.get("min"), -math.inf), (given.get("max"), math.inf)):
+        number = literals.number(bound) if isinstance(bound, Node) else bound
+        # A bound in a tensor that the dtype does not have is rounded where the device likes.
+        if isinstance(bound, Node) and (number is None or not exact(number, dtype)):  # type: ignore[arg-type]
+            return None
+        found.append(None if number is None or number == none else float(number))  # type: ignore[arg-type]
+    return found[0], found[1]
 
 
 def _scale(node: Node, depth: int = 6) -> Known | None:

@@ -19,10 +19,14 @@ class Expr:
     args: tuple[Any, ...] = ()
 
 
+MAXIMA = (448.0, 57344.0)  # of e4m3 and e5m2
 _WIDER = {
     torch.bfloat16: (torch.float32, torch.float64),
     torch.float16: (torch.float32, torch.float64),
     torch.float32: (torch.float64,),
+    # compressed-tensors widens what it has cast to fp8, and casts it again.
+    torch.float8_e4m3fn: (torch.bfloat16, torch.float16, torch.float32, torch.float64),
+    torch.float8_e5m2: (torch.bfloat16, torch.float16, torch.float32, torch.float64),
 }
 
 
@@ -43,7 +47,43 @@ def _cast(tree: Any, have: torch.dtype, want: torch.dtype) -> Any:
         return tree
     if tree[0] == "cast" and _widens(tree[2], have):  # rounded from the value before it was widened
         return _cast(tree[3], tree[2], want)
+    if (have, want) == (torch.float64, torch.float32):
+        inverse = _inverse_in_fp32(tree)
+        if inverse is not None:
+            return inverse
     return ("cast", want, have, tree)
+
+
+def _inverse_in_fp32(tree: Any) -> Any:
+    """``max / y`` of a statistic in fp64, rounded to fp32, as the division in fp32 that gives the same bits; else None.
+
+    A quotient of two fp32 numbers is no midpoint of two others and at least 2**-49 of itself away from one, while fp64 is off by
+    2**-52 at most, also where it multiplies ``max`` by ``1 / y``. The quotients of these numbers are normal, zero or infinite.
+    """
+    number, below = tree[2], tree[3]
+    if tree[0] == "mul":
+        below, number = sorted(tree[2:], key=lambda o: isinstance(o, float))
+        if not isinstance(below, tuple) or below[0] != "div" or below[2] != 1.0:
+            return None
+        below = below[3]
+    if tree[0] not in ("mul", "div") or number not in MAXIMA or not isinstance(below, tuple):
+        return None
+    low = None
+    if below[0] == "clamp" and below[3] is None:
+        low, below = below[2], below[4]
+    if below[0] != "cast" or not _widens(below[2], torch.float32) or not _same_inverse(number, low):
+        return None
+    narrow = _cast(below[3], below[2], torch.float32)
+    return ("div", torch.float32, number, narrow if low is None else ("clamp", torch.float32, low, None, narrow))
+
+
+def _same_inverse(number: float, low: float | None) -> bool:
+    """Whether a lower bound that fp32 rounds gives the same inverse."""
+    if low is None:
+        return True
+    exact_bound = torch.tensor(low, dtype=torch.float64, device="cpu")
+    rounded = exact_bound.float()
+    return bool(low > 0 and (number / exact_bound).float() == torch.full_like(rounded, number) / rounded)
 
 
 @lru_cache(maxsize=4096)

@@ -80,7 +80,7 @@ def _derive(tree: Any, normed: torch.dtype, hidden: int) -> Quantizer:
     narrow = have == normed and normed != torch.float32
     if narrow:
         if tree[:3] != ("cast", normed, torch.float32):
-            raise Different(f"it is computed in {normed}")
+            raise Different(_narrow(tree, normed))
         tree = tree[3]
     value: Any = ("n", normed)
     value = value if normed == torch.float32 else ("cast", torch.float32, normed, value)
@@ -100,9 +100,21 @@ def _derive(tree: Any, normed: torch.dtype, hidden: int) -> Quantizer:
         "apply_in": "input" if narrow else "float32",
         "saturate": "clamp" if saturate else "none",
     }
+    if factor[0] == "cast" and factor[3][0] == "scale":
+        raise Different(f"its static scale is of {factor[2]}; expected torch.float32")
     if factor == ("scale", torch.float32):
         return Quantizer(granularity="tensor", **common)
     return _dynamic(factor, common, largest, normed, hidden)
+
+
+def _narrow(tree: Any, normed: torch.dtype) -> str:
+    """Why values of 16 bits are not over or times a scale that is rounded once."""
+    if tree[2:3] == ("unwidened",):
+        return (
+            f"it is computed in {normed} with a scale of more bits and no dimensions, which each device rounds in its own place; "
+            "use x.float() / scale"
+        )
+    return f"it is computed in {normed}"
 
 
 def _dynamic(tree: Any, common: dict[str, Any], largest: float, normed: torch.dtype, hidden: int) -> Quantizer:

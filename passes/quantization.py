@@ -13,24 +13,10 @@ from typing import Any
 from torch.fx import Node
 
 from ..ops.quantizer import GROUP, Quantizer
-from . import quantizers, values
+from . import quantizers, unread, values
 from .quant_expression import FLOAT8, OPERATORS, Known, read
 from .quant_form import canonical
 from .quant_scheme import Scheme, reference_forms, scheme_of
-
-MAX_LOOK = 300  # nodes behind the norm that are looked at for a quantization that was not understood
-MATRIX = (
-    "mm",
-    "addmm",
-    "bmm",
-    "baddbmm",
-    "linear",
-    "matmul",
-    "_scaled_mm",
-    "_scaled_grouped_mm",
-    "_grouped_mm",
-    "convolution",
-)
 
 
 @dataclass(frozen=True)
@@ -109,9 +95,9 @@ def find(normed: Node, order: dict[Node, int], relaxed: bool = False) -> tuple[Q
     if tensor is None or not isinstance(tensor.shape[-1], int):
         return None, ""
     known = read(normed, order)
-    groups, missed = _groups(normed, known, relaxed)
+    groups, missed = _groups(normed, known, order, relaxed)
     if not groups:
-        return None, missed or _unread(normed, known)
+        return None, missed or unread.quantization(normed, known, order)
     groups.sort(key=lambda g: (-len(g.quantized), min(order[n] for n in g.quantized)))
     found = _of(groups[0], normed, known, order)
     if isinstance(found, str):
@@ -121,7 +107,7 @@ def find(normed: Node, order: dict[Node, int], relaxed: bool = False) -> tuple[Q
     return found, note
 
 
-def _groups(normed: Node, known: dict[Node, Known], relaxed: bool) -> tuple[list[_Group], str]:
+def _groups(normed: Node, known: dict[Node, Known], order: dict[Node, int], relaxed: bool) -> tuple[list[_Group], str]:
     """The quantizations that are understood, equal ones together, and what is wrong with the first other one."""
     dtype, hidden = values.dtype(normed), values.width(normed)
     assert dtype is not None
@@ -133,6 +119,9 @@ def _groups(normed: Node, known: dict[Node, Known], relaxed: bool) -> tuple[list
         scheme: Scheme | str = "its values do not lie as those of the norm"
         if value.unit == 1:
             scheme = scheme_of(value.expr, dtype, hidden)
+        if value.scale is not None and values.depends_on(value.scale, normed, order):
+            missed = missed or _of_several_rows(value.scale)
+            continue
         if isinstance(scheme, str):
             missed = missed or f"{node.name} quantizes the norm, but {scheme}"
             continue
@@ -163,7 +152,7 @@ def _of(group: _Group, normed: Node, known: dict[Node, Known], order: dict[Node,
     assert dtype is not None
     quantizer = group.quantizer
     if group.static_scale is not None and values.depends_on(group.static_scale, normed, order):
-        return f"its scale, {group.static_scale.name}, is taken of several rows together, and the fused op norms them one by one"
+        return _of_several_rows(group.static_scale)
     scales = _live_scales(group, known)
     if quantizer.derive == "inverse" and not scales and group.form is not None:
         # Perhaps the model reads the factor itself.
@@ -186,6 +175,10 @@ def _of(group: _Group, normed: Node, known: dict[Node, Known], order: dict[Node,
         tuple(dict.fromkeys([*gone, *group.quantized, *group.scales, *group.calls])),
         group.exact,
     )
+
+
+def _of_several_rows(scale: Node) -> str:
+    return f"its scale, {scale.name}, is taken of several rows together, and the fused op norms them one by one"
 
 
 def _replaced(group: _Group, known: dict[Node, Known]) -> set[Node]:
@@ -217,28 +210,3 @@ def _needed(known: dict[Node, Known], replaced: set[Node]) -> Callable[[Node], b
         return memo[node]
 
     return needed
-
-
-def _unread(normed: Node, known: dict[Node, Known]) -> str:
-    """A sentence about a cast to fp8 behind the norm that arithmetic alone does not lead to; empty without one."""
-    seen, stack = {normed}, list(normed.users)
-    while stack and len(seen) < MAX_LOOK:
-        node = stack.pop(0)
-        if node in seen or node.op != "call_function":
-            continue
-        seen.add(node)
-        name = getattr(getattr(node.target, "overloadpacket", None), "__name__", "")
-        if name in MATRIX or name.startswith(("all_reduce", "wait_tensor", "scaled_dot", "_scaled_dot")):
-            continue
-        tensor = values.value(node)
-        if tensor is not None and tensor.dtype in FLOAT8 and node.target not in quantizers.BUFFERS:
-            stop = next((n for n in seen if n not in known and any(a in known for a in n.all_input_nodes)), node)
-            return f"{node.name} quantizes the norm, but {stop.name} ({stop.target}) is not understood{_declare(stop)}"
-        stack.extend(node.users)
-    return ""
-
-
-def _declare(node: Node) -> str:
-    """What to do about an operator of a library, which may quantize in one call."""
-    space = getattr(node.target, "namespace", "aten")
-    return "" if space in ("aten", "prims") else "; where it quantizes in one call, tpfuse.register_quantizer tells how"

@@ -13,7 +13,7 @@ from torch.fx.node import map_arg
 
 from tpfuse import compat
 
-from . import constants, values
+from . import constants, literals, values
 from .candidate import Candidate
 from .collectives import Collective
 from .operators import KINDS
@@ -269,7 +269,8 @@ def _run(node: Node, known: dict[Node, Any]) -> Any:
     if symbolic:
         known[node] = compat.example_size(node.meta["val"])
     elif not _reaches(node, known) and node.target not in FULL:
-        known[node] = _random(node, len(known) + 1)
+        held = literals.literal(node)
+        known[node] = held if isinstance(held, torch.Tensor) else _random(node, len(known) + 1)
     else:
         args, kwargs = map_arg((node.args, node.kwargs), lambda n: _run(n, known))
         known[node] = cast(Any, node.target)(*args, **kwargs)

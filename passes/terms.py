@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch.fx import Node
 
-from . import constants, equal_values, values
+from . import constants, equal_values, literals, values
 from .candidate import Term
 from .collectives import Collective
 from .reasons import Reason, Refusal
@@ -73,7 +73,7 @@ def _scalar_operand(current: values.Aliases) -> Node | None:
     (reader,) = current.readers
     if values.dtype(reader) != values.dtype(current.root):
         return None
-    return next((a for a in reader.args if isinstance(a, Node) and a not in current and constants.is_scalar(a)), None)
+    return next((a for a in reader.args if isinstance(a, Node) and a not in current and literals.is_scalar(a)), None)
 
 
 def factor_of(c: Collective, current: values.Aliases, term: Term | Refusal | None) -> Term | Refusal | None:
