@@ -160,7 +160,7 @@ def test_a_region_that_torch_traces_once_is_traced_again(groups, monkeypatch, in
     def f(x, r):
         return region(*region(x, r))
 
-    def refused(reports, _):
+    def refused(reports, *_):
         return {WORLD: Disagreement((1,), WHY, (True,))}
 
     monkeypatch.setattr(comparison, "has_peers", lambda: True)
