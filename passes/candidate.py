@@ -103,8 +103,8 @@ class Candidate:
         quantization: of the norm, where the fused op does that too.
         gather: of the norm, where the fused op does that too; then nothing reads the norm of the own rows.
         note: about a quantization or a gather of the norm that it does not do.
-        scale_tensor: a scalar tensor in the dtype of the sum by which each rank multiplies the reduced sum, in the place of
-            ``scale``, or None.
+        scale_tensor: in the dtype of the sum, a scalar tensor or one value for each row by which each rank multiplies the reduced
+            sum, in the place of ``scale``, or None.
         scale_first: the scale comes before the bias.
         narrowed: of an fp32 sum that is rounded to 16 bits before anything else is done with it, what leads to its rounded
             value; see :mod:`.narrowed`.

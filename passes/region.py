@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch.fx import Node
 
-from . import dead_ends, narrowed, norms, rows, values, widened
+from . import dead_ends, literals, narrowed, norms, rows, values, widened
 from .candidate import Candidate, Found, Start, Term
 from .collectives import Collective
 from .norms import NormForm
@@ -106,7 +106,13 @@ def before_the_sum(candidate: Candidate) -> Candidate | None:
     added first, or the scalar may be another one on each rank. Relaxed."""
     scale, *others = candidate.terms or (None,)
     scalar = candidate.scale_tensor
-    if scale is None or scalar is None or scale.operand is not scalar or candidate.block:
+    if (
+        scale is None
+        or scalar is None
+        or scale.operand is not scalar
+        or candidate.block
+        or not literals.is_scalar(scalar)
+    ):
         return None
     if own_of_a_rank(scalar, candidate.collective.ranks) is not None:
         return None

@@ -29,6 +29,9 @@ def term_of(current: values.Aliases) -> Term | Refusal | None:
                 # Each rank multiplies the reduced sum by what its own tensor holds then, as the model does.
                 return Term("scale", reader, tensor) if constants.multiplies_alike(tensor, current.root) else known
             factor = known
+        if factor is None and tensor is None:
+            gate = _gate_of_rows(current)
+            return None if gate is None else Term("scale", reader, gate)
         return None if factor is None else Term("scale", reader, None, float(factor))
     if reader.target in DIV:
         return _quotient(current, reader)
@@ -74,6 +77,19 @@ def _scalar_operand(current: values.Aliases) -> Node | None:
     if values.dtype(reader) != values.dtype(current.root):
         return None
     return next((a for a in reader.args if isinstance(a, Node) and a not in current and literals.is_scalar(a)), None)
+
+
+def _gate_of_rows(current: values.Aliases) -> Node | None:
+    """What the one reader multiplies a value by, one value for each row, ``(..., 1)``, in the value's dtype: a gate."""
+    (reader,) = current.readers
+    whole = values.value(current.root)
+    if whole is None or not values.same_shape(reader, current.root) or values.dtype(reader) != whole.dtype:
+        return None
+    gate = next((a for a in reader.args if isinstance(a, Node) and a not in current), None)
+    have = None if gate is None else values.value(gate)
+    if gate is None or have is None or not values.same_sizes(have.shape, (*whole.shape[:-1], 1)):
+        return None
+    return gate if constants.multiplies_alike(gate, current.root) else None
 
 
 def factor_of(c: Collective, current: values.Aliases, term: Term | Refusal | None) -> Term | Refusal | None:

@@ -242,3 +242,71 @@ def test_inductor_gives_a_literal_another_spelling():
     options = {"tpfuse.policy": "all", "tpfuse.verify": True}
     with tpfuse.expect(fused=1):
         torch.compile(f, backend="tpfuse", options=options)(BUFFER[0], BUFFER[2])
+
+
+def gate_of(r, w):
+    """A shared expert's gate: one value for each row."""
+    return torch.sigmoid((r * w).sum(-1, keepdim=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("order", ["gate", "gate, addend", "addend, gate"])
+@pytest.mark.parametrize("rows", [(5,), (2, 3), (1,), (0,)], ids=str)
+def test_a_gate_of_one_value_a_row_is_an_operand(rows, order, dtype):
+    def f(x, r, a, w):
+        y = graphs.all_reduce(x)
+        for step in order.split(", "):
+            y = y * gate_of(r, w) if step == "gate" else y + a
+        h = r + y
+        return norm(h, w), h
+
+    x, r, a = (random(*rows, H, dtype=dtype, seed=s) for s in (1, 2, 3))
+    (site,) = one(f, x, r, a, random(H, dtype=dtype)).fused
+    assert "relaxed" not in site.detail and "scale" in site.pattern
+
+
+def test_a_gate_behind_a_sum_that_was_flattened():
+    def f(x, r, w):
+        h = r + (graphs.all_reduce(x) * gate_of(r.flatten(0, 1), w)).view(r.shape)
+        return norm(h, w), h
+
+    x, r = random(6, H, dtype=torch.bfloat16), random(2, 3, H, dtype=torch.bfloat16, seed=2)
+    (site,) = one(f, x, r, random(H, dtype=torch.bfloat16)).fused
+    assert site.pattern == "all_reduce+scale+add+rms_norm"
+
+
+def test_relaxed_leaves_a_gate_behind_the_sum():
+    """Each rank may have a gate of its own."""
+
+    def f(x, r, w):
+        h = r + graphs.all_reduce(x) * gate_of(r, w)
+        return norm(h, w), h
+
+    args = (
+        random(5, H, dtype=torch.bfloat16),
+        random(5, H, dtype=torch.bfloat16, seed=2),
+        random(H, dtype=torch.bfloat16),
+    )
+    (site,) = one(f, *args, options=RELAXED).fused
+    assert "relaxed" not in site.detail
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 1), (1, 3, 1), (3, 1)], ids=str)
+def test_a_gate_that_several_rows_share_is_no_operand(shape):
+    def f(x, g, w):
+        h = graphs.all_reduce(x) * g
+        return norm(h, w), h
+
+    x, w = random(2, 3, H, dtype=torch.bfloat16), random(H, dtype=torch.bfloat16)
+    (site,) = one(f, x, random(*shape, dtype=torch.bfloat16), w).sites
+    assert not site.fused and "a gate" not in site.detail, site.detail
+
+
+def test_a_gate_of_another_dtype_is_no_operand():
+    def f(x, g, w):
+        h = (graphs.all_reduce(x) * g).to(x.dtype)
+        return norm(h, w), h
+
+    args = random(5, H, dtype=torch.bfloat16), random(5, 1, dtype=torch.float32), random(H, dtype=torch.bfloat16)
+    (site,) = one(f, *args).sites
+    assert not site.fused
