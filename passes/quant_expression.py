@@ -172,7 +172,7 @@ def _operation(node: Node, name: str, known: dict[Node, Known]) -> Known | None:
         return None if unit is None else Known(Expr(name, tensor.dtype, (args[0], unit)), unit, scale, pair)
     if name in CLAMPS:
         bounds = _bounds(node, name, tensor.dtype)
-        if bounds is None or tensor.dtype != operands[0].expr.dtype:
+        if bounds is None or tensor.dtype != operands[0].expr.dtype or not values.same_sizes(tensor.shape, shapes[0]):
             return None
         expr = args[0] if bounds == (None, None) else Expr("clamp", tensor.dtype, (args[0], *bounds))
         return Known(expr, operands[0].unit, scale)

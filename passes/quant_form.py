@@ -60,13 +60,15 @@ def _inverse_in_fp32(tree: Any) -> Any:
     A quotient of two fp32 numbers is no midpoint of two others and at least 2**-49 of itself away from one, while fp64 is off by
     2**-52 at most, also where it multiplies ``max`` by ``1 / y``. The quotients of these numbers are normal, zero or infinite.
     """
-    number, below = tree[2], tree[3]
+    if tree[0] not in ("mul", "div") or len(tree) != 4:  # longer where an operand is not widened
+        return None
+    number, below = tree[2:]
     if tree[0] == "mul":
         below, number = sorted(tree[2:], key=lambda o: isinstance(o, float))
         if not isinstance(below, tuple) or below[0] != "div" or below[2] != 1.0:
             return None
         below = below[3]
-    if tree[0] not in ("mul", "div") or number not in MAXIMA or not isinstance(below, tuple):
+    if number not in MAXIMA or not isinstance(below, tuple):
         return None
     low = None
     if below[0] == "clamp" and below[3] is None:
@@ -78,12 +80,13 @@ def _inverse_in_fp32(tree: Any) -> Any:
 
 
 def _same_inverse(number: float, low: float | None) -> bool:
-    """Whether a lower bound that fp32 rounds gives the same inverse."""
+    """Whether a lower bound that fp32 rounds gives the same inverse, by a division as by a product with ``1 / low``."""
     if low is None:
         return True
     exact_bound = torch.tensor(low, dtype=torch.float64, device="cpu")
     rounded = exact_bound.float()
-    return bool(low > 0 and (number / exact_bound).float() == torch.full_like(rounded, number) / rounded)
+    inverse = torch.full_like(rounded, number) / rounded
+    return low > 0 and all(bool(wide.float() == inverse) for wide in (number / exact_bound, number * (1 / exact_bound)))
 
 
 @lru_cache(maxsize=4096)

@@ -40,9 +40,17 @@ def quantizes(nodes: Iterable[Node]) -> bool:
 
 
 def _looks_like_one(node: Node) -> bool:
-    dtype, name = values.dtype(node), _name(node)
+    name = _name(node)
     in_one_call = "quant" in name and "quantile" not in name
-    return dtype in FLOAT8 or dtype in INTEGERS or node.target in ROUNDS or in_one_call
+    return values.dtype(node) in FLOAT8 or _is_rounded(node) or in_one_call
+
+
+def _is_rounded(node: Node) -> bool:
+    """Whether numbers become integers; bytes of a mask, or of what is one of them already, are no quantization."""
+    if values.dtype(node) not in INTEGERS:
+        return node.target in ROUNDS
+    sources = (values.dtype(source) for source in node.all_input_nodes)
+    return any(dtype is not None and dtype.is_floating_point for dtype in sources)
 
 
 def quantization(normed: Node, known: dict[Node, Known], order: dict[Node, int]) -> str:
@@ -83,7 +91,7 @@ def _sentence(node: Node, normed: Node, known: dict[Node, Known], behind: set[No
         return ""
     if tensor.dtype in FLOAT8:
         return f"{node.name} quantizes the norm, but {_what_stops(node, known, behind, order)}"
-    if tensor.dtype in INTEGERS or node.target in ROUNDS:
+    if _is_rounded(node):
         return f"{node.name} quantizes the norm to integers, where the fused op quantizes to fp8 alone"
     if tensor.dim() and values.same_sizes(tensor.shape[-1:], wide.shape[-1:]):
         return (

@@ -378,6 +378,16 @@ def test_given_up():
     assert seen == [None, None]
     assert compat.given_up() is None
 
+    def fallback() -> None:
+        try:
+            torch.compile(loop, backend=named, fullgraph=True)(torch.ones(3))
+        except torch._dynamo.exc.Unsupported:
+            torch.compile(inside, backend=named)(torch.ones(2))
+
+    seen.clear()
+    noticed(look, fallback)
+    assert seen == [None, None], "what the caller handles is not what this compile ended with"
+
 
 def test_trace_time_call():
     seen: list[str] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+import weakref
 
 import graphs
 import layers
@@ -14,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import tpfuse
-from tpfuse import unfused
+from tpfuse import ends, unfused
 
 AOT = {"tpfuse.inner": "aot_eager"}
 LEAVES = "the residual sum leaves the graph before any norm reads it: "
@@ -227,10 +228,41 @@ class Proxy:
 
 
 @torch.no_grad()
-def test_a_strange_object_on_the_call_stack_costs_a_word_and_no_compile():
+def test_a_strange_object_on_the_call_stack_is_left_alone():
     Proxy().call(compiled(decoder(whole=Backbone)))
     (site,) = tpfuse.reports()[0].kept
+    assert site.reason == "no-norm" and "the compiled function Backbone.forward returns it" in site.detail
+
+
+@torch.no_grad()
+def test_a_failure_while_the_end_is_looked_for_costs_a_word_and_no_compile(monkeypatch):
+    monkeypatch.setattr(ends.compat, "is_entry_of_compiled", lambda _: 1 // 0)
+    compiled(decoder(whole=Backbone))(layers.tokens())
+    (site,) = tpfuse.reports()[0].kept
     assert site.reason == "no-norm" and site.detail.startswith(f"{LEAVES}the model returns it, or the graph ends there")
+
+
+class Calls(nn.Module):
+    """Its own variables while the model within it is compiled: what ``locals()`` gave, and whether a tensor is freed."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens):
+        given = locals()
+        large = torch.ones(8)
+        freed = weakref.ref(large)
+        self.model(tokens)
+        del large
+        return sorted(given), freed() is None
+
+
+@torch.no_grad()
+def test_the_variables_of_the_callers_stay_as_they_are():
+    assert Calls(compiled(decoder(whole=Backbone)))(layers.tokens()) == (["self", "tokens"], True)
+    (site,) = tpfuse.reports()[0].kept
+    assert "to Calls.forward, which goes on at" in site.detail
 
 
 @torch.no_grad()

@@ -76,21 +76,28 @@ def fused(seed):
     """Whether the quantization of one random spelling was fused; its bits are compared."""
     generator = random.Random(seed)
     c = {name: generator.choice(values) for name, values in CHOICES.items()}
+    site = site_of(lambda n: quantized(n, c), c["normed"], c)
+    assert bool(site.quantizer) != bool(site.note), (c, site)
+    return site.quantizer is not None
+
+
+def site_of(quantize, dtype=torch.bfloat16, what=None):
+    """The fused site of a block whose norm is quantized so; its bits are compared."""
 
     def f(x, r, w):
         h = r + all_reduce(x)
         wide = h.float()
         n = w * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)).to(h.dtype)
-        return *quantized(n, c), h
+        return *quantize(n), h
 
-    gm = graphs.trace(f, rows(c["normed"], 0))
+    gm = graphs.trace(f, rows(dtype, 0))
     new, report = graphs.fused_copy(gm, PassOptions("all", verify=True))
     (site,) = report.sites
-    assert site.fused and bool(site.quantizer) != bool(site.note), (c, site)
-    for given in (rows(c["normed"], 1), rows(c["normed"], 2)):
+    assert site.fused, (what, site)
+    for given in (rows(dtype, 1), rows(dtype, 2)):
         pairs = zip(graphs.run(gm, *given), graphs.run(new, *given), strict=True)
-        assert all(same_bytes(a, b) for a, b in pairs), (c, site)
-    return site.quantizer is not None
+        assert all(same_bytes(a, b) for a, b in pairs), (what, site)
+    return site
 
 
 @pytest.mark.parametrize(("first", "count"), [(0, 12), pytest.param(12, 200, marks=pytest.mark.slow)])
@@ -98,3 +105,44 @@ def fused(seed):
 def test_random_spellings_keep_their_bits(first, count):
     made = [fused(seed) for seed in range(first, first + count)]
     assert sum(made) > count // 2, "most have a quantizer"
+
+
+def by_row(n, derive):
+    scale = derive(n.abs().amax(-1, keepdim=True).double() / 448).float()
+    return (n.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn), scale
+
+
+def between(n, low, high):
+    return (torch.clamp(n.float() / torch.tensor([0.5]), low, high).to(torch.float8_e4m3fn),)
+
+
+ODD = {
+    "a power of two in fp64": lambda n: by_row(n, lambda scale: torch.exp2(torch.ceil(torch.log2(scale)))),
+    "a magnitude in fp64": lambda n: by_row(n, torch.abs),
+    "exp2 in fp64": lambda n: (torch.exp2(n.double()).float().to(torch.float8_e4m3fn),),
+    "integers times a number in fp64": lambda n: (
+        (n.to(torch.int32) * torch.full((), 2.0, dtype=torch.float64)).float().to(torch.float8_e4m3fn),
+    ),
+    "bounds that make more rows": lambda n: between(
+        n, torch.full((2, 1, 1, 1), -448.0), torch.full((2, 1, 1, 1), 448.0)
+    ),
+    "bounds in the other order": lambda n: between(n, torch.tensor(448.0), torch.tensor(-448.0)),
+    "a bound that is NaN": lambda n: between(n, torch.tensor(float("nan")), torch.tensor(448.0)),
+    "a bound that is written": lambda n: between(n, torch.tensor(-448.0).mul_(0.5), torch.tensor(448.0)),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_what_no_quantizer_has_stays_outside_and_is_no_failure(name):
+    site = site_of(ODD[name])
+    assert site.quantizer is None and "quantizes the norm, but" in site.note, site
+    assert "internal" not in site.note
+
+
+def test_bounds_that_the_graph_holds_are_read():
+    assert site_of(lambda n: between(n, torch.tensor(-448.0), torch.tensor(448.0))).quantizer
+
+
+def test_a_mask_in_bytes_is_no_quantization():
+    site = site_of(lambda n: ((n > 0).to(torch.uint8), n))
+    assert site.quantizer is None and site.note == ""

@@ -25,6 +25,7 @@ from tpfuse.passes import GraphReport, Reason, Site, dead_ends, fusion, source
 log = logging.getLogger("tpfuse")
 RESUMED = re.compile(r"^torch_dynamo_resume_in_(.+)_at_\d+$")
 JUMP = "generic_jump"  # Dynamo's word for a branch that depends on a tensor's values
+CALL = getattr(nn.Module.__call__, "__code__", None)
 FSDP = ("FSDPModule", "FullyShardedDataParallel")
 
 
@@ -179,22 +180,37 @@ class Caller:
 def _modules(resumed: str | None) -> tuple[nn.Module | None, Caller | None]:
     """(the module that is being compiled, the innermost one whose own code has called it), from the call stack.
 
+    Variables are read in torch's frame alone, which calls a module. Before Python 3.13 a frame of the user's would keep what it
+    held when asked for its variables until it ends, and the dictionary that ``locals()`` gave it would change.
+
     Args:
         resumed: name of the function whose rest is compiled: behind a graph break it is on the stack itself, and no caller.
     """
     inside: nn.Module | None = None
     apart = False
+    own: tuple[FrameType, bool] | None = None  # the outermost frame so far of the module that the next call is of
     for frame in _stack():
         apart = apart or compat.is_entry_of_compiled(frame.f_code)
-        module = frame.f_locals.get("self")
-        if not isinstance(module, nn.Module):
-            continue
-        name = RESUMED.sub(r"\1", frame.f_code.co_name)
-        rest = resumed == name and (inside is None or module is inside)
-        if not rest and not source.is_library(frame.f_code.co_filename):
-            return inside, Caller(module, name, f"{frame.f_code.co_filename}:{frame.f_lineno}", apart)
-        inside = inside or module
+        if frame.f_code is CALL:
+            module = frame.f_locals["self"]
+            if own is not None:
+                return inside, _caller(module, *own)
+            inside = module if inside is None else inside
+        elif not source.is_library(frame.f_code.co_filename):
+            if resumed is not None and _function(frame) == resumed:
+                # The rest of a function is called by the function, perhaps through other rests.
+                resumed = None if frame.f_code.co_name == resumed else resumed
+            else:
+                own = frame, apart
     return inside, None
+
+
+def _caller(module: nn.Module, frame: FrameType, apart: bool) -> Caller:
+    return Caller(module, _function(frame), f"{frame.f_code.co_filename}:{frame.f_lineno}", apart)
+
+
+def _function(frame: FrameType) -> str:
+    return RESUMED.sub(r"\1", frame.f_code.co_name)
 
 
 def _stack() -> Iterator[FrameType]:

@@ -44,7 +44,7 @@ def look() -> None:
     if left and not store.reports():
         unfused.tell(
             "no-graph",
-            f"no graph has come of torch.compile(backend={BACKEND!r}), so nothing is fused. Dynamo left to eager: "
+            f"Dynamo left to eager what torch.compile(backend={BACKEND!r}) was given, and nothing of it is fused: "
             f"{'; '.join(left)}. TORCH_LOGS=graph_breaks shows more, and fullgraph=True makes it an error",
         )
 

@@ -7,6 +7,7 @@ import contextvars
 import functools
 import sys
 import threading
+import traceback
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -220,11 +221,14 @@ def given_up() -> GivenUp | None:
     error = sys.exc_info()[1]
     if not isinstance(error, torch._dynamo.exc.Unsupported):
         return None
-    frame = sys._getframe(1)
+    frame, within = sys._getframe(1), []
     while frame is not None and not (frame.f_code.co_name == "_compile" and "compiler_fn" in frame.f_locals):
+        within.append(frame)
         frame = frame.f_back  # type: ignore[assignment]
     if frame is None or frame.f_locals.get("one_graph"):  # with fullgraph the user gets the exception
         return None
+    if all(passed not in within for passed, _ in traceback.walk_tb(error.__traceback__)):
+        return None  # it is of an earlier compile: the user handles it, and compiles this meanwhile
     backend = torch._dynamo.eval_frame.innermost_backend(frame.f_locals["compiler_fn"])
     code = frame.f_locals["code"]
     stack = getattr(error, "real_stack", None)
