@@ -106,15 +106,9 @@ def before_the_sum(candidate: Candidate) -> Candidate | None:
     added first, or the scalar may be another one on each rank. Relaxed."""
     scale, *others = candidate.terms or (None,)
     scalar = candidate.scale_tensor
-    if (
-        scale is None
-        or scalar is None
-        or scale.operand is not scalar
-        or candidate.block
-        or not literals.is_scalar(scalar)
-    ):
+    if scale is None or scalar is None or scale.operand is not scalar or candidate.block:
         return None
-    if own_of_a_rank(scalar, candidate.collective.ranks) is not None:
+    if not literals.is_scalar(scalar) or own_of_a_rank(scalar, candidate.collective.ranks) is not None:
         return None
     terms = (replace(scale, kind="factor"), *others)
     return replace(candidate, terms=terms, factor=scalar, scale_tensor=None, scale_first=False)

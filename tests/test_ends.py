@@ -11,11 +11,12 @@ import layers
 import pytest
 import torch
 import torch.distributed as dist
+from told import heard, start_fresh
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import tpfuse
-from tpfuse import ends, unfused
+from tpfuse import ends
 
 AOT = {"tpfuse.inner": "aot_eager"}
 LEAVES = "the residual sum leaves the graph before any norm reads it: "
@@ -23,10 +24,7 @@ LEAVES = "the residual sum leaves the graph before any norm reads it: "
 
 @pytest.fixture(autouse=True)
 def fresh():
-    torch._dynamo.reset()
-    tpfuse.clear_reports()
-    unfused.forget()
-    graphs.start_fake_group(4)
+    start_fresh(4)
     yield
     dist.destroy_process_group()
 
@@ -48,12 +46,11 @@ def decoder(layer=layers.Layer, whole=layers.Decoder, **kw):
 def ran(model):
     """([(reason, detail) of each kept site], the texts of our warnings). The result must be eager's."""
     plain = layers.Decoder(3)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with heard() as texts:
         got = model(layers.tokens())
     assert graphs.equal(got, plain(layers.tokens()))
     kept = [(site.reason, site.detail) for report in tpfuse.reports() for site in report.kept]
-    return kept, [str(w.message) for w in caught if issubclass(w.category, tpfuse.FusionWarning)]
+    return kept, texts
 
 
 def line_of(function, text):

@@ -11,10 +11,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
+from told import heard, start_fresh
 from torch import nn
 
 import tpfuse
-from tpfuse import no_graph, unfused
+from tpfuse import no_graph
 
 H = 32
 AOT = {"tpfuse.inner": "aot_eager", "tpfuse.policy": "all"}
@@ -22,11 +23,8 @@ AOT = {"tpfuse.inner": "aot_eager", "tpfuse.policy": "all"}
 
 @pytest.fixture
 def fresh():
-    torch._dynamo.reset()
-    tpfuse.clear_reports()
-    unfused.forget()
+    start_fresh(2)
     no_graph.watch()  # a reset takes every hook away
-    graphs.start_fake_group(2)
     yield
     tpfuse.clear_reports()
     if dist.is_initialized():
@@ -48,10 +46,9 @@ def inputs():
 
 
 def told(run):
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with heard() as texts:
         run()
-    return [str(w.message) for w in caught if issubclass(w.category, tpfuse.FusionWarning)]
+    return texts
 
 
 def compiled(f, **kw):

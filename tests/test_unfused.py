@@ -9,10 +9,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from models import unsharded
+from told import heard, start_fresh
 from torch import nn
 
 import tpfuse
-from tpfuse import backend, hf, unfused
+from tpfuse import backend, hf
 
 H = 32
 AOT = {"tpfuse.inner": "aot_eager", "tpfuse.policy": "all"}
@@ -20,10 +21,7 @@ AOT = {"tpfuse.inner": "aot_eager", "tpfuse.policy": "all"}
 
 @pytest.fixture(autouse=True)
 def fresh():
-    torch._dynamo.reset()
-    tpfuse.clear_reports()
-    unfused.forget()
-    graphs.start_fake_group(4)
+    start_fresh(4)
     yield
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -49,10 +47,9 @@ def inputs():
 
 def warned(run):
     """The texts of our warnings that ``run`` gives."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with heard() as texts:
         run()
-    return [str(w.message) for w in caught if issubclass(w.category, tpfuse.FusionWarning)]
+    return texts
 
 
 def compiled(module, **options):

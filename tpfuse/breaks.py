@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-import torch.distributed as dist
 from torch.fx import GraphModule
 
 from tpfuse import compat, ends, store, unfused
@@ -39,8 +38,7 @@ def look(reports: Sequence[GraphReport], gm: GraphModule, policy: str) -> None:
         report.notes.append(
             f"a graph break ends this graph at {place} ({why}); the pass sees nothing of what runs there"
         )
-    alone = not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1
-    if policy == "off" or alone or any(report.sites for report in store.reports()):
+    if policy == "off" or unfused.alone() or any(report.sites for report in store.reports()):
         return
     if not REDUCES.search(" ".join([found.reason, *(f"{frame.name} {frame.line}" for frame in stack[-FRAMES:])])):
         return

@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from types import FrameType
 from typing import Any
 
-import torch.distributed as dist
 from torch import nn
 from torch.fx import GraphModule
 
@@ -78,9 +77,8 @@ def _outer(reports: Sequence[GraphReport], gm: GraphModule) -> GraphReport | Non
     if not any(isinstance(module, GraphModule) for module in gm.modules() if module is not gm):
         return None
     named = [report for report in reports if any(note.startswith(fusion.INSIDE) for note in report.notes)]
-    return (
-        named[0] if named else reports[-1]
-    )  # Inductor runs passes over the graphs inside first, and passes do not see them
+    # Without a name: Inductor runs passes over the graphs inside first, and passes do not see them.
+    return named[0] if named else reports[-1]
 
 
 def _end_of(gm: GraphModule) -> End | None:
@@ -149,8 +147,7 @@ def _explained(site: Site, end: End) -> Site:
 
 def _warn(report: GraphReport, leaving: int, end: End) -> None:
     """Where nothing at all was fused, :mod:`tpfuse.unfused` speaks."""
-    alone = not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1
-    if alone or 2 * leaving < len(report.sites) or not any(report.fused for report in store.reports()):
+    if unfused.alone() or 2 * leaving < len(report.sites) or not any(report.fused for report in store.reports()):
         return
     site = next(site for site in report.sites if site.detail.endswith(end.text))
     unfused.tell(

@@ -9,8 +9,6 @@ from __future__ import annotations
 import atexit
 import logging
 
-import torch.distributed as dist
-
 from tpfuse import compat, store, unfused
 from tpfuse.passes import GraphReport
 
@@ -59,9 +57,7 @@ def _notice() -> None:
 
 def _notice_one() -> None:
     given_up = compat.given_up()
-    if given_up is None or given_up.backend != BACKEND:
-        return
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+    if given_up is None or given_up.backend != BACKEND or unfused.alone():
         return
     what = f"{given_up.name} ({given_up.place})"
     if not given_up.transformed:

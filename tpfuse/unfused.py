@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch.fx import Graph
 
 from tpfuse import store
@@ -37,6 +38,11 @@ def tell(cause: str, message: str) -> None:
         with _lock:
             _told.discard(cause)
         raise
+
+
+def alone() -> bool:
+    """Whether this process has no other ranks, so that there is nothing to fuse."""
+    return not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1
 
 
 def forget() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,15 +14,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from interpreted_ranks import same_bits
 from tpfuse.ops import raise_if_failed
 
+T = TypeVar("T")
 
-def replays_equal_eager(step: Callable[[], list[torch.Tensor]], renew: Callable[[], Any]) -> list[str]:
-    """Capture ``step``, then twenty times ``renew`` its inputs in place and compare a replay with a call; complaints."""
+
+def captured(step: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
+    """A CUDA graph of ``step``, which runs once before, and what its replays write into."""
     step()
     torch.cuda.synchronize()
     dist.barrier()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = step()
+    return graph, out
+
+
+def replays_equal_eager(step: Callable[[], list[torch.Tensor]], renew: Callable[[], Any]) -> list[str]:
+    """Capture ``step``, then twenty times ``renew`` its inputs in place and compare a replay with a call; complaints."""
+    graph, out = captured(step)
     complaints = []
     for n in range(20):
         renew()

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from graphs_on_ranks import replays_equal_eager
+from graphs_on_ranks import captured, replays_equal_eager
 from interpreted_ranks import Call, digest, inputs, same_bits
 from tpfuse.ops import all_reduce_add_rms_norm, all_reduce_add_rms_norm_quant, raise_if_failed
 from tpfuse.ops.flavour import NAMED as FLAVOURS
@@ -147,12 +147,7 @@ def products(rank: int, world: int, replays: int = 200) -> list[str]:
                 found.append((tuple(rows), n, product(tuple(rows), n)))
         return found
 
-    step()
-    torch.cuda.synchronize()
-    dist.barrier()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = step()
+    graph, found = captured(step)
     wrong: dict[str, int] = {}
     for n in range(replays):
         for x in xs:  # of other sizes each time: a scale that was there before is wrong

@@ -6,16 +6,14 @@ Meta's reference Llama models stand (``models/llama3/model.py`` of github.com/me
 
 from __future__ import annotations
 
-import warnings
-
 import graphs
 import pytest
 import torch
 import torch.distributed as dist
+from told import heard, start_fresh
 from torch import Tensor, nn
 
 import tpfuse
-from tpfuse import unfused
 
 H = 32
 AOT = {"tpfuse.inner": "aot_eager", "tpfuse.policy": "all"}
@@ -23,10 +21,7 @@ AOT = {"tpfuse.inner": "aot_eager", "tpfuse.policy": "all"}
 
 @pytest.fixture(autouse=True)
 def fresh():
-    torch._dynamo.reset()
-    tpfuse.clear_reports()
-    unfused.forget()
-    graphs.start_fake_group(2)
+    start_fresh(2)
     yield
     dist.destroy_process_group()
 
@@ -65,11 +60,10 @@ class Block(nn.Module):
 def run(block: Block) -> list[str]:
     """The texts of our warnings. The result must be eager's."""
     x, residual = torch.randn(3, H), torch.randn(3, H)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with heard() as texts:
         got = torch.compile(block, backend="tpfuse", options=AOT)(x, residual)
     assert graphs.equal(got, block(x, residual))
-    return [str(w.message) for w in caught if issubclass(w.category, tpfuse.FusionWarning)]
+    return texts
 
 
 @pytest.mark.parametrize(
